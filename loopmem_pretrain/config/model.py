@@ -1,0 +1,92 @@
+"""The model's sizes and variants. Field names are the public ones of the Hugging Face config."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from loopmem_pretrain.config.base import Section
+
+
+class ModelConfig(Section):
+    """One looped memory model (or, with `max_loops: 0`, one plain transformer)."""
+
+    vocab_size: int = Field(gt=0)
+    """V: rows of the embedding and of the head; at least the tokenizer's size, padded as you like."""
+    hidden_size: int = Field(gt=0)
+    """D: width of the residual stream."""
+    intermediate_size: int = Field(gt=0)
+    """F: the real width of the SwiGLU feed-forward."""
+    num_hidden_layers: int = Field(gt=0)
+    """L: sets of weights, never layers times loops."""
+    num_attention_heads: int = Field(gt=0)
+    """H: query heads; divides hidden_size."""
+    num_key_value_heads: int = Field(gt=0)
+    """K: key/value heads; divides num_attention_heads."""
+    max_loops: int = Field(ge=0)
+    """N: how often a layer may be applied; 0 means plain blocks without router and step scales."""
+    residual_scale: Literal["learned", "one", "inverse_depth"] = "learned"
+    """Scale of both residual branches: `learned` per loop (looped), `one` or `inverse_depth` 1/(l+1) (plain)."""
+    local_slots: int = Field(default=0, ge=0)
+    """S_l: slots of each layer's own memory bank; 0 leaves the bank out."""
+    global_slots: int = Field(default=0, ge=0)
+    """S_g: slots of the one bank shared by all layers; 0 leaves the bank out."""
+    gate: Literal["vector", "scalar", "constant"] = "vector"
+    """What opens the memory: a gate per channel, one number per token, or always open."""
+    gate_init_bias: float = -3.0
+    """g0: the gate's bias at the start; sigmoid(-3) = 0.047, 0 gives 0.5, +3 gives 0.953."""
+    retrieval: Literal["dense"] = "dense"
+    """How slots are read: `dense` softmax over all of them."""
+    rope_theta: float = Field(default=500000.0, gt=0)
+    """Base of the rotary position embedding."""
+    rms_norm_eps: float = Field(default=1e-5, gt=0)
+    """Epsilon of every RMSNorm and LayerNorm."""
+    ponder_weight: float = 0.0
+    """Constant weight w of the ponder loss; `training.ponder_schedule` may modulate it over steps."""
+    tie_word_embeddings: bool = False
+    """Whether the head is the embedding's transpose."""
+
+
+def model_problems(model: ModelConfig) -> list[tuple[tuple[str, ...], str]]:
+    """Rules between the model's fields; returns (path, what is wrong and what would be valid)."""
+    problems: list[tuple[tuple[str, ...], str]] = []
+
+    def say(key: str, message: str) -> None:
+        problems.append((("model", key), message))
+
+    if model.hidden_size % model.num_attention_heads:
+        say(
+            "num_attention_heads",
+            f"{model.num_attention_heads} does not divide hidden_size {model.hidden_size}; "
+            f"valid: {_divisors(model.hidden_size)}",
+        )
+    elif (model.hidden_size // model.num_attention_heads) % 2:
+        say(
+            "num_attention_heads",
+            f"the head width {model.hidden_size // model.num_attention_heads} is odd, "
+            "rotary embedding needs an even one; choose another number of heads",
+        )
+    if model.num_attention_heads % model.num_key_value_heads:
+        say(
+            "num_key_value_heads",
+            f"{model.num_key_value_heads} does not divide num_attention_heads "
+            f"{model.num_attention_heads}; valid: {_divisors(model.num_attention_heads)}",
+        )
+    looped = model.max_loops > 0
+    if looped and model.residual_scale != "learned":
+        say(
+            "residual_scale",
+            f"'{model.residual_scale}' belongs to plain blocks (max_loops: 0); "
+            f"with max_loops {model.max_loops} only 'learned' is valid",
+        )
+    if not looped and model.residual_scale == "learned":
+        say("residual_scale", "'learned' needs max_loops >= 1; plain blocks take 'one' or 'inverse_depth'")
+    if not looped and (model.local_slots or model.global_slots):
+        key = "local_slots" if model.local_slots else "global_slots"
+        say(key, "memory is read at every loop, so it needs max_loops >= 1 (1 for memory without looping)")
+    if model.max_loops <= 1 and model.ponder_weight:
+        say("ponder_weight", f"{model.ponder_weight} has no effect with max_loops {model.max_loops}; set it to 0")
+    return problems
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)

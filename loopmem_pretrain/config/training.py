@@ -1,0 +1,115 @@
+"""Batch sizes, precision, optimizer, schedules, validation, checkpoints, logs and alarms of a run."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from loopmem_pretrain.config.base import Section
+
+
+class TrainingConfig(Section):
+    """The steps of a run and how one is computed."""
+
+    train_steps: int = Field(gt=0)
+    """Optimizer steps of the whole run, over all restarts."""
+    global_batch_size: int = Field(gt=0)
+    """Samples a step over all ranks; gradient accumulation is solved from it."""
+    micro_batch_size: int = Field(gt=0)
+    """Samples one rank puts through the model at a time."""
+    seed: int = Field(default=42, ge=0)
+    """Seed of the initial weights and of the order of samples."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of activations and working weights; master weights, gradients' sums and halting are float32 in both."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """`auto` takes the GPU where there is one; `cuda` refuses to start without."""
+    deterministic: bool = False
+    """Ask torch for deterministic kernels only: two runs give identical losses, at some speed."""
+    activation_checkpointing: Literal["none", "loop"] = "none"
+    """`loop` keeps only the input of each loop and recomputes the rest in the backward pass."""
+    compile: Literal["none", "loop"] = "none"
+    """`loop` compiles the body of one loop with torch.compile."""
+    ponder_schedule: Literal["constant", "linear", "cyclic"] = "constant"
+    """Over steps t: w; w * t/train_steps; or w * cos(2 pi t / ponder_period), times 0.6 where negative."""
+    ponder_period: int = Field(default=10, gt=1)
+    """Steps of one cycle of the cyclic ponder schedule (paper: 10)."""
+
+
+class OptimizerConfig(Section):
+    """AdamW with parameter groups by role."""
+
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment (the schedule may cycle it)."""
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """AdamW's epsilon."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay of the groups that are decayed."""
+    weight_decay_rule: Literal["standard", "paper"] = "standard"
+    """`standard`: matrices only (no norms, biases, step scales); `paper`: everything but the embedding."""
+    decay_memory_banks: bool = False
+    """Under `standard`, whether the banks' keys and values are decayed."""
+    gradient_clipping: float = Field(default=1.0, ge=0)
+    """Largest global gradient norm; 0 switches clipping off."""
+
+
+class ScheduleConfig(Section):
+    """Learning rate (and beta1) over steps."""
+
+    type: Literal["cosine", "wsd", "one_cycle"] = "cosine"
+    """`cosine`: linear warm-up, cosine to min_lr; `wsd`: warm-up, stable, linear decay; `one_cycle`: cosine up from
+    min_lr and back (the paper's)."""
+    warmup_steps: int = Field(ge=0)
+    """Steps until the peak."""
+    min_lr: float = Field(ge=0)
+    """Learning rate at the end (and, for one_cycle, at the start)."""
+    decay_steps: int = Field(default=0, ge=0)
+    """wsd only: steps of the final linear decay."""
+    beta1_min: float | None = Field(default=None, ge=0, lt=1)
+    """one_cycle only: cycle beta1 from optimizer.beta1 down to this and back (the paper's fork: .95 to .85)."""
+
+
+class ValidationConfig(Section):
+    """When and on how much held-out text the loss is measured."""
+
+    interval_steps: int = Field(default=250, gt=0)
+    """Steps between validations; the last step validates too."""
+    num_samples: int = Field(default=256, gt=0)
+    """Samples a validation reads, always the same ones; rounded up to whole batches over all ranks."""
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and how many are kept."""
+
+    interval_steps: int = Field(default=500, gt=0)
+    """Steps between checkpoints; the last step and a clean stop save too."""
+    keep_last: int = Field(default=3, gt=0)
+    """Newest checkpoints to keep; older ones are removed after a newer one is whole."""
+
+
+class LoggingConfig(Section):
+    """What is written while training. metrics.jsonl is always written."""
+
+    interval_steps: int = Field(default=10, gt=0)
+    """Steps between lines of metrics.jsonl; the device is read only then."""
+    tensorboard: bool = False
+    """Also write TensorBoard events under the run folder."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Also log to Weights & Biases; the run id survives restarts."""
+    wandb_project: str = "loopmem"
+    """Weights & Biases project."""
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """Peak dense TFLOP/s of one device for MFU; unset takes the GPU's data sheet or, on CPU, a measured matmul."""
+
+
+class AlarmConfig(Section):
+    """What is watched at every log interval. Halting and gate alarms warn; a non-finite loss ends the run."""
+
+    after_steps: int = Field(default=1000, ge=0)
+    """Halting and gate alarms are silent before this step."""
+    min_expected_loops: float = Field(default=1.02, ge=1)
+    """Warn when a layer's expected loops stay below this: halting is stuck at one loop."""
+    min_gate: float = Field(default=0.01, ge=0, le=1)
+    """Warn when a layer's mean gate stays below this: the memory never opens."""
