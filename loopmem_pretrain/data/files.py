@@ -1,0 +1,86 @@
+"""Files that are either whole or absent, and operating system errors that say what to do.
+
+A file is written under a temporary name, flushed to the disk and renamed: a reader, or a run that comes after a
+kill, never meets half of one.
+"""
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from loopmem_pretrain.errors import EnvironmentFault
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@contextmanager
+def disk_faults(path: str | Path) -> Iterator[None]:
+    """Turn an OSError of the block, which writes at `path`, into an EnvironmentFault naming the file and the cure.
+
+    Raises:
+        EnvironmentFault: disk full, quota or file size limit reached, no permission, or any other disk error.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or path
+        reason = error.strerror or str(error)
+        if error.errno in _FULL:
+            raise EnvironmentFault(
+                f"no room to write {where}: {reason}",
+                "free space or raise the quota (or `ulimit -f`), then run the same command again: it continues",
+            ) from error
+        if error.errno in _FORBIDDEN:
+            raise EnvironmentFault(
+                f"not allowed to write {where}: {reason}", "choose a folder you may write to, or change its permissions"
+            ) from error
+        raise EnvironmentFault(
+            f"cannot write {where}: {reason}", "check the disk and the path, then run the same command again"
+        ) from error
+
+
+def sync_file(path: Path) -> None:
+    """Wait until the file's bytes are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the folder's names (renames, new files) are on the disk."""
+    sync_file(folder)
+
+
+def replace_file(temporary: Path, final: Path) -> None:
+    """Give a finished file its name, so that after a power cut the name means the whole file or does not exist."""
+    sync_file(temporary)
+    os.replace(temporary, final)
+    sync_folder(final.parent)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a small file whole or not at all.
+
+    Raises:
+        EnvironmentFault: disk full, no permission.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with disk_faults(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(content)
+            replace_file(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes, read in pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
