@@ -1,0 +1,97 @@
+"""Parameters and FLOPs of a config, by formula and without torch. A multiply-add counts 2; training is 3x forward.
+
+Attention is causal: a token sees T/2 keys on average. Recomputation (activation checkpointing) comes on top and is
+not counted in MFU. `tests/unit/model/test_flops.py` holds these formulas against torch's own counters.
+"""
+
+from typing import Any, NamedTuple
+
+
+class ParameterCounts(NamedTuple):
+    """Parameters by owner."""
+
+    embedding: int
+    head: int
+    blocks: int
+    """Attention, feed-forward and norms of all layers, and the final norm."""
+    looping: int
+    """Routers and step scales."""
+    memory: int
+    """Banks, gates, projections and their norms."""
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+class ForwardFlops(NamedTuple):
+    """Forward FLOPs per token by part, for the given number of executed loops."""
+
+    blocks: int
+    routers: int
+    local_reads: int
+    global_reads: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def parameter_counts(config: Any) -> ParameterCounts:
+    """Exact parameter counts of a model config."""
+    width, ffn, layers, vocab = _sizes(config)
+    head_dim = width // config.num_attention_heads
+    attention = 2 * width * width + 2 * width * config.num_key_value_heads * head_dim
+    block = attention + 3 * width * ffn + 2 * width + 2 * head_dim
+    looping = layers * (width + 2 + config.max_loops) if config.max_loops else 0
+    memory = 0
+    if config.local_slots or config.global_slots:
+        memory += 4 * width + layers * 2 * width  # LN_q and LN_k once, LN_m per layer
+        gate = {"vector": width * width + width, "scalar": width + 1, "constant": 0}[config.gate]
+        banks = bool(config.local_slots) + bool(config.global_slots)
+        memory += layers * banks * (gate + width * width)
+        memory += 2 * width * (layers * config.local_slots + config.global_slots)
+    head = 0 if config.tie_word_embeddings else vocab * width
+    return ParameterCounts(vocab * width, head, layers * block + width, looping, memory)
+
+
+def forward_flops_per_token(
+    config: Any, seq_length: int, num_loops: int | None = None, causal: bool = True
+) -> ForwardFlops:
+    """Forward FLOPs of one token in a sequence of `seq_length`, with n = `num_loops` (default N) loops a layer.
+
+    `causal=False` counts every key of the sequence, as counters that see the full matmul do.
+    """
+    width, ffn, layers, vocab = _sizes(config)
+    loops = num_loops if num_loops is not None else max(1, config.max_loops)
+    visits = layers * loops
+    head_dim = width // config.num_attention_heads
+    keys_seen = seq_length / 2 if causal else seq_length
+    projections = 2 * width * width + 2 * width * config.num_key_value_heads * head_dim
+    block = 2 * (projections + 3 * width * ffn) + 4 * keys_seen * width
+    return ForwardFlops(
+        blocks=round(visits * block),
+        routers=visits * 2 * (width + 1) if config.max_loops else 0,
+        local_reads=visits * _read_flops(config, config.local_slots),
+        global_reads=visits * _read_flops(config, config.global_slots),
+        head=2 * width * vocab,
+    )
+
+
+def training_flops_per_token(config: Any, seq_length: int) -> int:
+    """Forward and backward, all loops, no recomputation: what MFU is measured against."""
+    return 3 * forward_flops_per_token(config, seq_length).total
+
+
+def _read_flops(config: Any, slots: int) -> int:
+    """One read of one bank: scores and mixture, projection, gate."""
+    if not slots:
+        return 0
+    width = config.hidden_size
+    gate = {"vector": 2 * width * width, "scalar": 2 * width, "constant": 0}[config.gate]
+    return 4 * slots * width + 2 * width * width + gate
+
+
+def _sizes(config: Any) -> tuple[int, int, int, int]:
+    return config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.vocab_size

@@ -1,0 +1,547 @@
+"""Transformers whose layers loop adaptively and read gated memory banks: all of the math, in plain torch.
+
+Frey et al., "Adaptive Loops and Memory in Transformers: Think Harder or Know More?" (arXiv 2603.08391).
+
+One visit of a looped layer (LoopedLayer.forward); everything between the rules is one loop (LoopedLayer.one_loop):
+
+      x = h_0                                                R_0 = 1,  y = 0
+    ------------------------------------------------------------------------------ n = 1 .. N
+      h~  = h + sum over banks of gate(h) * proj(read(h))    memory, read before the block (LayerMemory)
+      u   = h~ + zeta_n * attention(rms_norm(h~))            the same weights in every loop,
+      h   = u  + zeta_n * feed_forward(rms_norm(u))          a learned scale zeta_n for each (Block)
+      lambda_n = sigmoid(w . [h; tau_n] + b)                 halting router
+      p_n = R * lambda_n    (the last loop: p_N = R)         probability of stopping after loop n
+      y  += p_n * h;  R -= p_n                               the output is the expectation over stopping
+    ------------------------------------------------------------------------------
+      y                                                      E = sum of n * p_n: expected loops per token
+
+Shapes: B batch, T tokens, D hidden, H query heads, K key/value heads, d head width, F feed-forward, S slots,
+V vocabulary, N max_loops. Parameter and config field names are the public Hugging Face ones.
+
+Precision: halting (lambda, R, p), zeta and the mixture y are float32 under bf16, and never narrower than the model.
+
+A `Backend` makes the layers that are cut over devices; `TorchBackend`, here, is one device. No process group is named
+in this file. It imports torch and the standard library only: the exported Hugging Face model inlines it as text.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Backend(Protocol):
+    """The seams at which a model is cut over devices."""
+
+    def column_linear(self, in_features: int, out_features: int) -> nn.Module:
+        """A linear layer without bias whose outputs may be cut over ranks."""
+
+    def row_linear(self, in_features: int, out_features: int) -> nn.Module:
+        """A linear layer without bias that takes a cut input and returns the whole output."""
+
+    def replicated_linear(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
+        """A linear layer that every rank holds whole."""
+
+    def embedding(self, vocab_size: int, hidden_size: int) -> nn.Module:
+        """Token embedding, [B, T] -> [B, T, D]; its `weight` may be cut over the vocabulary."""
+
+    def lm_head(self, hidden_size: int, vocab_size: int) -> nn.Module:
+        """[B, T, D] -> logits [B, T, V], or this rank's part of V; its `weight` is laid out as the embedding's."""
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean next-token cross-entropy in nats, in float32 or wider; `logits` as the head returned them."""
+
+    def replicated(self, weight: Tensor) -> Tensor:
+        """A weight every rank holds whole although each rank sees only a part of its gradient."""
+
+    def read_bank(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Softmax attention of [B, T, D] queries over [S, D] slots; a sharded bank merges its shards here."""
+
+    def local_heads(self, heads: int) -> int:
+        """How many of the heads this rank holds."""
+
+
+class TorchBackend:
+    """One device."""
+
+    def column_linear(self, in_features: int, out_features: int) -> nn.Module:
+        return nn.Linear(in_features, out_features, bias=False)
+
+    def row_linear(self, in_features: int, out_features: int) -> nn.Module:
+        return nn.Linear(in_features, out_features, bias=False)
+
+    def replicated_linear(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
+        return nn.Linear(in_features, out_features, bias=bias)
+
+    def embedding(self, vocab_size: int, hidden_size: int) -> nn.Module:
+        return nn.Embedding(vocab_size, hidden_size)
+
+    def lm_head(self, hidden_size: int, vocab_size: int) -> nn.Module:
+        return nn.Linear(hidden_size, vocab_size, bias=False)
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.flatten(0, 1).to(wide(logits.dtype)), labels.flatten())
+
+    def replicated(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def read_bank(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """m = softmax(q K^T / sqrt(D)) V: attention with one head of width D over the slots."""
+        batch, tokens, width = query.shape
+        rows = query.reshape(1, 1, batch * tokens, width)
+        return F.scaled_dot_product_attention(rows, keys[None, None], values[None, None]).view(batch, tokens, width)
+
+    def local_heads(self, heads: int) -> int:
+        return heads
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """float32, or the dtype itself where that is wider: what halting, zeta and the mixture are computed in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------------- one block
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension."""
+
+    def __init__(self, width: int, eps: float, backend: Backend) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+        self.backend = backend
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.backend.replicated(self.weight)
+        return F.rms_norm(x, weight.shape, weight, self.eps)
+
+
+class Rotary(NamedTuple):
+    """Cosine and sine of the rotary angles, each [T, 1, d]."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotary_angles(tokens: int, head_dim: int, theta: float, like: Tensor) -> Rotary:
+    """Angles position * theta^(-2i/d), half-split (dimension i turns with i + d/2), on `like`'s device and dtype."""
+    exponents = torch.arange(0, head_dim, 2, device=like.device, dtype=wide(like.dtype)) / head_dim
+    positions = torch.arange(tokens, device=like.device, dtype=wide(like.dtype))
+    angles = torch.outer(positions, theta**-exponents).repeat(1, 2)[:, None, :]
+    return Rotary(angles.cos().to(like.dtype), angles.sin().to(like.dtype))
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Turn [B, T, heads, d] by its positions' angles."""
+    first, second = x.chunk(2, dim=-1)
+    return x * rotary.cos + torch.cat((-second, first), dim=-1) * rotary.sin
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention; queries and keys are RMS-normalised per head after the rotation."""
+
+    def __init__(self, config: Any, backend: Backend) -> None:
+        super().__init__()
+        width, self.head_dim = config.hidden_size, config.hidden_size // config.num_attention_heads
+        self.heads = backend.local_heads(config.num_attention_heads)
+        self.kv_heads = backend.local_heads(config.num_key_value_heads)
+        self.q_proj = backend.column_linear(width, config.num_attention_heads * self.head_dim)
+        self.k_proj = backend.column_linear(width, config.num_key_value_heads * self.head_dim)
+        self.v_proj = backend.column_linear(width, config.num_key_value_heads * self.head_dim)
+        self.o_proj = backend.row_linear(config.num_attention_heads * self.head_dim, width)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps, backend)
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps, backend)
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
+        k = self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        q, k = self.q_norm(rotate(q, rotary)), self.k_norm(rotate(k, rotary))
+        mixed = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            is_causal=True,
+            enable_gqa=self.kv_heads != self.heads,
+        )
+        return self.o_proj(mixed.transpose(1, 2).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: W_down(SiLU(W_gate z) * W_up z)."""
+
+    def __init__(self, config: Any, backend: Backend) -> None:
+        super().__init__()
+        self.gate_proj = backend.column_linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = backend.column_linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = backend.row_linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(z)) * self.up_proj(z))
+
+
+class Block(nn.Module):
+    """Blk(x, c): attention and feed-forward, each added to the residual stream with scale c."""
+
+    def __init__(self, config: Any, backend: Backend) -> None:
+        super().__init__()
+        self.rope_theta = config.rope_theta
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend)
+        self.self_attn = Attention(config, backend)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend)
+        self.mlp = FeedForward(config, backend)
+
+    def block(self, x: Tensor, scale: Tensor | float, rotary: Rotary) -> Tensor:
+        u = x + scale * self.self_attn(self.input_layernorm(x), rotary)
+        return u + scale * self.mlp(self.post_attention_layernorm(u))
+
+    def rotary(self, hidden: Tensor) -> Rotary:
+        return rotary_angles(hidden.shape[1], self.self_attn.head_dim, self.rope_theta, hidden)
+
+
+class PlainLayer(Block):
+    """A layer that does not loop: the baselines. c = 1, or 1/(l+1) with `residual_scale: inverse_depth`."""
+
+    def __init__(self, config: Any, backend: Backend, index: int) -> None:
+        super().__init__(config, backend)
+        self.scale = 1.0 / (index + 1) if config.residual_scale == "inverse_depth" else 1.0
+        self.run: Callable[..., Any] = self.block  # training may wrap it: recomputation, compilation
+
+    def forward(self, hidden: Tensor, memory: "SharedRead | None" = None, num_loops: int | None = None) -> Any:
+        """[B, T, D] -> ([B, T, D], None); memory and num_loops are for looped layers."""
+        return self.run(hidden, self.scale, self.rotary(hidden)), None
+
+
+# ------------------------------------------------------------------------------------------------------- memory
+
+
+class SharedRead(NamedTuple):
+    """What every layer needs of the memory the layers share; made once a forward pass by SharedMemory."""
+
+    query_norm: tuple[Tensor, Tensor]
+    key_norm: tuple[Tensor, Tensor]
+    global_keys: Tensor | None
+    """LN_k(K^G), [S_g, D]"""
+    global_values: Tensor | None
+    """V^G, [S_g, D]"""
+
+
+class SharedMemory(nn.Module):
+    """The global bank, and the two LayerNorms (LN_q, LN_k) that all layers and both banks share."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        if config.retrieval != "dense":
+            raise ValueError(f"retrieval {config.retrieval!r} is not known to this model; valid: 'dense'")
+        width = config.hidden_size
+        self.query_norm = nn.LayerNorm(width, config.rms_norm_eps)
+        self.key_norm = nn.LayerNorm(width, config.rms_norm_eps)
+        if config.global_slots:
+            self.global_keys = nn.Parameter(torch.empty(config.global_slots, width))
+            self.global_values = nn.Parameter(torch.empty(config.global_slots, width))
+        else:
+            self.global_keys = self.global_values = None
+
+    def forward(self) -> SharedRead:
+        keys = None if self.global_keys is None else self.key_norm(self.global_keys)
+        query_norm, key_norm = self.query_norm, self.key_norm
+        return SharedRead(
+            (query_norm.weight, query_norm.bias), (key_norm.weight, key_norm.bias), keys, self.global_values
+        )
+
+
+class LayerMemory(nn.Module):
+    """One layer's local bank, and its gates and projections for both banks."""
+
+    def __init__(self, config: Any, backend: Backend) -> None:
+        super().__init__()
+        width, slots = config.hidden_size, config.local_slots
+        self.backend = backend
+        self.eps = config.rms_norm_eps
+        self.norm = nn.LayerNorm(width, config.rms_norm_eps)
+        self.local_gate = self.local_proj = self.global_gate = self.global_proj = None
+        if slots:
+            self.local_keys = nn.Parameter(torch.empty(slots, width))
+            self.local_values = nn.Parameter(torch.empty(slots, width))
+            self.local_gate = make_gate(config, backend)
+            self.local_proj = backend.replicated_linear(width, width, bias=False)
+        if config.global_slots:
+            self.global_gate = make_gate(config, backend)
+            self.global_proj = backend.replicated_linear(width, width, bias=False)
+
+    def normed_local_keys(self, shared: SharedRead) -> Tensor | None:
+        """LN_k(K^l), [S_l, D]: once a visit, not once a loop."""
+        if self.local_proj is None:
+            return None
+        return F.layer_norm(self.local_keys, self.local_keys.shape[-1:], *shared.key_norm, eps=self.eps)
+
+    def forward(
+        self, hidden: Tensor, shared: SharedRead, local_keys: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """inject(h): [B, T, D] -> ([B, T, D], local gate [B, T, D | 1] or None, global gate or None)."""
+        query = F.layer_norm(self.norm(hidden), hidden.shape[-1:], *shared.query_norm, eps=self.eps)
+        injected, local_gate, global_gate = hidden, None, None
+        if local_keys is not None:
+            local_gate = self.local_gate(hidden)
+            injected = injected + local_gate * self.local_proj(
+                self.backend.read_bank(query, local_keys, self.local_values)
+            )
+        if shared.global_keys is not None:
+            global_gate = self.global_gate(hidden)
+            injected = injected + global_gate * self.global_proj(
+                self.backend.read_bank(query, shared.global_keys, shared.global_values)
+            )
+        return injected, local_gate, global_gate
+
+
+class LinearGate(nn.Module):
+    """sigmoid(A h + a) in (0, 1): one gate a channel (vector) or one a token (scalar); h is not normalised."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.sigmoid(F.linear(hidden, self.weight, self.bias))
+
+
+class ConstantGate(nn.Module):
+    """sigmoid(g0), for ever: no parameters."""
+
+    def __init__(self, gate_init_bias: float) -> None:
+        super().__init__()
+        self.value = 1 / (1 + math.exp(-gate_init_bias))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.full_like(hidden[..., :1], self.value)
+
+
+def make_gate(config: Any, backend: Backend) -> nn.Module:
+    """The gate of `config.gate`: a new kind of gate is a new line here."""
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "vector": lambda: LinearGate(backend.replicated_linear(config.hidden_size, config.hidden_size, bias=True)),
+        "scalar": lambda: LinearGate(backend.replicated_linear(config.hidden_size, 1, bias=True)),
+        "constant": lambda: ConstantGate(config.gate_init_bias),
+    }
+    if config.gate not in makers:
+        raise ValueError(f"gate {config.gate!r} is not known; valid: {', '.join(makers)}")
+    return makers[config.gate]()
+
+
+# ------------------------------------------------------------------------------------------- looping and halting
+
+
+class LoopStats(NamedTuple):
+    """What one visit of a looped layer of n loops did. Only `halting_probs` carries a gradient."""
+
+    halting_probs: Tensor
+    """p_n per token, [B, T, n]; sums to 1"""
+    lambdas: Tensor
+    """mean router output of each loop, [n]"""
+    cosine: Tensor
+    """mean cosine(h_n, h_{n-1}) of each loop, [n]"""
+    local_gate: Tensor | None
+    """mean local gate of each loop, [n]"""
+    global_gate: Tensor | None
+    """mean global gate of each loop, [n]"""
+
+    def expected_loops(self) -> Tensor:
+        """E = sum of n p_n per token, [B, T], differentiable."""
+        loops = torch.arange(1, self.halting_probs.shape[-1] + 1, device=self.halting_probs.device)
+        return (self.halting_probs * loops).sum(-1)
+
+
+class LoopState(NamedTuple):
+    """What one loop hands to the next."""
+
+    hidden: Tensor
+    """h_n, [B, T, D], model dtype"""
+    norm: Tensor
+    """|h_n| per token, detached, for the cosine statistic"""
+    remaining: Tensor
+    """R_n, [B, T], float32 or wider"""
+    output: Tensor
+    """y so far, [B, T, D], float32 or wider"""
+
+
+class LoopReport(NamedTuple):
+    """The statistics of one loop."""
+
+    halting_prob: Tensor
+    lambda_mean: Tensor
+    cosine_mean: Tensor
+    local_gate_mean: Tensor | None
+    global_gate_mean: Tensor | None
+
+
+class LoopedLayer(Block):
+    """A layer that is applied up to N times and learns, per token, when to stop."""
+
+    def __init__(self, config: Any, backend: Backend, index: int) -> None:
+        super().__init__(config, backend)
+        self.max_loops = config.max_loops
+        self.step_scales = nn.Parameter(torch.empty(config.max_loops))  # raw s_n; zeta_n = softplus(s_n)
+        self.halting = nn.Linear(config.hidden_size + 1, 1)
+        self.memory = LayerMemory(config, backend) if config.local_slots or config.global_slots else None
+        self.run: Callable[..., Any] = self.one_loop  # training may wrap it: recomputation, compilation
+
+    def forward(
+        self, hidden: Tensor, memory: SharedRead | None = None, num_loops: int | None = None
+    ) -> tuple[Tensor, LoopStats]:
+        """Visit the layer: [B, T, D] -> ([B, T, D], LoopStats).
+
+        `num_loops` forces n loops instead of N: with n < N the last of them takes the remaining probability, with
+        n > N the last step scale and tau = 1 are repeated (extrapolation beyond training).
+        """
+        loops = self.max_loops if num_loops is None else num_loops
+        precise = wide(hidden.dtype)
+        zeta = F.softplus(self.step_scales.to(precise))
+        rotary = self.rotary(hidden)
+        local_keys = self.memory.normed_local_keys(memory) if self.memory is not None and memory is not None else None
+        state = LoopState(
+            hidden,
+            token_norm(hidden),
+            remaining=torch.ones(hidden.shape[:2], device=hidden.device, dtype=precise),
+            output=torch.zeros_like(hidden, dtype=precise),
+        )
+        reports: list[LoopReport] = []
+        for n in range(1, loops + 1):
+            trained = min(n, self.max_loops)
+            tau = (trained - 1) / max(1, self.max_loops - 1)
+            step = (zeta[trained - 1], zeta.new_full((), tau), n == loops)
+            state, report = self.run(state, *step, memory, local_keys, rotary)
+            reports.append(report)
+        return state.output.to(hidden.dtype), collect(reports)
+
+    def one_loop(
+        self,
+        state: LoopState,
+        zeta: Tensor,
+        tau: Tensor,
+        is_last: bool,
+        memory: SharedRead | None,
+        local_keys: Tensor | None,
+        rotary: Rotary,
+    ) -> tuple[LoopState, LoopReport]:
+        """Loop n: memory, block, halting, mixture (the drawing at the head of this file)."""
+        injected, local_gate, global_gate = state.hidden, None, None
+        if self.memory is not None and memory is not None:
+            injected, local_gate, global_gate = self.memory(state.hidden, memory, local_keys)
+        hidden = self.block(injected, zeta, rotary)
+
+        lam = self.halting_lambda(hidden, tau)
+        # The last loop takes what is left. Its own lambda is only reported, yet stays in the graph with weight zero, so
+        # that the router has a gradient on every rank also with one loop.
+        prob = state.remaining + 0.0 * lam if is_last else state.remaining * lam
+        output = state.output + prob.unsqueeze(-1) * hidden
+
+        norm = token_norm(hidden)
+        dot = (hidden.detach() * state.hidden.detach()).sum(-1, dtype=norm.dtype)
+        cosine = (dot / (norm * state.norm).clamp_min(1e-12)).mean()
+        report = LoopReport(prob, lam.detach().mean(), cosine, mean_of(local_gate), mean_of(global_gate))
+        return LoopState(hidden, norm, state.remaining - prob, output), report
+
+    def halting_lambda(self, hidden: Tensor, tau: Tensor) -> Tensor:
+        """lambda_n = sigmoid(w . [h_n; tau_n] + b), [B, T], float32 or wider."""
+        precise = wide(hidden.dtype)
+        weight, bias = self.halting.weight.to(precise), self.halting.bias.to(precise)
+        logit = F.linear(hidden.to(precise), weight[:, :-1]).squeeze(-1)
+        return torch.sigmoid(logit + weight[0, -1] * tau + bias)
+
+
+def token_norm(hidden: Tensor) -> Tensor:
+    """|h| per token without gradient, [B, T]."""
+    return torch.linalg.vector_norm(hidden.detach(), dim=-1, dtype=wide(hidden.dtype))
+
+
+def mean_of(gate: Tensor | None) -> Tensor | None:
+    return None if gate is None else gate.detach().mean(dtype=wide(gate.dtype))
+
+
+def collect(reports: list[LoopReport]) -> LoopStats:
+    """The reports of all loops of one visit as one LoopStats."""
+
+    def stack(values: list[Tensor | None]) -> Tensor | None:
+        present = [value for value in values if value is not None]
+        return torch.stack(present) if present else None
+
+    return LoopStats(
+        halting_probs=torch.stack([report.halting_prob for report in reports], dim=-1),
+        lambdas=torch.stack([report.lambda_mean for report in reports]),
+        cosine=torch.stack([report.cosine_mean for report in reports]),
+        local_gate=stack([report.local_gate_mean for report in reports]),
+        global_gate=stack([report.global_gate_mean for report in reports]),
+    )
+
+
+def ponder_cost(expected_loops: Tensor, max_loops: int) -> Tensor:
+    """One layer's share before the mean over layers: mean over tokens of (E - 1) / (N - 1); 0 where N = 1."""
+    return (expected_loops - 1).mean() / max(1, max_loops - 1)
+
+
+# --------------------------------------------------------------------------------------------------- whole model
+
+
+def make_layer(config: Any, backend: Backend, index: int) -> PlainLayer | LoopedLayer:
+    """Layer `index` of the model: looped where max_loops > 0."""
+    return LoopedLayer(config, backend, index) if config.max_loops else PlainLayer(config, backend, index)
+
+
+class LoopMemModel(nn.Module):
+    """Embedding, layers, shared memory and final norm."""
+
+    def __init__(self, config: Any, backend: Backend) -> None:
+        super().__init__()
+        self.embed_tokens = backend.embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(make_layer(config, backend, index) for index in range(config.num_hidden_layers))
+        self.memory = SharedMemory(config) if config.local_slots or config.global_slots else None
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend)
+
+    def forward(self, input_ids: Tensor, num_loops: int | None = None) -> tuple[Tensor, list[LoopStats]]:
+        """[B, T] -> (hidden [B, T, D] after the final norm, one LoopStats a looped layer)."""
+        hidden = self.embed_tokens(input_ids)
+        memory = self.memory() if self.memory is not None else None
+        all_stats = []
+        for layer in self.layers:
+            hidden, stats = layer(hidden, memory, num_loops)
+            if stats is not None:
+                all_stats.append(stats)
+        return self.norm(hidden), all_stats
+
+
+class LoopMemOutput(NamedTuple):
+    """What LoopMemLM returns; the losses are None without labels."""
+
+    logits: Tensor
+    stats: list[LoopStats]
+    loss: Tensor | None
+    cross_entropy: Tensor | None
+    ponder_cost: Tensor | None
+
+
+class LoopMemLM(nn.Module):
+    """The language model: LoopMemModel and a head, with loss = cross-entropy + ponder_weight * ponder cost."""
+
+    def __init__(self, config: Any, backend: Backend) -> None:
+        super().__init__()
+        self.config, self.backend = config, backend
+        self.model = LoopMemModel(config, backend)
+        self.lm_head = backend.lm_head(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, num_loops: int | None = None) -> LoopMemOutput:
+        """`input_ids` and `labels` [B, T]; labels are the next tokens, already shifted."""
+        hidden, stats = self.model(input_ids, num_loops)
+        logits = self.lm_head(hidden)
+        if labels is None:
+            return LoopMemOutput(logits, stats, None, None, None)
+        cross_entropy = self.backend.cross_entropy(logits, labels)
+        costs = [ponder_cost(layer.expected_loops(), self.config.max_loops) for layer in stats]
+        ponder = torch.stack(costs).mean() if costs else torch.zeros_like(cross_entropy)
+        loss = cross_entropy + self.config.ponder_weight * ponder
+        return LoopMemOutput(logits, stats, loss, cross_entropy, ponder)

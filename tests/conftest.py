@@ -1,0 +1,9 @@
+"""Shared by all tests: one thread a process, no network, caches of Hugging Face in a folder of the test's own."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["WANDB_MODE"] = "offline"
