@@ -1,0 +1,108 @@
+"""One split of a prepared folder as one long stream of tokens.
+
+A split is its shards' .bin files one after the other. Each shard is opened through megatron-core's `IndexedDataset`,
+the owner of the format: its class reads the .idx header, so a folder that opens here opens in Megatron too, and a
+change of the format shows up here as an error. What Megatron does not check (that documents follow each other in the
+.bin without gaps, that counts are the manifest's) is checked here once, at opening; after that a read is a copy out of
+a memory map.
+
+The import of megatron.core takes 4-5 s, so it happens when the first stream is opened.
+"""
+
+from bisect import bisect_right
+from hashlib import sha256
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loopmem_pretrain.data.manifest import MANIFEST_NAME, Manifest, Shard, SplitName, load_manifest, verify_shards
+from loopmem_pretrain.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_AGAIN = "prepare the folder again with `loopmem prepare-data`, or copy it again if it was copied"
+
+
+class TokenStream:
+    """Random access to the tokens of one split. Picklable and safe to use in forked processes.
+
+    Args:
+        folder: written by `loopmem prepare-data`.
+        split: `train` or `validation`.
+        manifest: of that folder when it is loaded already.
+
+    Raises:
+        DataError: a file is missing, truncated or not what the manifest says (file, expected, found), or the
+            split holds no token.
+    """
+
+    def __init__(self, folder: str | Path, split: SplitName, manifest: Manifest | None = None) -> None:
+        self.folder = Path(folder)
+        self.split = split
+        self.manifest = manifest or load_manifest(folder)
+        self.manifest_sha256 = sha256((self.folder / MANIFEST_NAME).read_bytes()).hexdigest()
+        shards = self.manifest.splits[split].shards
+        if not shards:
+            raise DataError(
+                f"{self.folder}: the {split} split is empty",
+                "prepare the folder again with a larger validation_fraction"
+                if split == "validation"
+                else "prepare the folder again from sources that hold text",
+            )
+        verify_shards(self.folder, self.manifest, hashes=False)
+        self._item_size = 2 if self.manifest.dtype == "uint16" else 4
+        self._shards = [self._open(shard) for shard in shards]
+        self._starts = [0, *accumulate(shard.tokens for shard in shards)]  # of each shard in the stream, and the end
+
+    def __len__(self) -> int:
+        """Tokens in the split."""
+        return self._starts[-1]
+
+    def read(self, start: int, count: int) -> "NDArray[np.int64]":
+        """A copy of tokens start ... start + count - 1, across shard borders; int64 [count].
+
+        Raises:
+            IndexError: the range leaves the stream.
+        """
+        import numpy as np
+
+        if start < 0 or count < 0 or start + count > len(self):
+            raise IndexError(
+                f"{self.folder}: tokens {start}...{start + count - 1} of {len(self)} in the {self.split} split"
+            )
+        tokens = np.empty(count, dtype=np.int64)
+        shard, done = bisect_right(self._starts, start) - 1, 0
+        while done < count:
+            offset = start + done - self._starts[shard]
+            size = min(count - done, self._starts[shard + 1] - self._starts[shard] - offset)
+            reader, dtype = self._shards[shard].bin_reader, self._shards[shard].index.dtype
+            tokens[done : done + size] = reader.read(dtype=dtype, count=size, offset=offset * self._item_size)
+            done += size
+            shard += 1
+        return tokens
+
+    def _open(self, shard: Shard) -> Any:
+        import numpy as np
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+        prefix = self.folder / shard.prefix
+        try:
+            opened = IndexedDataset(str(prefix))
+        except (AssertionError, ValueError, IndexError, OSError) as error:
+            raise DataError(f"{prefix}.idx is not a readable Megatron index: {error}", _AGAIN) from error
+        index, lengths = opened.index, opened.sequence_lengths
+        ends = np.cumsum(lengths, dtype=np.int64)
+        gapless = not index.sequence_pointers[0] and np.array_equal(
+            index.sequence_pointers[1:], ends[:-1] * self._item_size
+        )
+        for what, expected, found in (
+            ("token dtype", self.manifest.dtype, np.dtype(index.dtype).name),
+            ("tokens", shard.tokens, int(ends[-1])),
+            ("documents", shard.documents, len(opened.document_indices) - 1),
+            ("documents without gaps", True, gapless and int(lengths.min()) >= 0),
+        ):
+            if expected != found:
+                raise DataError(f"{prefix}.idx: {what}: expected {expected} (manifest), found {found}", _AGAIN)
+        return opened
