@@ -6,7 +6,7 @@ reader checks the shards against; `docs/` describes the format for readers outsi
 
 import json
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
@@ -15,8 +15,8 @@ from loopmem_pretrain.data.files import sha256_file, write_file
 from loopmem_pretrain.errors import DataError
 
 MANIFEST_NAME = "manifest.json"
-FORMAT = "loopmem-shards"
-VERSION = 1
+FORMAT: Final = "loopmem-shards"
+VERSION: Final = 1
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
