@@ -1,0 +1,169 @@
+"""Configuration of a transformer whose layers loop adaptively and read gated memory banks.
+
+Every exported model folder carries a copy of this file: it needs transformers and the standard library only.
+"""
+
+# transformers annotates a part of itself only:
+# mypy: disable-error-code="misc,no-untyped-call"
+
+import math
+from typing import Any
+
+from transformers import PretrainedConfig
+
+_CHOICES = {
+    "residual_scale": ("learned", "one", "inverse_depth"),
+    "gate": ("vector", "scalar", "constant"),
+    "retrieval": ("dense",),
+}
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+
+
+class LoopMemConfig(PretrainedConfig):
+    """Sizes and variants of one model; the defaults are a 12-layer model of three loops without memory.
+
+    Raises:
+        ValueError: a value that does not fit, with what would be valid; all problems at once.
+    """
+
+    model_type = "loopmem"
+    # Trainer gathers every other output of a forward pass over all batches of an evaluation.
+    keys_to_ignore_at_inference = ["past_key_values", "cross_entropy", "ponder_cost", "loop_stats"]  # noqa: RUF012
+
+    vocab_size: int = 50304
+    """V: rows of the embedding and of the head."""
+    hidden_size: int = 768
+    """D: width of the residual stream."""
+    intermediate_size: int = 2048
+    """F: width of the SwiGLU feed-forward."""
+    num_hidden_layers: int = 12
+    """L: sets of weights; never layers times loops."""
+    num_attention_heads: int = 12
+    """H: query heads; divides hidden_size."""
+    num_key_value_heads: int = 12
+    """K: key/value heads; divides num_attention_heads."""
+    max_loops: int = 3
+    """N: how often a layer may be applied; 0 means plain blocks."""
+    residual_scale: str = "learned"
+    """Scale of both residual branches: `learned` (looped), `one` or `inverse_depth` (plain)."""
+    local_slots: int = 0
+    """S_l: slots of each layer's own memory bank; 0 leaves the bank out."""
+    global_slots: int = 0
+    """S_g: slots of the bank shared by all layers; 0 leaves the bank out."""
+    gate: str = "vector"
+    """What opens the memory: a gate per channel (`vector`), per token (`scalar`), or `constant`."""
+    gate_init_bias: float = -3.0
+    """g0: the gate's bias at the start; the value of a constant gate is sigmoid(g0)."""
+    retrieval: str = "dense"
+    """How slots are read."""
+    rope_theta: float = 500000.0
+    """Base of the rotary position embedding."""
+    rms_norm_eps: float = 1e-5
+    """Epsilon of every RMSNorm and LayerNorm."""
+    ponder_weight: float = 0.0
+    """Weight of the ponder cost in the loss."""
+    tie_word_embeddings: bool = False
+    """Whether the head is the embedding's transpose."""
+    max_position_embeddings: int | None = None
+    """Tokens of a training sequence; nothing was learned about later positions."""
+    bos_token_id: int | None = None
+    """Beginning of sequence."""
+    eos_token_id: int | None = None
+    """End of a document; generation stops there."""
+    pad_token_id: int | None = None
+    """Fills finished sequences of a batch in generation."""
+    use_cache: bool = False
+    """There is no key/value cache yet: generation recomputes the whole sequence for every token."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        problems = config_problems(self)
+        if problems:
+            raise ValueError("this is no valid LoopMemConfig:\n  " + "\n  ".join(problems))
+        super().__post_init__(**kwargs)
+
+
+def config_problems(config: Any) -> list[str]:
+    """What is wrong with the fields of a config, one line each: field, value, and what would be valid."""
+    problems = _value_problems(config)
+    return problems or _cross_problems(config)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _value_problems(config: Any) -> list[str]:
+    """Each field by itself."""
+    problems = []
+
+    def expect(fits: bool, key: str, valid: str) -> None:
+        if not fits:
+            problems.append(f"{key}: {getattr(config, key)!r} is not valid; valid: {valid}")
+
+    for key in _POSITIVE:
+        value = getattr(config, key)
+        expect(_is_int(value) and value > 0, key, "a whole number above 0")
+    for key in ("max_loops", "local_slots", "global_slots"):
+        value = getattr(config, key)
+        expect(_is_int(value) and value >= 0, key, "a whole number, 0 or above")
+    for key, choices in _CHOICES.items():
+        expect(getattr(config, key) in choices, key, ", ".join(repr(choice) for choice in choices))
+    for key in ("rope_theta", "rms_norm_eps"):
+        value = getattr(config, key)
+        expect(_is_number(value) and value > 0, key, "a finite number above 0")
+    for key in ("gate_init_bias", "ponder_weight"):
+        expect(_is_number(getattr(config, key)), key, "a finite number")
+    for key in ("tie_word_embeddings", "use_cache"):
+        expect(isinstance(getattr(config, key), bool), key, "true or false")
+    expect(not config.use_cache, "use_cache", "False, there is no key/value cache yet")
+    positions = config.max_position_embeddings
+    expect(positions is None or (_is_int(positions) and positions > 0), "max_position_embeddings", "none, or above 0")
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token, size = getattr(config, key), config.vocab_size
+        fits = token is None or (_is_int(token) and _is_int(size) and 0 <= token < size)
+        expect(fits, key, f"none, or a token id from 0 to vocab_size - 1 (vocab_size is {size!r})")
+    return problems
+
+
+def _cross_problems(config: Any) -> list[str]:
+    """Fields that do not fit each other."""
+    problems = []
+    width, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    if width % heads:
+        problems.append(
+            f"num_attention_heads: {heads} does not divide hidden_size {width}; valid: a divisor of {width}"
+        )
+    elif width // heads % 2:
+        problems.append(
+            f"num_attention_heads: {heads} heads of hidden_size {width} are {width // heads} wide; valid: heads of "
+            "even width, which rotary embedding needs"
+        )
+    if heads % kv_heads:
+        problems.append(
+            f"num_key_value_heads: {kv_heads} does not divide num_attention_heads {heads}; valid: a divisor of {heads}"
+        )
+    if config.max_loops and config.residual_scale != "learned":
+        problems.append(
+            f"residual_scale: {config.residual_scale!r} belongs to plain blocks (max_loops 0); with max_loops "
+            f"{config.max_loops} valid: 'learned'"
+        )
+    if not config.max_loops and config.residual_scale == "learned":
+        problems.append("residual_scale: 'learned' needs max_loops of 1 or above; valid: 'one', 'inverse_depth'")
+    if not config.max_loops and (config.local_slots or config.global_slots):
+        key = "local_slots" if config.local_slots else "global_slots"
+        problems.append(
+            f"{key}: {getattr(config, key)} with max_loops 0; valid: 0, since memory is read at every loop "
+            "(max_loops 1 is memory without looping)"
+        )
+    return problems
