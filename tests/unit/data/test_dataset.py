@@ -1,5 +1,6 @@
 """Samples, their blend and their order: exact, stateless, and quarrelsome about folders that do not fit."""
 
+import doctest
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -282,3 +283,11 @@ def test_validation_lengths_must_agree(two: tuple[Path, Path]) -> None:
     packed = [PackedDataset(TokenStream(folder, "validation"), T + i) for i, folder in enumerate(two)]
     with pytest.raises(ValueError, match="one seq_length"):
         ValidationDataset(packed, [1, 1], 2)
+
+
+# ---- documentation ---------------------------------------------------------------------------------------------
+
+
+def test_the_documented_numbers_are_true() -> None:
+    page = Path(__file__).parents[3] / "docs" / "data_format.md"
+    assert doctest.testfile(str(page), module_relative=False) == (0, 9)
