@@ -7,9 +7,10 @@ kill, never meets half of one.
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from loopmem_pretrain.errors import EnvironmentFault
 
@@ -84,3 +85,11 @@ def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes, read in pieces."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+Progress = Callable[[int, int | None, Mapping[str, Any]], None]
+"""Called as (done, total or None where it is unknown, info); info["stage"] says what is being done."""
+
+
+def silent(done: int, total: int | None, info: Mapping[str, Any]) -> None:
+    """A Progress that tells nobody."""

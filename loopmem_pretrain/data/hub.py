@@ -21,7 +21,14 @@ def hub_rows(source: SourceConfig, start: Cursor) -> Generator[Row]:
     import pyarrow
 
     label = "/".join(part for part in (source.name, source.config, source.split) if part)
-    failures = (OSError, ValueError, RuntimeError, httpx.HTTPError, pyarrow.ArrowException, datasets.exceptions.DatasetsError)
+    failures = (
+        OSError,
+        ValueError,
+        RuntimeError,
+        httpx.HTTPError,
+        pyarrow.ArrowException,
+        datasets.exceptions.DatasetsError,
+    )
     try:
         stream: Any = datasets.load_dataset(
             str(source.name),

@@ -104,7 +104,7 @@ class HuggingFaceTokenizer:
             self.backend = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
         except OSError as error:
             raise DataError(f"cannot read {file}: {error.strerror or error}", "check tokenizer.path") from error
-        except Exception as error:  # noqa: BLE001 - tokenizers raises plain Exception for whatever it cannot parse
+        except Exception as error:  # tokenizers raises plain Exception for whatever it cannot parse
             raise DataError(f"{file} is damaged or no tokenizer.json: {error}", "copy the tokenizer again") from error
         self.backend.no_truncation()
         self.backend.no_padding()

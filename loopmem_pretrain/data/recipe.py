@@ -1,0 +1,150 @@
+"""Whether a folder, begun or complete, was made from the recipe, tokenizer and sources at hand."""
+
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any
+
+from loopmem_pretrain.config.prepare import PrepareConfig
+from loopmem_pretrain.data.corpus import find_files
+from loopmem_pretrain.data.files import Progress, sha256_file
+from loopmem_pretrain.data.journal import Header, Journal, SourceFile
+from loopmem_pretrain.data.manifest import Manifest, Source
+from loopmem_pretrain.data.tokenizer import Tokenizer, find_tokenizer
+from loopmem_pretrain.errors import DataError
+
+_FREE = ("num_processes", "max_broken_lines", "output_dir", "tokenizer")  # change no byte, or are compared by hash
+
+
+def source_files(config: PrepareConfig) -> list[list[Path]]:
+    """Files of each source in reading order; none for a hub data set. Raises as `find_files`."""
+    return [find_files(source) if source.kind == "files" else [] for source in config.sources]
+
+
+def begin_or_continue(
+    config: PrepareConfig,
+    journal: Journal,
+    files: list[list[Path]],
+    tokenizer: Tokenizer,
+    pool: Executor,
+    progress: Progress,
+) -> None:
+    """Write the journal's first line, or see that it still describes recipe, tokenizer and sources.
+
+    Raises:
+        DataError: with every difference, old -> new.
+    """
+    recipe, old, folder = config.model_dump(mode="json"), journal.header, journal.path.parent
+    paths = [path for group in files for path in group]
+    if old is not None:
+        different = _differences(old.recipe, recipe) + _tokenizer_difference(old.tokenizer_sha256, tokenizer.sha256)
+        before = {file.path: file.bytes for group in old.files for file in group}
+        _refuse(different + _file_differences(before, paths), folder, "begun")
+    known = {(file.path, file.mtime_ns): file.sha256 for group in old.files for file in group} if old else {}
+    hashed = _hash_files([path for path in paths if _key(path) not in known], pool, progress)
+    now = tuple(tuple(_describe(path, {**known, **hashed}) for path in group) for group in files)
+    if old is None:
+        journal.begin(Header(recipe=recipe, tokenizer_sha256=tokenizer.sha256, files=now))
+        return
+    hashes = {file.path: file.sha256 for group in old.files for file in group}
+    changed = [f"{file.path}: other content" for group in now for file in group if hashes[file.path] != file.sha256]
+    _refuse(changed, folder, "begun")
+
+
+def check_complete(config: PrepareConfig, manifest: Manifest, folder: Path) -> None:
+    """See that a complete folder was made from this recipe. Tokenizer and sources may be gone by now.
+
+    Raises:
+        DataError: with every difference, old -> new.
+    """
+    different = _differences(manifest.recipe, config.model_dump(mode="json"))
+    given = find_tokenizer(config.tokenizer.path)
+    if given is not None:
+        different += _tokenizer_difference(manifest.tokenizer.sha256, sha256_file(given))
+    before = {source.path: source.bytes or 0 for source in manifest.source if source.sha256 is not None}
+    if not different and any(Path(path).exists() for path in before):
+        different = _file_differences(before, [path for group in source_files(config) for path in group])
+    _refuse(different, folder, "made")
+
+
+def source_records(config: PrepareConfig, header: Header) -> list[Source]:
+    """What was read, for the manifest."""
+    records = []
+    for source, group in zip(config.sources, header.files, strict=True):
+        about = {"origin": source.origin, "license": source.license}
+        if source.kind == "hub":
+            name = "/".join(part for part in (source.name, source.config, source.split) if part)
+            records.append(Source(path=name, bytes=None, sha256=None, revision=source.revision, **about))
+        for file in group:
+            records.append(Source(path=file.path, bytes=file.bytes, sha256=file.sha256, revision=None, **about))
+    return records
+
+
+def _refuse(different: list[str], folder: Path, verb: str) -> None:
+    if different:
+        raise DataError(
+            f"{folder} was {verb} from something else (old -> new)\n  " + "\n  ".join(different),
+            "choose another output_dir, restore what differs, or delete the folder to prepare it anew",
+        )
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    left, right = _leaves(_relevant(old)), _leaves(_relevant(new))
+    return [
+        f"{key}: {left.get(key, 'unset')} -> {right.get(key, 'unset')}"
+        for key in dict.fromkeys([*left, *right])
+        if left.get(key, "unset") != right.get(key, "unset")
+    ]
+
+
+def _relevant(recipe: dict[str, Any]) -> dict[str, Any]:
+    tokenizer = recipe.get("tokenizer")
+    eos_token = tokenizer.get("eos_token") if isinstance(tokenizer, dict) else None
+    return {**{key: value for key, value in recipe.items() if key not in _FREE}, "tokenizer.eos_token": eos_token}
+
+
+def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        items = [(str(key), inner) for key, inner in value.items()]
+    elif isinstance(value, list | tuple):
+        items = [(str(index), inner) for index, inner in enumerate(value)]
+    else:
+        return {prefix: value}
+    return {k: v for key, inner in items for k, v in _leaves(inner, f"{prefix}.{key}".lstrip(".")).items()}
+
+
+def _tokenizer_difference(old: str, new: str) -> list[str]:
+    return [] if old == new else [f"tokenizer's sha256: {old} -> {new}"]
+
+
+def _file_differences(before: dict[str, int], paths: list[Path]) -> list[str]:
+    now = {str(path): path.stat().st_size for path in paths}
+    if list(before) != list(now) and sorted(before) == sorted(now):
+        return ["the files are read in another order"]
+    return [
+        f"{path}: {_size(before.get(path))} -> {_size(now.get(path))}"
+        for path in dict.fromkeys([*before, *now])
+        if before.get(path) != now.get(path)
+    ]
+
+
+def _size(size: int | None) -> str:
+    return "not read" if size is None else f"{size:,} bytes"
+
+
+def _key(path: Path) -> tuple[str, int]:
+    return str(path), path.stat().st_mtime_ns
+
+
+def _hash_files(paths: list[Path], pool: Executor, progress: Progress) -> dict[tuple[str, int], str]:
+    keys, sizes, hashes = [_key(path) for path in paths], [path.stat().st_size for path in paths], {}
+    for index, sha256 in enumerate(pool.map(sha256_file, paths)):
+        hashes[keys[index]] = sha256
+        progress(sum(sizes[: index + 1]), sum(sizes), {"stage": "hash sources"})
+    return hashes
+
+
+def _describe(path: Path, hashes: dict[tuple[str, int], str]) -> SourceFile:
+    key = _key(path)
+    if key not in hashes:
+        raise DataError(f"{path} changed while it was read", "wait until the file is written, then run again")
+    return SourceFile(path=str(path), bytes=path.stat().st_size, mtime_ns=key[1], sha256=hashes[key])

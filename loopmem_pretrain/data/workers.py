@@ -1,0 +1,94 @@
+"""The processes that tokenize: a batch of texts goes in, arrays of token ids come out, split by split.
+
+Only light imports here: every worker starts as a fresh interpreter.
+"""
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from loopmem_pretrain.data.manifest import DTypeName, SplitName
+from loopmem_pretrain.data.tokenizer import Tokenizer, load_tokenizer
+
+
+class Task(NamedTuple):
+    """What every batch of a run has in common."""
+
+    tokenizer_file: str
+    eos_token: str | None
+    append_eos: bool
+    dtype: DTypeName
+    validation_fraction: float
+
+
+class Tokens(NamedTuple):
+    """Documents of one split: their ids one after the other, and where each ends."""
+
+    ids: np.ndarray[Any, Any]
+    """All ids, [sum of lengths], in the shard's dtype."""
+    lengths: list[int]
+    """Tokens of each document."""
+    text_bytes: int
+    """UTF-8 bytes of their text."""
+
+
+def is_validation(text: bytes, fraction: float) -> bool:
+    """Whether a document is held out: a property of its text alone."""
+    hashed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+    return hashed < fraction * 2**64
+
+
+def tokenize(texts: list[bytes], tokenizer: Tokenizer, task: Task) -> dict[SplitName, Tokens]:
+    """Tokenize documents, keeping their order within each split; a document that gives no token is left out."""
+    parts: dict[SplitName, list[bytes]] = {"train": [], "validation": []}
+    for text in texts:
+        parts["validation" if is_validation(text, task.validation_fraction) else "train"].append(text)
+    result: dict[SplitName, Tokens] = {}
+    for split, part in parts.items():
+        if part:
+            documents = tokenizer.encode_batch([text.decode("utf-8") for text in part])
+            if task.append_eos:
+                for document in documents:
+                    document.append(tokenizer.eos_id)
+            lengths = [len(document) for document in documents if document]
+            ids = np.fromiter(chain.from_iterable(documents), np.dtype(task.dtype), sum(lengths))
+            result[split] = Tokens(ids, lengths, sum(map(len, part)))
+    return result
+
+
+def start_pool(num_processes: int, task: Task) -> ProcessPoolExecutor:
+    """Processes for `tokenize_batch`; they end when this process ends, however it ends."""
+    # A fresh interpreter each, not a fork: this process may hold threads (torch, pyarrow) and the lock of the folder.
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(num_processes, mp_context=context, initializer=_start_worker, initargs=(task,))
+
+
+def tokenize_batch(texts: list[bytes]) -> dict[SplitName, Tokens]:
+    """`tokenize` in a worker of `start_pool`."""
+    tokenizer, task = _worker
+    return tokenize(texts, tokenizer, task)
+
+
+_worker: tuple[Tokenizer, Task]  # of a worker process, set once when it starts
+
+
+def _start_worker(task: Task) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what ends
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core already
+    _worker = load_tokenizer(task.tokenizer_file, task.eos_token), task
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()  # returns as well when the parent was killed and could tell nobody
+        os._exit(1)
