@@ -2,6 +2,7 @@
 
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,7 @@ class ShardWriter:
         """
         with disk_faults(self._temporary("bin")):
             if self._builder is None:
-                from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-                self._builder = IndexedDatasetBuilder(str(self._temporary("bin")), dtype=self.dtype)
+                self._builder = _builder_class()(str(self._temporary("bin")), dtype=self.dtype)
             begin = 0
             for length in tokens.lengths:
                 self._builder.add_document(tokens.ids[begin : begin + length], [length])
@@ -80,6 +79,13 @@ class ShardWriter:
 
     def _temporary(self, suffix: str) -> Path:
         return self.folder / f".tmp-{self.split}-{self.index:05d}.{suffix}"
+
+
+def _builder_class() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its import tells at length which GPU libraries it misses
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+    return IndexedDatasetBuilder
 
 
 def shard_files(folder: Path) -> list[Path]:

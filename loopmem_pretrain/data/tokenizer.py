@@ -212,9 +212,14 @@ def train_sentencepiece(texts: Iterable[str], out_dir: str | Path, config: Train
             minloglevel=2,
         )
     except RuntimeError as error:
+        if taken.failure is not None:  # reading the texts failed; the trainer only passes its message on
+            raise taken.failure from None
+        too_small = "required_chars" in str(error)
         raise DataError(
             f"sentencepiece cannot make {config.vocab_size:,} pieces from {taken.size:,} bytes of text: {error}",
-            "lower tokenizer.train.vocab_size, or give it more text",
+            "raise tokenizer.train.vocab_size, or lower character_coverage"
+            if too_small
+            else "lower tokenizer.train.vocab_size, or give it more text",
         ) from error
     record = {"config": config.model_dump(mode="json"), "text_bytes": taken.size, "text_sha256": taken.hash.hexdigest()}
     write_file(file.with_name(RECORD_NAME), (json.dumps(record, indent=1) + "\n").encode())
@@ -258,13 +263,18 @@ class _Taken:
         self.texts = texts
         self.size = 0
         self.hash = hashlib.sha256()
+        self.failure: BaseException | None = None
 
     def __iter__(self) -> Iterator[str]:
-        for text in self.texts:
-            encoded = text.encode("utf-8")
-            self.size += len(encoded)
-            self.hash.update(encoded + b"\0")
-            yield from _pieces(text)
+        try:
+            for text in self.texts:
+                encoded = text.encode("utf-8")
+                self.size += len(encoded)
+                self.hash.update(encoded + b"\0")
+                yield from _pieces(text)
+        except BaseException as error:
+            self.failure = error
+            raise
 
 
 def _pieces(text: str) -> Iterator[str]:

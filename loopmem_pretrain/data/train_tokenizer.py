@@ -67,6 +67,7 @@ def sample_texts(config: PrepareConfig, train: TrainTokenizerConfig, progress: P
     stored = sum(path.stat().st_size for paths in files for path in paths)
     hub_share = train.sample_bytes // len(config.sources)
     for_files = train.sample_bytes - hub_share * sum(source.kind == "hub" for source in config.sources)
+    total = min(train.sample_bytes, stored) if for_files == train.sample_bytes else None
     tally, taken = Tally(config.max_broken_lines), 0
     for source, paths in zip(config.sources, files, strict=True):
         parts: list[tuple[list[Path], int]] = [([path], for_files * path.stat().st_size // stored) for path in paths]
@@ -78,7 +79,7 @@ def sample_texts(config: PrepareConfig, train: TrainTokenizerConfig, progress: P
                 if not is_validation(document.text, config.validation_fraction):
                     left -= len(document.text)
                     taken += len(document.text)
-                    progress(taken, train.sample_bytes, {"stage": "train tokenizer"})
+                    progress(min(taken, total or taken), total, {"stage": "train tokenizer"})
                     yield document.text.decode("utf-8")
 
 

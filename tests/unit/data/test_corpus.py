@@ -1,0 +1,260 @@
+"""Reading documents: every format, going on from any document, and every kind of bad input."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from loopmem_pretrain.config.prepare import FilterConfig, PrepareConfig, SourceConfig, TokenizerConfig, prepare_problems
+from loopmem_pretrain.data.corpus import Tally, find_files, iter_documents
+from loopmem_pretrain.errors import DataError
+
+RECORDS = [{"text": f"document {i}\nwith \u00e9 and \u65e5\n", "score": i / 10} for i in range(1200)]
+TEXTS = [record["text"] for record in RECORDS]
+
+
+def source(*paths: Path | str, **values: Any) -> SourceConfig:
+    return SourceConfig(paths=tuple(map(str, paths)), origin="test", license="CC0", **values)
+
+
+def texts(config: SourceConfig, **values: Any) -> list[str]:
+    return [document.text.decode() for document in iter_documents(config, **values)]
+
+
+def jsonl(records: list[Any]) -> bytes:
+    return b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def refused(config: SourceConfig, tally: Tally | None = None) -> DataError:
+    with pytest.raises(DataError) as caught:
+        list(iter_documents(config, tally))
+    assert caught.value.fix
+    return caught.value
+
+
+def make_files(folder: Path) -> dict[str, SourceConfig]:
+    table = pyarrow.Table.from_pylist(RECORDS)
+    pyarrow.parquet.write_table(table, folder / "p.parquet", row_group_size=500)
+    frames = zstandard.compress(jsonl(RECORDS[:700])) + zstandard.compress(jsonl(RECORDS[700:]))
+    return {
+        "jsonl": source(write(folder / "a.jsonl", jsonl(RECORDS))),
+        "gz": source(write(folder / "b.jsonl.gz", gzip.compress(jsonl(RECORDS)))),
+        "zst": source(write(folder / "c.jsonl.zst", frames)),
+        "parquet": source(folder / "p.parquet"),
+        "hub": SourceConfig(
+            kind="hub", name="json", data_files=(str(folder / "a.jsonl"),), origin="test", license="CC0"
+        ),
+    }
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "gz", "zst", "parquet", "hub"])
+def test_reads_and_continues_after_any_document(tmp_path: Path, kind: str) -> None:
+    config = make_files(tmp_path)[kind]
+    documents = list(iter_documents(config))
+    assert [document.text.decode() for document in documents] == TEXTS
+    for stop in (0, 1, 499, 500, 700, 1199):
+        assert texts(config, start=documents[stop].after) == TEXTS[stop + 1 :]
+
+
+def test_files_are_read_in_order_and_continued_across(tmp_path: Path) -> None:
+    for index in (1, 0, 2):
+        write(tmp_path / f"{index}.jsonl", jsonl(RECORDS[index * 3 : index * 3 + 3]))
+    config = source(tmp_path / "*.jsonl")
+    documents = list(iter_documents(config))
+    assert [document.text.decode() for document in documents] == TEXTS[:9]
+    assert texts(config, start=documents[4].after) == TEXTS[5:9]
+
+
+def test_a_txt_file_is_one_document(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", b"one\n\ntwo\r\n")
+    documents = list(iter_documents(source(path)))
+    assert [document.text for document in documents] == [b"one\n\ntwo\r\n"]
+    assert texts(source(path), start=documents[0].after) == []
+
+
+def test_txt_documents_between_blank_lines(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", b"\n\none\nmore\n \n\r\ntwo\r\n\nthree")
+    config = source(path, document_separator="blank_line")
+    documents = list(iter_documents(config))
+    assert [document.text for document in documents] == [b"one\nmore", b"two", b"three"]
+    assert texts(config, start=documents[0].after) == ["two", "three"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_filter_keeps_min_and_drops_below(tmp_path: Path, kind: str) -> None:
+    config = make_files(tmp_path)[kind].model_copy(
+        update={"filters": (FilterConfig(field="score", min=3.0, below=3.5),)}
+    )
+    tally = Tally(0)
+    assert texts(config, tally=tally) == TEXTS[30:35]
+    assert (tally.documents_read, tally.filtered_documents) == (1200, 1195)
+
+
+def test_nested_fields(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", jsonl([{"data": {"body": "x"}, "meta": {"score": 1}}]))
+    config = source(path, text_field="data.body", filters=(FilterConfig(field="meta.score", min=1),))
+    assert texts(config) == ["x"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "hub"])
+def test_max_documents_counts_kept_ones_over_a_restart(tmp_path: Path, kind: str) -> None:
+    config = make_files(tmp_path)[kind].model_copy(update={"max_documents": 10})
+    documents = list(iter_documents(config))
+    assert [document.text.decode() for document in documents] == TEXTS[:10]
+    assert texts(config, start=documents[3].after) == TEXTS[4:10]
+    assert texts(config, start=documents[9].after) == []
+
+
+def test_byte_order_mark_and_blank_lines(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + jsonl(RECORDS[:1]) + b"\n  \n" + jsonl(RECORDS[1:2]))
+    assert texts(source(path)) == TEXTS[:2]
+
+
+def test_empty_documents_are_counted(tmp_path: Path) -> None:
+    tally = Tally(0)
+    assert texts(
+        source(write(tmp_path / "a.jsonl", jsonl([{"text": ""}, {"text": " \n"}, {"text": "x"}]))), tally=tally
+    ) == ["x"]
+    assert (tally.documents_read, tally.empty_documents) == (3, 2)
+
+
+BROKEN = {
+    "cut off": b'{"text": "cut o\n',
+    "not an object": b"[1, 2]\n",
+    "no text field": b'{"body": "x"}\n',
+    "text is null": b'{"text": null}\n',
+    "text is a number": b'{"text": 3}\n',
+    "not UTF-8": b'{"text": "\xff"}\n',
+    "half a surrogate pair": b'{"text": "\\ud800"}\n',
+    "too deep": b'{"text": ' + b"[" * 100_000 + b"\n",
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_lines_are_counted_up_to_the_bound(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path / "a.jsonl", jsonl(RECORDS[:1]) + BROKEN[kind] + jsonl(RECORDS[1:2]))
+    tally = Tally(1)
+    assert texts(source(path), tally=tally) == TEXTS[:2]
+    assert tally.broken_lines == 1
+    assert tally.broken_examples[0].startswith(f"{path}:2: ")
+    assert f"{path}:2: " in refused(source(path)).problem
+
+
+def test_the_message_shows_the_first_broken_lines_only(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", b"x\n" * 50)
+    problem = refused(source(path), Tally(20)).problem
+    assert "21 broken lines, and max_broken_lines is 20" in problem
+    assert problem.count("a.jsonl:") == 5
+
+
+def test_a_missing_filter_field_is_a_broken_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", jsonl([{"text": "x"}]))
+    assert (
+        "filter field 'score' is None" in refused(source(path, filters=(FilterConfig(field="score", min=1),))).problem
+    )
+
+
+def test_no_file_matches(tmp_path: Path) -> None:
+    assert "no such file" in refused(source(tmp_path / "*.jsonl")).problem
+
+
+def test_a_folder_instead_of_files(tmp_path: Path) -> None:
+    assert "is a folder" in refused(source(tmp_path)).problem
+
+
+def test_unknown_suffix(tmp_path: Path) -> None:
+    assert "unknown type" in refused(source(write(tmp_path / "a.csv", b"x"))).problem
+
+
+def test_empty_file(tmp_path: Path) -> None:
+    assert "empty, 0 bytes" in refused(source(write(tmp_path / "a.jsonl", b""))).problem
+
+
+def test_all_bad_files_at_once(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", b"")
+    write(tmp_path / "b.csv", b"x")
+    problem = refused(source(tmp_path / "*", tmp_path / "none*")).problem
+    assert "a.jsonl" in problem
+    assert "b.csv" in problem
+    assert "none*" in problem
+
+
+def test_a_file_matched_twice_is_read_once(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", jsonl(RECORDS[:1]))
+    assert len(find_files(source(tmp_path / "a.jsonl", tmp_path / "*.jsonl"))) == 1
+
+
+def test_binary_file(tmp_path: Path) -> None:
+    assert "binary" in refused(source(write(tmp_path / "a.jsonl", b"\x7fELF\0\0\0"))).problem
+
+
+def test_utf16_file(tmp_path: Path) -> None:
+    assert "UTF-16" in refused(source(write(tmp_path / "a.txt", "text".encode("utf-16")))).problem
+
+
+def test_txt_that_is_not_utf8_names_the_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", b"fine\nfine\n\xe9t\xe9\n")
+    assert f"{path}:3: not UTF-8" in refused(source(path)).problem
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst"])
+def test_compressed_file_cut_off(tmp_path: Path, kind: str) -> None:
+    config = make_files(tmp_path)[kind]
+    path = Path(config.paths[0])
+    write(path, path.read_bytes()[:-20])
+    assert "damaged or cut off" in refused(config).problem
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst"])
+def test_not_compressed_at_all(tmp_path: Path, kind: str) -> None:
+    config = make_files(tmp_path)[kind]
+    write(Path(config.paths[0]), jsonl(RECORDS))
+    assert "damaged or cut off" in refused(config).problem
+
+
+def test_parquet_without_the_column(tmp_path: Path) -> None:
+    config = make_files(tmp_path)["parquet"].model_copy(update={"text_field": "content"})
+    assert "no column content; columns: text, score" in refused(config).problem
+
+
+def test_parquet_cut_off(tmp_path: Path) -> None:
+    config = make_files(tmp_path)["parquet"]
+    write(Path(config.paths[0]), Path(config.paths[0]).read_bytes()[:-100])
+    assert "p.parquet" in refused(config).problem
+
+
+def test_hub_data_set_that_cannot_be_reached() -> None:
+    config = SourceConfig(kind="hub", name="nobody/nothing", origin="test", license="CC0")
+    error = refused(config)
+    assert "nobody/nothing/train cannot be opened" in error.problem
+    assert "kind: files" in error.fix
+
+
+def test_rules_between_fields() -> None:
+    config = PrepareConfig(
+        output_dir="x",
+        sources=(
+            SourceConfig(name="x", origin="o", license="l"),
+            SourceConfig(kind="hub", paths=("x",), origin="o", license="l"),
+            source("a", filters=(FilterConfig(field="s"), FilterConfig(field="s", min=2, below=1))),
+        ),
+        tokenizer=TokenizerConfig(path="x"),
+    )
+    assert [".".join(key) for key, _ in prepare_problems(config)] == [
+        "sources.0.paths",
+        "sources.0.name",
+        "sources.1.name",
+        "sources.1.paths",
+        "sources.2.filters.0",
+        "sources.2.filters.1.below",
+    ]
