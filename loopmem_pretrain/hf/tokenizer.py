@@ -172,17 +172,17 @@ def _unigram(proto: Any, tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
 
 
 def _cuts(proto: Any) -> dict[str, Any] | None:
-    """Cut texts at `<` and `>` where they have no piece: no other piece contains them then, so ids stay the same.
+    """Cut texts at characters of control and byte pieces that have no piece of their own.
 
-    For unigram only: a `<` without piece would cost more than the control piece that its text happens to spell.
+    For unigram only, where an unknown character costs more than the control piece that a text happens to spell. No
+    other piece contains such a character, so the cut changes no id.
     """
     if _MODEL_TYPES[proto.trainer_spec.model_type] == "bpe":
         return None
     known = {piece.piece for piece in proto.pieces if piece.type == _NORMAL}
     cuts = [
         {"type": "Split", "pattern": {"String": mark}, "behavior": "Isolated", "invert": False}
-        for mark in "<>"
-        if mark not in known
+        for mark in sorted(set("".join(piece.piece for piece in proto.pieces if piece.type != _NORMAL)) - known)
     ]
     return {"type": "Sequence", "pretokenizers": cuts} if cuts else None
 
