@@ -1,0 +1,38 @@
+"""The DeepSpeed configuration of a run, derived whole from the run's own configuration."""
+
+from typing import Any
+
+from loopmem_pretrain.config.run import RunConfig
+
+
+def deepspeed_config(config: RunConfig, accumulation_steps: int) -> dict[str, Any]:
+    """Everything DeepSpeed is told. What is set here and why:
+
+    - the optimizer is torch's, handed over as an object, hence `zero_allow_untested_optimizer`;
+    - gradients are summed in float32 also under bf16;
+    - pipe and gradient partitioning between stages corrupt losses silently with sequence parallelism: off;
+    - recomputation is ours, per loop and non-reentrant, so DeepSpeed's own is off.
+    """
+    training, stage = config.training, config.parallel.zero_stage
+    zero: dict[str, Any] = {"stage": stage}
+    if stage == 3:
+        # Norms, routers and step scales stay whole: gathering a few numbers costs more than keeping them.
+        zero["stage3_param_persistence_threshold"] = max(10_000, 4 * config.model.hidden_size)
+    return {
+        "train_batch_size": training.global_batch_size,
+        "train_micro_batch_size_per_gpu": training.micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_clipping": config.optimizer.gradient_clipping,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": training.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "pipeline": {
+            "pipe_partitioned": False,
+            "grad_partitioned": False,
+            "use_reentrant": False,
+            "activation_checkpoint_interval": 0,
+        },
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }

@@ -1,0 +1,179 @@
+"""DeepSpeed's two engines behind one small interface.
+
+ZeRO 1 runs in the pipeline engine (one path from one GPU to pipelines, universal checkpoints reshape exactly);
+ZeRO 2 and 3 run in the plain engine. The trainer sees `train_batch`, `evaluate`, `save` and `load`.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from loopmem_pretrain.config.run import RunConfig, gradient_accumulation_steps
+from loopmem_pretrain.errors import CheckpointError
+from loopmem_pretrain.model.loopmem import LoopedLayer, PlainLayer, SharedMemory, SharedRead, TorchBackend
+from loopmem_pretrain.training import pipeline
+from loopmem_pretrain.training.ds_config import deepspeed_config
+from loopmem_pretrain.training.metrics import LoopAccumulator
+from loopmem_pretrain.training.optim import beta1, learning_rate, make_optimizer, ponder_weight
+
+Batches = Iterator[tuple[Tensor, Tensor]]
+
+
+def init_distributed(device: torch.device) -> None:
+    """Join the process group; a process started alone becomes a group of one."""
+    alone = "RANK" not in os.environ
+    if alone:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if device.type == "cpu":
+        # DeepSpeed would compile its shared-memory communication here (70 s) although gloo does the work.
+        from deepspeed.ops import __compatible_ops__
+
+        __compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        store = dist.HashStore() if alone else None
+        dist.init_process_group(backend, store=store, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+
+
+class TrainingEngine:
+    """A model being trained by DeepSpeed on this rank."""
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.accumulation_steps = gradient_accumulation_steps(config.training, dist.get_world_size())
+        self.uses_pipeline = config.parallel.zero_stage == 1
+        _quieten_deepspeed()
+
+        backend = TorchBackend()
+        accumulator = LoopAccumulator(config.model, config.model.num_hidden_layers, device)
+        self.step_context = pipeline.StepContext(config.model, accumulator)
+        module_type = pipeline.PipelineStage if self.uses_pipeline else pipeline.WholeModel
+        module = module_type(config.model, backend, backend.cross_entropy, self.step_context)
+        pipeline.initialize_weights(module, config.model, backend, config.training.seed)
+        pipeline.wrap_loops(module, config.training)
+        module.to(device)
+
+        parameters = dict(module.named_parameters())
+        self.public_names = pipeline.public_names(config.model, backend, list(parameters))
+        named = [(self.public_names[name], parameter) for name, parameter in parameters.items()]
+        if config.parallel.zero_stage == 3:
+            _prepare_for_zero3(module)
+        self.engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=make_optimizer(named, config.optimizer, device),
+            config=deepspeed_config(config, self.accumulation_steps),
+        )
+
+    def train_batch(self, batches: Batches, step: int) -> Tensor:
+        """One optimizer step over `accumulation_steps` micro-batches; mean cross-entropy over all ranks, on the device."""
+        self._set_schedules(step)
+        if self.uses_pipeline:
+            return cast(Tensor, self.engine.train_batch(data_iter=batches)).detach().reshape(())
+        self.engine.train()
+        total = torch.zeros((), device=self.device)
+        for _ in range(self.accumulation_steps):
+            loss = self.engine(*self._to_device(next(batches)))
+            self.engine.backward(loss)
+            self.engine.step()
+            total += loss.detach()
+        return self._mean_over_ranks(total / self.accumulation_steps)
+
+    def evaluate(self, batches: Batches, micro_batches: int) -> Tensor:
+        """Mean cross-entropy over `micro_batches` micro-batches of every rank, without gradients, on the device."""
+        if self.uses_pipeline:
+            # DeepSpeed's pipeline takes one group of micro-batches at a time through its buffers.
+            loss = self.engine.eval_batch(batches, num_micro_batches=micro_batches)
+            return cast(Tensor, loss).detach().reshape(())
+        self.engine.eval()
+        total = torch.zeros((), device=self.device)
+        with torch.no_grad():
+            for _ in range(micro_batches):
+                total += self.engine(*self._to_device(next(batches)))
+        return self._mean_over_ranks(total / micro_batches)
+
+    def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
+        """Write DeepSpeed's files of every rank to `folder/tag`."""
+        self.engine.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
+
+    def load(self, folder: Path, tag: str) -> dict[str, Any]:
+        """Restore model, optimizer and engine counters from `folder/tag`; returns the saved client state."""
+        path, client_state = self.engine.load_checkpoint(str(folder), tag=tag)
+        if path is None:
+            raise CheckpointError(f"DeepSpeed found nothing to load in {folder / tag}", "remove that folder or restore it")
+        return cast(dict[str, Any], client_state)
+
+    def grad_norm(self) -> float:
+        """Global gradient norm of the last step, before clipping."""
+        norm = self.engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps DeepSpeed did not apply because a gradient was not finite."""
+        return int(self.engine.skipped_steps)
+
+    def step_scales(self) -> list[list[float]]:
+        """Raw s_n of every looped layer, [layers][N]."""
+        scales = []
+        for layer in self.engine.module.modules():
+            if isinstance(layer, LoopedLayer):
+                scales.append(layer.step_scales.detach().float().tolist())
+        return scales
+
+    def _set_schedules(self, step: int) -> None:
+        config = self.config
+        steps = config.training.train_steps
+        rate = learning_rate(step, config.optimizer, config.schedule, steps)
+        betas = (beta1(step, config.optimizer, config.schedule, steps), config.optimizer.beta2)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"], group["betas"] = rate, betas
+        weight = ponder_weight(step, config.model.ponder_weight, config.training)
+        self.step_context.ponder_gradient = weight / (config.model.num_hidden_layers * self.accumulation_steps)
+
+    def _to_device(self, batch: tuple[Tensor, Tensor]) -> list[Tensor]:
+        return [tensor.to(self.device, non_blocking=True) for tensor in batch]
+
+    def _mean_over_ranks(self, value: Tensor) -> Tensor:
+        dist.all_reduce(value)
+        return value / dist.get_world_size()
+
+
+def _prepare_for_zero3(module: torch.nn.Module) -> None:
+    """Gather a looped layer once a visit, not once a loop and weight; let shared memory leave its owner as copies.
+
+    Under ZeRO 3 a parameter is whole only while its module runs, but the layers read LN_q, LN_k and the global bank
+    after SharedMemory has returned. The hook below runs before DeepSpeed's own, which empties the parameters.
+    SharedMemory is no leaf module: DeepSpeed reduces a leaf's gradients when those of its inputs are known, and it has
+    none. Its norms are named to it as external parameters instead.
+    """
+    deepspeed.utils.set_z3_leaf_modules(module, [LoopedLayer, PlainLayer], raise_if_not_found=False)
+    for child in module.modules():
+        if isinstance(child, SharedMemory):
+            child.register_forward_hook(lambda memory, inputs, read: _copies(read))
+            for norm in (child.query_norm, child.key_norm):
+                for parameter in norm.parameters():
+                    deepspeed.zero.register_external_parameter(child, parameter)
+
+
+def _copies(value: Any) -> Any:
+    if isinstance(value, SharedRead):
+        return SharedRead(*(_copies(item) for item in value))
+    if isinstance(value, tuple):
+        return tuple(_copies(item) for item in value)
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _quieten_deepspeed() -> None:
+    """DeepSpeed's log belongs to warnings; what it decided is in the run's resolved configuration."""
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)

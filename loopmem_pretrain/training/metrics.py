@@ -1,0 +1,69 @@
+"""Per-layer loop statistics, summed on the device and read by the host once per log interval."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from loopmem_pretrain.config.model import ModelConfig
+from loopmem_pretrain.model.loopmem import LoopStats
+
+ROWS = ("lambdas", "halting_probs", "cosine", "local_gate", "global_gate")
+
+
+class LoopAccumulator:
+    """Sums of each layer's statistics, [layers, 5 rows, N], over micro-batches since the last read."""
+
+    def __init__(self, model: ModelConfig, layers: int, device: torch.device) -> None:
+        self.model = model
+        self.sums = torch.zeros(layers, len(ROWS), max(1, model.max_loops), device=device)
+        self.count = 0
+
+    def add(self, layer: int, stats: LoopStats) -> None:
+        """Add one visit of local layer `layer`; no host synchronisation."""
+        absent = torch.zeros_like(stats.lambdas)
+        rows = [
+            stats.lambdas,
+            stats.halting_probs.detach().mean(dim=(0, 1)),
+            stats.cosine,
+            absent if stats.local_gate is None else stats.local_gate,
+            absent if stats.global_gate is None else stats.global_gate,
+        ]
+        self.sums[layer] += torch.stack(rows)
+        self.count += layer == 0
+
+    def read_and_reset(self, group: Any = None) -> dict[str, list[Any]]:
+        """Means over micro-batches and data-parallel ranks as nested lists; the one host read of an interval."""
+        if not self.model.max_loops or not self.count:
+            return {}
+        means = self.sums / self.count
+        if dist.is_initialized():
+            dist.all_reduce(means, group=group)
+            means /= dist.get_world_size(group)
+        self.sums.zero_()
+        self.count = 0
+        return describe_means(means, self.model)
+
+
+def describe_means(means: Tensor, model: ModelConfig) -> dict[str, list[Any]]:
+    """[layers, 5, N] means -> the per-layer keys of metrics.jsonl."""
+    table = {row: means[:, index].tolist() for index, row in enumerate(ROWS)}
+    loops = torch.arange(1, means.shape[-1] + 1, device=means.device)
+    gates = {
+        f"{bank}_gate": means[:, ROWS.index(f"{bank}_gate")].mean(-1).tolist()
+        for bank, slots in (("local", model.local_slots), ("global", model.global_slots))
+        if slots
+    }
+    return {
+        "expected_loops": (means[:, ROWS.index("halting_probs")] * loops).sum(-1).tolist(),
+        "lambdas": table["lambdas"],
+        "halting_probs": table["halting_probs"],
+        "cosine": table["cosine"],
+        **gates,
+    }
+
+
+def mean_ponder_cost(expected_loops: list[float], max_loops: int) -> float:
+    """Mean over layers of (E - 1) / (N - 1); 0 with one loop."""
+    return sum(e - 1 for e in expected_loops) / len(expected_loops) / max(1, max_loops - 1) if expected_loops else 0.0

@@ -1,0 +1,108 @@
+"""AdamW with parameter groups by role, and the schedules of learning rate, beta1 and ponder weight.
+
+Schedules are pure functions of the step: nothing to save, nothing to restore, exact after any resume.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from loopmem_pretrain.config.training import OptimizerConfig, ScheduleConfig, TrainingConfig
+
+# Role of a parameter by its public name; first match wins and every parameter must match.
+ROLES: list[tuple[str, str]] = [
+    ("embedding", r"embed_tokens\.weight$"),
+    ("bank", r"(local|global)_(keys|values)$"),
+    ("norm", r"norm\.(weight|bias)$"),
+    ("step_scale", r"step_scales$"),
+    ("bias", r"\.bias$"),
+    ("router", r"halting\.weight$"),
+    ("matrix", r"(_proj|_gate|lm_head)\.weight$"),
+]
+DECAYED = {
+    "standard": {"embedding", "router", "matrix"},
+    "paper": {"bank", "norm", "step_scale", "bias", "router", "matrix"},  # METHOD: only the embedding escaped decay
+}
+
+
+def role_of(public_name: str) -> str:
+    """The parameter's role.
+
+    Raises:
+        ValueError: no rule knows the name; a new parameter needs a decision about its decay.
+    """
+    for role, pattern in ROLES:
+        if re.search(pattern, public_name):
+            return role
+    raise ValueError(f"no optimizer role for parameter {public_name}; add it to ROLES")
+
+
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig
+) -> list[dict[str, object]]:
+    """Two groups, decayed and not; names are the public ones, and their order is that of the model."""
+    decayed_roles = set(DECAYED[config.weight_decay_rule])
+    if config.decay_memory_banks:
+        decayed_roles.add("bank")
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
+    for name, parameter in named_parameters:
+        (decayed if role_of(name) in decayed_roles else spared).append(parameter)
+    groups = [("decayed", decayed, config.weight_decay), ("not decayed", spared, 0.0)]
+    return [{"params": params, "weight_decay": decay, "name": name} for name, params, decay in groups if params]
+
+
+def make_optimizer(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, device: torch.device
+) -> torch.optim.Optimizer:
+    """torch's AdamW, fused on GPUs. (Named in DeepSpeed's own config, it would compile a kernel for two minutes.)"""
+    groups = parameter_groups(named_parameters, config)
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=device.type == "cuda" or None)
+
+
+def learning_rate(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig, train_steps: int) -> float:
+    """Learning rate of step `step` (0 is the first)."""
+    peak, low, warmup = optimizer.lr, schedule.min_lr, schedule.warmup_steps
+    if schedule.type == "one_cycle":
+        return _one_cycle(step, low, peak, low, warmup, train_steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule.type == "wsd":
+        decay_start = train_steps - schedule.decay_steps
+        progress = max(0.0, (step + 1 - decay_start) / schedule.decay_steps)
+        return peak + (low - peak) * progress
+    return _cosine(peak, low, (step + 1 - warmup) / max(1, train_steps - warmup))
+
+
+def beta1(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig, train_steps: int) -> float:
+    """First-moment decay of step `step`: constant, or cycled against the learning rate (one_cycle)."""
+    low = schedule.beta1_min
+    if low is None:
+        return optimizer.beta1
+    return _one_cycle(step, optimizer.beta1, low, optimizer.beta1, schedule.warmup_steps, train_steps)
+
+
+def ponder_weight(step: int, weight: float, training: TrainingConfig) -> float:
+    """Weight of the ponder loss at step `step`."""
+    if training.ponder_schedule == "linear":
+        return weight * step / training.train_steps
+    if training.ponder_schedule == "cyclic":
+        value = weight * math.cos(2 * math.pi * step / training.ponder_period)
+        return value * 0.6 if value < 0 else value
+    return weight
+
+
+def _one_cycle(step: int, start: float, top: float, end: float, warmup: int, train_steps: int) -> float:
+    """Cosine from start to top over the warm-up and on to end: torch's OneCycleLR, two phases, closed form."""
+    turn = max(1, warmup) - 1
+    if step <= turn:
+        return _cosine(start, top, step / turn if turn else 1.0)
+    return _cosine(top, end, (step - turn) / (train_steps - 1 - turn))
+
+
+def _cosine(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * min(1.0, progress))) / 2

@@ -1,0 +1,214 @@
+"""One list of layers, and the two modules DeepSpeed's engines train it in.
+
+The list is embedding, then for each layer [the shared memory, a pass-through that ties it to every stage] and the
+layer, then the final norm and the head. `PipelineStage` gives it to the pipeline engine; `WholeModel` gives the same
+list, under the same positional names (`2.self_attn.q_proj.weight`, `tied_modules.memory.global_keys`), to the plain
+engine. `public_names` translates positional names to the Hugging Face ones; it is built from the same list.
+
+A looped layer returns its LoopStats; here they meet the training step: the ponder gradient is injected on the stage
+that owns the layer, and detached means go to the stage's accumulator, outside any recomputed region.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from loopmem_pretrain.config.model import ModelConfig
+from loopmem_pretrain.config.training import TrainingConfig
+from loopmem_pretrain.model.init import initialize
+from loopmem_pretrain.model.loopmem import (
+    Backend,
+    LoopedLayer,
+    PlainLayer,
+    RMSNorm,
+    SharedMemory,
+    SharedRead,
+    make_layer,
+    ponder_cost,
+)
+from loopmem_pretrain.training.metrics import LoopAccumulator
+
+MEMORY_KEY, EMBEDDING_KEY = "memory", "embedding"
+
+
+class Entry(NamedTuple):
+    """One position of the list."""
+
+    make: Callable[[], nn.Module]
+    public_prefix: str
+    """What replaces `<position>.` or `tied_modules.<key>.` in the names of its parameters."""
+    tied_key: str | None = None
+    """Entries of one key share one module, whose gradients are summed over the stages that hold it."""
+    forward: Callable[[nn.Module, Tensor], Tensor] | None = None
+    """How this position uses the module, where not by calling it."""
+
+
+def layer_list(model: ModelConfig, backend: Backend) -> list[Entry]:
+    """The whole model as a list of layers, the same for every engine and every pipeline cut."""
+    tied_head = EMBEDDING_KEY if model.tie_word_embeddings else None
+    embedding = Entry(
+        partial(backend.embedding, model.vocab_size, model.hidden_size), "model.embed_tokens.", tied_key=tied_head
+    )
+    memory = Entry(partial(SharedMemory, model), "model.memory.", tied_key=MEMORY_KEY)
+    entries = [embedding]
+    for index in range(model.num_hidden_layers):
+        if model.local_slots or model.global_slots:
+            entries.append(memory)
+        entries.append(Entry(partial(make_layer, model, backend, index), f"model.layers.{index}."))
+    entries.append(Entry(partial(RMSNorm, model.hidden_size, model.rms_norm_eps, backend), "model.norm."))
+    if tied_head:
+        entries.append(embedding._replace(forward=lambda module, hidden: F.linear(hidden, module.weight)))
+    else:
+        entries.append(Entry(partial(backend.lm_head, model.hidden_size, model.vocab_size), "lm_head."))
+    return entries
+
+
+def public_names(model: ModelConfig, backend: Backend, names: Sequence[str]) -> dict[str, str]:
+    """Positional parameter name -> public name, for the given positional names."""
+    prefixes = {}
+    for position, entry in enumerate(layer_list(model, backend)):
+        key = f"tied_modules.{entry.tied_key}." if entry.tied_key else f"{position}."
+        prefixes[key] = entry.public_prefix
+    table = {}
+    for name in names:
+        prefix = next(prefix for prefix in prefixes if name.startswith(prefix))
+        table[name] = prefixes[prefix] + name.removeprefix(prefix)
+    return table
+
+
+class StepContext:
+    """What the layers of a stage meet in a training step besides the hidden state."""
+
+    def __init__(self, model: ModelConfig, accumulator: LoopAccumulator) -> None:
+        self.model = model
+        self.accumulator = accumulator
+        self.ponder_gradient = 0.0
+        """d(step loss)/d(one layer's ponder cost of one micro-batch): weight / (layers x accumulation steps)."""
+
+
+def run_layers(functions: Sequence[Callable[..., Any]], memory: nn.Module | None, x: Tensor, step: StepContext) -> Any:
+    """Put one micro-batch through a run of the list: tokens or hidden state in, hidden state or logits out."""
+    shared: SharedRead | None = memory() if memory is not None else None
+    index = 0
+    for function in functions:
+        if function is memory:
+            continue
+        if not isinstance(function, PlainLayer | LoopedLayer):
+            x = function(x)
+            continue
+        x, stats = function(x, shared)
+        if stats is not None and torch.is_grad_enabled():
+            cost = ponder_cost(stats.expected_loops(), step.model.max_loops)
+            if step.ponder_gradient:
+                x = InjectGradient.apply(x, cost, step.ponder_gradient)
+            step.accumulator.add(index, stats)
+        index += 1
+    return x
+
+
+class InjectGradient(torch.autograd.Function):
+    """Identity on `hidden`; in the backward pass `cost` receives the constant `gradient`.
+
+    An auxiliary loss then needs no path through later layers and pipeline stages: adding `gradient * cost` to the
+    loss at the end has the same gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, cost: Tensor, gradient: float) -> Tensor:
+        ctx.gradient, ctx.cost = gradient, cost.detach()
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad_hidden: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad_hidden, torch.full_like(ctx.cost, ctx.gradient), None
+
+
+class PipelineStage(PipelineModule):
+    """This rank's run of the list, for DeepSpeed's pipeline engine (ZeRO 1)."""
+
+    def __init__(self, model: ModelConfig, backend: Backend, loss_fn: Callable[..., Tensor], step: StepContext) -> None:
+        specs = [_spec(entry) for entry in layer_list(model, backend)]
+        super().__init__(layers=specs, num_stages=1, loss_fn=loss_fn, partition_method="uniform")
+        self.step_context = step
+        self.universal_checkpoint_info = universal_checkpoint_info(model)
+
+    def forward(self, inputs: Tensor) -> Any:
+        memory = self.tied_modules[MEMORY_KEY] if MEMORY_KEY in self.tied_modules else None
+        return run_layers(self.forward_funcs, memory, inputs, self.step_context)
+
+
+def _spec(entry: Entry) -> LayerSpec:
+    """DeepSpeed's description of an entry; its own constructor takes classes only, ours are factories."""
+    if entry.tied_key is None:
+        spec = LayerSpec(nn.Module)
+    else:
+        attributes = [name for name, _ in entry.make().named_parameters()]
+        spec = TiedLayerSpec(entry.tied_key, nn.Module, forward_fn=entry.forward, tied_weight_attr=attributes)
+    spec.build = lambda log=False: entry.make()
+    return spec
+
+
+class WholeModel(nn.Module):
+    """The whole list on every rank, for DeepSpeed's plain engine (ZeRO 2 and 3); names as in PipelineStage."""
+
+    def __init__(self, model: ModelConfig, backend: Backend, loss_fn: Callable[..., Tensor], step: StepContext) -> None:
+        super().__init__()
+        self.tied_modules = nn.ModuleDict()
+        self.functions: list[Callable[..., Any]] = []
+        for position, entry in enumerate(layer_list(model, backend)):
+            if entry.tied_key is None:
+                module = entry.make()
+                self.add_module(str(position), module)
+            elif entry.tied_key in self.tied_modules:
+                module = self.tied_modules[entry.tied_key]
+            else:
+                module = self.tied_modules[entry.tied_key] = entry.make()
+            self.functions.append(partial(entry.forward, module) if entry.forward else module)
+        self.loss_fn = loss_fn
+        self.step_context = step
+        self.universal_checkpoint_info = universal_checkpoint_info(model)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """[B, T] and [B, T] -> mean cross-entropy of the micro-batch."""
+        memory = self.tied_modules[MEMORY_KEY] if MEMORY_KEY in self.tied_modules else None
+        logits = run_layers(self.functions, memory, input_ids, self.step_context)
+        return self.loss_fn(logits, labels)
+
+
+def universal_checkpoint_info(model: ModelConfig) -> dict[str, Any]:
+    """What DeepSpeed's converter to the universal form asks for; nothing is cut or padded on one model rank."""
+    return {
+        "universal_checkpoint_version": 0.2,
+        "original_vocab_size": model.vocab_size,
+        "padded_vocab_size": model.vocab_size,
+    }
+
+
+def initialize_weights(module: nn.Module, model: ModelConfig, backend: Backend, seed: int) -> None:
+    """Fill the parameters of a stage or of the whole model; the same values whatever the cut."""
+    parameters = dict(module.named_parameters())
+    names = public_names(model, backend, list(parameters))
+    initialize(((names[name], parameter) for name, parameter in parameters.items()), model, seed)
+
+
+def wrap_loops(module: nn.Module, training: TrainingConfig) -> None:
+    """Recompute and compile one loop at a time, as the config asks; the layers themselves know nothing of it."""
+    for layer in module.modules():
+        if not isinstance(layer, PlainLayer | LoopedLayer):
+            continue
+        if training.compile == "loop":
+            layer.run = torch.compile(layer.run)
+        if training.activation_checkpointing == "loop":
+            layer.run = _recomputed(layer.run)
+
+
+def _recomputed(run: Callable[..., Any]) -> Callable[..., Any]:
+    # Non-reentrant only: reentrant recomputation of a reused layer breaks under ZeRO 2 and 3. The model draws no
+    # random numbers, so there is no generator state to keep.
+    return lambda *args: checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)

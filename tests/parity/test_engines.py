@@ -1,0 +1,118 @@
+"""DeepSpeed's engines against the same model in one plain process: losses, gradient norms, parameters, statistics."""
+
+import pytest
+import torch
+
+from loopmem_pretrain.model.init import initialize
+from loopmem_pretrain.model.loopmem import LoopMemLM, TorchBackend
+from tests.configs import tiny_run
+from tests.distributed import run_ranks
+
+STEPS = 5
+
+
+def batches(config, step):
+    """All micro-batches of one global step, the same on every rank that asks."""
+    generator = torch.Generator().manual_seed(step)
+    shape = (config.training.global_batch_size, config.data.seq_length + 1)
+    tokens = torch.randint(0, config.model.vocab_size, shape, generator=generator)
+    return [(part[:, :-1], part[:, 1:]) for part in tokens.split(config.training.micro_batch_size)]
+
+
+def reference(config):
+    """Five AdamW steps of the whole model in one process, with nothing but torch."""
+    from loopmem_pretrain.training.optim import learning_rate, parameter_groups, ponder_weight
+
+    model = LoopMemLM(config.model, TorchBackend())
+    initialize(model.named_parameters(), config.model, config.training.seed)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model.named_parameters(), config.optimizer), betas=(0.9, 0.95), eps=config.optimizer.eps
+    )
+    losses, norms, expected_loops = [], [], []
+    for step in range(STEPS):
+        micro_batches = batches(config, step)
+        weight = ponder_weight(step, config.model.ponder_weight, config.training)
+        total = 0.0
+        for inputs, labels in micro_batches:
+            output = model(inputs, labels)
+            loss = output.cross_entropy + weight * output.ponder_cost
+            (loss / len(micro_batches)).backward()
+            total += output.cross_entropy.item() / len(micro_batches)
+            if step == STEPS - 1:
+                expected_loops.append([stats.expected_loops().mean().item() for stats in output.stats])
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clipping).item())
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config.optimizer, config.schedule, config.training.train_steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses, norms, torch.tensor(expected_loops).mean(0), dict(model.state_dict())
+
+
+def train_on_rank(rank, world_size, config):
+    from loopmem_pretrain.training.engine import TrainingEngine, init_distributed
+
+    init_distributed(torch.device("cpu"))
+    engine = TrainingEngine(config, torch.device("cpu"))
+    losses, norms = [], []
+    for step in range(STEPS):
+        engine.step_context.accumulator.read_and_reset()
+        losses.append(float(engine.train_batch(iter(batches(config, step)[rank::world_size]), step)))
+        norms.append(engine.grad_norm())
+    stats = engine.step_context.accumulator.read_and_reset()
+    validation = float(engine.evaluate(iter(batches(config, 99)[rank::world_size]), 8 // (2 * world_size)))
+    import deepspeed
+
+    parameters = {}
+    for name, parameter in engine.engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=config.parallel.zero_stage == 3):
+            parameters[engine.public_names[name]] = parameter.detach().clone()
+    return losses, norms, stats, parameters, validation
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_fp32_equals_one_process(zero_stage, world_size):
+    config = tiny_run(parallel={"zero_stage": zero_stage})
+    check(config, world_size)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"tie_word_embeddings": True},
+        {"max_loops": 1, "ponder_weight": 0.0},
+        {"local_slots": 0, "global_slots": 0},
+        {"max_loops": 0, "residual_scale": "inverse_depth", "local_slots": 0, "global_slots": 0, "ponder_weight": 0.0},
+    ],
+    ids=["tied", "one-loop", "no-memory", "plain"],
+)
+def test_model_kinds(zero_stage, model):
+    check(tiny_run(parallel={"zero_stage": zero_stage}, model=model), 2)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_recomputation_changes_nothing(zero_stage):
+    check(tiny_run(parallel={"zero_stage": zero_stage}, training={"activation_checkpointing": "loop"}), 2)
+
+
+def test_ponder_schedule_reaches_the_gradient():
+    check(tiny_run(training={"ponder_schedule": "cyclic", "ponder_period": 4}, model={"ponder_weight": 0.5}), 2)
+
+
+def check(config, world_size):
+    losses, norms, expected_loops, parameters = reference(config)
+    results = run_ranks("tests.parity.test_engines:train_on_rank", world_size, config)
+    for rank_losses, rank_norms, stats, rank_parameters, validation in results:
+        torch.testing.assert_close(torch.tensor(rank_losses), torch.tensor(losses), rtol=1e-5, atol=0)
+        torch.testing.assert_close(torch.tensor(rank_norms), torch.tensor(norms), rtol=1e-4, atol=0)
+        if config.model.max_loops:
+            torch.testing.assert_close(torch.tensor(stats["expected_loops"]), expected_loops, rtol=1e-5, atol=1e-6)
+        tied = config.model.tie_word_embeddings
+        assert set(rank_parameters) == set(parameters) - ({"lm_head.weight"} if tied else set())
+        for name, value in rank_parameters.items():
+            # Adam turns a gradient of rounding noise (LN_k's bias: exactly zero in theory) into steps of about lr.
+            limit = STEPS * config.optimizer.lr if name.endswith("key_norm.bias") else 2e-4
+            torch.testing.assert_close(value, parameters[name], rtol=0, atol=limit, msg=lambda m, n=name: f"{n}: {m}")
+        assert 4 < validation < 6
