@@ -109,12 +109,19 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
             logits_to_keep = 0  # the loss needs them all
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept])
-        output = LoopMemCausalLMOutput(logits=logits, loop_stats=tuple(stats) if output_loop_stats else None)
+        loss = cross_entropy = ponder = None
         if labels is not None:
-            output.cross_entropy = self.backend.cross_entropy(logits[:, :-1], labels[:, 1:].to(logits.device))
+            cross_entropy = self.backend.cross_entropy(logits[:, :-1], labels[:, 1:].to(logits.device))
             costs = [ponder_cost(layer.expected_loops()[:, :-1], self.config.max_loops) for layer in stats]
-            output.ponder_cost = torch.stack(costs).mean() if costs else torch.zeros_like(output.cross_entropy)
-            output.loss = output.cross_entropy + self.config.ponder_weight * output.ponder_cost
+            ponder = torch.stack(costs).mean() if costs else torch.zeros_like(cross_entropy)
+            loss = cross_entropy + self.config.ponder_weight * ponder
+        output = LoopMemCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            cross_entropy=cross_entropy,
+            ponder_cost=ponder,
+            loop_stats=tuple(stats) if output_loop_stats else None,
+        )
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
