@@ -127,6 +127,15 @@ def test_the_global_random_state_is_left_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.filterwarnings("ignore:.*pin_memory")  # there may be no device to pin for
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_pinned_batches_are_the_same_pairs(num_workers: int) -> None:
+    for plain, pinned in islice(zip(_batches(), _batches(pin_memory=True, num_workers=num_workers), strict=True), 3):
+        assert isinstance(pinned, tuple)
+        assert torch.equal(plain[0], pinned[0])
+        assert torch.equal(plain[1], pinned[1])
+
+
 # ---- validation ------------------------------------------------------------------------------------------------
 
 
