@@ -4,6 +4,8 @@ ZeRO 1 runs in the pipeline engine (one path from one GPU to pipelines, universa
 ZeRO 2 and 3 run in the plain engine. The trainer sees `train_batch`, `evaluate`, `save` and `load`.
 """
 
+import contextlib
+import io
 import logging
 import os
 from collections.abc import Iterator
@@ -57,13 +59,15 @@ class TrainingEngine:
         accumulator = LoopAccumulator(config.model, config.model.num_hidden_layers, device)
         self.step_context = pipeline.StepContext(config.model, accumulator)
         module_type = pipeline.PipelineStage if self.uses_pipeline else pipeline.WholeModel
-        module = module_type(config.model, backend, backend.cross_entropy, self.step_context)
+        with contextlib.redirect_stdout(io.StringIO()):  # PipelineModule prints its list of layers
+            module = module_type(config.model, backend, backend.cross_entropy, self.step_context)
         pipeline.initialize_weights(module, config.model, backend, config.training.seed)
         pipeline.wrap_loops(module, config.training)
         module.to(device)
 
         parameters = dict(module.named_parameters())
         self.public_names = pipeline.public_names(config.model, backend, list(parameters))
+        self.parameter_shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
         named = [(self.public_names[name], parameter) for name, parameter in parameters.items()]
         if config.parallel.zero_stage == 3:
             _prepare_for_zero3(module)

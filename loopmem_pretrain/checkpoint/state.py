@@ -1,0 +1,181 @@
+"""Saving and resuming a run: what is kept, what is restored, and what is said about it.
+
+Kept: weights, float32 master weights, optimizer moments and engine counters (DeepSpeed's files), the position in the
+run, a description of the data, the names of all parameters, the configuration, the number of ranks. Not kept, because
+it is a function of the step: learning rate, beta1, ponder weight, the order of samples. The model draws no random
+numbers in training, so there is no generator state.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch.distributed as dist
+
+from loopmem_pretrain.checkpoint.store import (
+    CheckpointStore,
+    fsync_folder,
+    hash_files,
+    list_files,
+    read_manifest,
+    verify,
+    write_text,
+)
+from loopmem_pretrain.config.load import dump_config
+from loopmem_pretrain.config.run import RunConfig
+from loopmem_pretrain.data.dataset import BlendedDataset, description_differences
+from loopmem_pretrain.errors import CheckpointError, EnvironmentFault
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Position:
+    """How far a run has come; saved with every checkpoint."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    samples: int = 0
+    """Training samples consumed."""
+    tokens: int = 0
+    """Training tokens consumed."""
+
+
+class Engine(Protocol):
+    """What saving needs of a training engine."""
+
+    public_names: dict[str, str]
+    parameter_shapes: dict[str, list[int]]
+
+    def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None: ...
+
+    def load(self, folder: Path, tag: str) -> dict[str, Any]: ...
+
+
+class Run(Protocol):
+    """What saving and resuming need of a run; the trainer is one."""
+
+    config: RunConfig
+    store: CheckpointStore
+    engine: Engine
+    dataset: BlendedDataset
+    position: Position
+    rank: int
+    world_size: int
+
+    def on_rank_zero(self, action: Callable[[], object]) -> None: ...
+
+
+def save(run: Run) -> Path:
+    """Write and publish a checkpoint of the current step. Called on every rank.
+
+    Raises:
+        EnvironmentFault: the disk is full or not writable; the previous checkpoint stays the newest.
+    """
+    store, step = run.store, run.position.step
+    run.on_rank_zero(lambda: _prepare_folder(run))
+    folder = store.folder / store.incomplete_name(step)
+    try:
+        run.engine.save(store.folder, folder.name, {"position": asdict(run.position)})
+        dist.barrier()
+        files = list_files(folder)
+        shares: list[Any] = [None] * run.world_size
+        dist.all_gather_object(shares, hash_files(folder, files[run.rank :: run.world_size]))
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        raise EnvironmentFault(
+            f"cannot save the checkpoint of step {step} in {store.folder}: {error}",
+            "free space or mend permissions there and start the same command again; "
+            "the previous checkpoint is whole and will be resumed",
+        ) from error
+    hashes = {name: entry for share in shares for name, entry in share.items()}
+    run.on_rank_zero(lambda: _publish(run, hashes))
+    return store.folder / store.name(step)
+
+
+def _prepare_folder(run: Run) -> None:
+    store = run.store
+    try:
+        store.discard_incomplete()
+        (store.folder / store.incomplete_name(run.position.step)).mkdir(parents=True)
+    except OSError as error:
+        raise EnvironmentFault(
+            f"cannot write to {store.folder}: {error.strerror}", "give write permission or free space, then start again"
+        ) from None
+
+
+def _publish(run: Run, hashes: dict[str, dict[str, Any]]) -> None:
+    store, step = run.store, run.position.step
+    folder = store.folder / store.incomplete_name(step)
+    try:
+        for script in ("zero_to_fp32.py", "zero_to_torch.py"):  # DeepSpeed's; they cannot read pipeline checkpoints
+            (store.folder / script).unlink(missing_ok=True)
+        write_text(folder / "config.yaml", dump_config(run.config))
+        hashes.update(hash_files(folder, ["config.yaml"]))
+        store.publish(step, hashes, facts(run))
+        store.prune(run.config.checkpoint.keep_last)
+        fsync_folder(store.folder)
+    except OSError as error:
+        raise EnvironmentFault(
+            f"cannot publish the checkpoint of step {step} in {store.folder}: {error.strerror}",
+            "free space there and start the same command again",
+        ) from error
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """What the manifest says besides the files."""
+    names = run.engine.public_names
+    return {
+        "position": asdict(run.position),
+        "world_size": run.world_size,
+        "zero_stage": run.config.parallel.zero_stage,
+        "data": run.dataset.describe(),
+        "parameter_names": names,
+        "parameter_shapes": {names[name]: shape for name, shape in run.engine.parameter_shapes.items()},
+    }
+
+
+def resume(run: Run) -> Path | None:
+    """Restore the newest checkpoint of the run folder into a fresh run; None where there is none.
+
+    Raises:
+        CheckpointError: damaged, saved with another number of ranks or ZeRO stage, or for other data.
+    """
+    checkpoint = run.store.latest()
+    if checkpoint is None:
+        return None
+    manifest = read_manifest(checkpoint)
+    for key, current in (("world_size", run.world_size), ("zero_stage", run.config.parallel.zero_stage)):
+        if manifest[key] != current:
+            raise CheckpointError(
+                f"{checkpoint} was saved with {key} {manifest[key]}, this start has {current}",
+                f"start with {key} {manifest[key]}; changing it in mid-run is not supported yet",
+            )
+    changed = description_differences(manifest["data"], run.dataset.describe())
+    if changed:
+        raise CheckpointError(
+            f"{checkpoint} was trained on other data:\n    " + "\n    ".join(changed),
+            "restore the data it was trained on, or start a new run folder",
+        )
+    names = sorted(manifest["files"])
+    failures: list[Any] = [None] * run.world_size
+    dist.all_gather_object(failures, _failure_of(checkpoint, names[run.rank :: run.world_size]))
+    damaged = [failure for failure in failures if failure is not None]
+    if damaged:
+        raise damaged[0]
+    run.engine.load(checkpoint.parent, checkpoint.name)
+    run.position = Position(**manifest["position"])
+    if run.rank == 0:
+        log.info("resumed from %s at step %d", os.fspath(checkpoint), run.position.step)
+    return checkpoint
+
+
+def _failure_of(checkpoint: Path, names: list[str]) -> CheckpointError | None:
+    """This rank's share of the verification, so that no rank waits for one that has failed."""
+    try:
+        verify(checkpoint, names)
+    except CheckpointError as error:
+        return error
+    return None

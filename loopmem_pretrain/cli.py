@@ -1,0 +1,210 @@
+"""The `loopmem` command: one function a subcommand, heavy imports only inside the one that runs.
+
+Errors that users cause are printed without a traceback, with what to do; errors.py lists the exit codes.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from loopmem_pretrain import __version__
+from loopmem_pretrain.errors import EXIT_BUG, EXIT_DONE, ConfigError, LoopMemError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    options = build_parser().parse_args(arguments)
+    rank = os.environ.get("RANK", "0")
+    level = logging.INFO if rank == "0" else logging.ERROR
+    logging.basicConfig(level=logging.WARNING, format="loopmem: %(message)s", stream=sys.stderr)
+    logging.getLogger("loopmem_pretrain").setLevel(level)
+    try:
+        return int(options.run(options))
+    except LoopMemError as error:
+        speaker = "loopmem" if rank == "0" else f"loopmem (rank {rank})"
+        print(f"{speaker}: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("loopmem: interrupted; the same command continues where it can", file=sys.stderr)
+        return EXIT_BUG
+    except BrokenPipeError:  # `loopmem ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All subcommands and their arguments; imports nothing heavy."""
+    parser = argparse.ArgumentParser(
+        prog="loopmem",
+        description="Pretrain transformers whose layers loop adaptively and read gated memory banks.",
+        epilog="exit codes: 0 done or stopped cleanly, 1 bug, 2 config or usage, 3 data, 4 checkpoint, "
+        "5 conversion mismatch, 6 environment, 7 training gave up, 8 hang",
+    )
+    parser.add_argument("--version", action="version", version=f"loopmem {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[Any], int], help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help, formatter_class=argparse.RawTextHelpFormatter)
+        sub.set_defaults(run=run)
+        return sub
+
+    def with_config(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        sub.add_argument("--config", required=True, metavar="FILE", help="YAML file (see configs/ and data_prep/)")
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, such as training.train_steps=100")
+        return sub
+
+    fetch = command("fetch-corpus", fetch_corpus, "Download the demo's English and mathematics corpus.")
+    fetch.add_argument("out_dir", metavar="OUT", help="folder for the .jsonl files")
+    with_config(command("train-tokenizer", train_tokenizer, "Train the sentencepiece tokenizer of a recipe."))
+    with_config(command("prepare-data", prepare_data, "Turn text into token shards; the same command continues."))
+    train_ = with_config(command("train", train, "Pretrain a model; the same command resumes."))
+    train_.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine (else: torchrun, or one)")
+    train_.add_argument("--stop-at-step", type=int, metavar="STEP", help="end this start after STEP with a checkpoint")
+    train_.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    convert_ = command("convert", convert, "Write a run's model as a Hugging Face folder.")
+    convert_.add_argument("run_dir", metavar="RUN", help="run folder (or one of its checkpoints)")
+    convert_.add_argument("out_dir", metavar="OUT", help="folder to create")
+    convert_.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the written weights")
+    convert_.add_argument("--overwrite", action="store_true", help="replace an earlier export in OUT")
+    generate_ = command("generate", generate, "Write text with a run or an exported Hugging Face folder.")
+    generate_.add_argument("model", metavar="RUN_OR_HF", help="run folder or exported folder")
+    generate_.add_argument("--prompt", required=True, help="text to continue")
+    generate_.add_argument("--max-new-tokens", type=int, default=100, metavar="N")
+    generate_.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
+    generate_.add_argument("--top-k", type=int, default=50, metavar="K")
+    generate_.add_argument("--seed", type=int, default=0)
+    generate_.add_argument("--num-loops", type=int, metavar="N", help="apply every layer N times instead of max_loops")
+    generate_.add_argument("--save", metavar="FILE", help="also write prompt and text to FILE")
+    plot_ = command("plot", plot, "Draw a run's figures as SVG and PNG.")
+    plot_.add_argument("run_dir", metavar="RUN")
+    plot_.add_argument("out_dir", metavar="OUT")
+    report_ = command("report", report, "Write a run's report.html.")
+    report_.add_argument("run_dir", metavar="RUN")
+    report_.add_argument("--out", metavar="FILE", help="default: RUN/report.html")
+    with_config(command("estimate", estimate, "Parameters, FLOPs and batch arithmetic of a config, without torch."))
+    demo_ = command("demo", demo, "The whole job on real text, command by command (what `make demo` runs).")
+    demo_.add_argument("--run-dir", default="runs/demo", metavar="RUN", help="default: runs/demo")
+    return parser
+
+
+def fetch_corpus(options: Any) -> int:
+    from loopmem_pretrain.data.demo_corpus import fetch_demo_corpus
+
+    for path in fetch_demo_corpus(options.out_dir):
+        print(path)
+    return EXIT_DONE
+
+
+def train_tokenizer(options: Any) -> int:
+    from loopmem_pretrain.config.load import load_config
+    from loopmem_pretrain.config.prepare import PrepareConfig, prepare_problems
+
+    config = load_config(PrepareConfig, options.config, options.overrides, prepare_problems)
+    from loopmem_pretrain.data.train_tokenizer import ensure_tokenizer
+
+    with _bytes_bar("train tokenizer") as progress:
+        tokenizer = ensure_tokenizer(config, progress)
+    print(f"{tokenizer.file}: {tokenizer.vocab_size:,} tokens")
+    return EXIT_DONE
+
+
+def prepare_data(options: Any) -> int:
+    from loopmem_pretrain.config.load import load_config
+    from loopmem_pretrain.config.prepare import PrepareConfig, prepare_problems
+
+    config = load_config(PrepareConfig, options.config, options.overrides, prepare_problems)
+    from loopmem_pretrain.data.prepare import prepare
+
+    with _bytes_bar("prepare data") as progress:
+        manifest = prepare(config, progress)
+    for name, split in manifest.splits.items():
+        print(f"{config.output_dir} {name}: {split.documents:,} documents, {split.tokens:,} tokens")
+    return EXIT_DONE
+
+
+def train(options: Any) -> int:
+    from loopmem_pretrain.config.load import load_config
+    from loopmem_pretrain.config.run import RunConfig, run_problems
+    from loopmem_pretrain.training.launch import train_here, train_on_ranks
+
+    if options.ranks is None or "RANK" in os.environ:
+        return train_here(options.config, options.overrides, options.stop_at_step)
+    if options.ranks < 1:
+        raise ConfigError(f"--ranks {options.ranks} is not valid", "give 1 or more")
+    load_config(RunConfig, options.config, options.overrides, run_problems)  # complain once, not on every rank
+    stop = ["--stop-at-step", str(options.stop_at_step)] if options.stop_at_step else []
+    return train_on_ranks(options.ranks, ["--config", options.config, *stop, *options.overrides])
+
+
+def convert(options: Any) -> int:
+    from loopmem_pretrain.hf.convert import convert_run
+
+    print(convert_run(options.run_dir, options.out_dir, dtype=options.dtype, overwrite=options.overwrite))
+    return EXIT_DONE
+
+
+def generate(options: Any) -> int:
+    from pathlib import Path
+
+    from loopmem_pretrain.inference.command import open_model
+    from loopmem_pretrain.inference.generate import generate_text
+
+    model, tokenizer, context = open_model(options.model)
+    print(options.prompt, end="", flush=True)
+    text = generate_text(
+        model,
+        tokenizer,
+        options.prompt,
+        options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        seed=options.seed,
+        num_loops=options.num_loops,
+        context_length=context,
+        on_text=lambda piece: print(piece, end="", flush=True),
+    )
+    print()
+    if options.save:
+        Path(options.save).write_text(options.prompt + text + "\n", encoding="utf-8")
+    return EXIT_DONE
+
+
+def plot(options: Any) -> int:
+    from loopmem_pretrain.tools.plot import save_plots
+
+    for path in save_plots(options.run_dir, options.out_dir):
+        print(path)
+    return EXIT_DONE
+
+
+def report(options: Any) -> int:
+    from pathlib import Path
+
+    from loopmem_pretrain.tools.report import write_report
+
+    print(write_report(options.run_dir, options.out or Path(options.run_dir) / "report.html"))
+    return EXIT_DONE
+
+
+def estimate(options: Any) -> int:
+    from loopmem_pretrain.config.load import load_config
+    from loopmem_pretrain.config.run import RunConfig, run_problems
+    from loopmem_pretrain.tools.estimate import describe
+
+    print(describe(load_config(RunConfig, options.config, options.overrides, run_problems)))
+    return EXIT_DONE
+
+
+def demo(options: Any) -> int:
+    from loopmem_pretrain.tools.demo import run_demo
+
+    return run_demo(options.run_dir)
+
+
+def _bytes_bar(label: str) -> Any:
+    from loopmem_pretrain.progress import bytes_bar
+
+    return bytes_bar(label)

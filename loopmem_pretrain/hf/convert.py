@@ -1,0 +1,88 @@
+"""A run's checkpoint as a Hugging Face folder: weights, tokenizer and sample text are found, then exported."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from loopmem_pretrain.checkpoint.store import CheckpointStore, read_manifest
+from loopmem_pretrain.checkpoint.universal import fp32_weights
+from loopmem_pretrain.config.load import load_config
+from loopmem_pretrain.config.run import RunConfig
+from loopmem_pretrain.data.manifest import load_manifest
+from loopmem_pretrain.data.tokenizer import Tokenizer, load_tokenizer
+from loopmem_pretrain.errors import CheckpointError
+from loopmem_pretrain.quiet import prepare_imports
+
+SAMPLE_DOCUMENTS = 8
+
+
+class Source(NamedTuple):
+    """A checkpoint and what belongs to it."""
+
+    checkpoint: Path
+    config: RunConfig
+    step: int
+    tokenizer_path: Path
+
+
+def open_checkpoint(path: str | Path) -> Source:
+    """The newest checkpoint of a run folder, or the checkpoint folder itself, with its config and tokenizer.
+
+    Raises:
+        CheckpointError: neither a run folder with a checkpoint nor a checkpoint.
+        DataError: the prepared data that holds the tokenizer is missing.
+    """
+    folder = Path(path)
+    checkpoint = folder if (folder / "manifest.json").exists() else CheckpointStore(folder).latest()
+    if checkpoint is None or not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} holds no checkpoint", "give a run folder (with checkpoints/ in it) or one checkpoint folder"
+        )
+    step = read_manifest(checkpoint)["step"]
+    config = load_config(RunConfig, checkpoint / "config.yaml")
+    data_dir = Path(config.data.datasets[0].path)
+    return Source(checkpoint, config, step, data_dir / load_manifest(data_dir).tokenizer.file)
+
+
+def convert_run(
+    path: str | Path, out_dir: str | Path, *, dtype: Literal["float32", "bfloat16"] = "float32", overwrite: bool = False
+) -> str:
+    """Export a run; returns a few lines that say what was written and how it compares.
+
+    Raises:
+        CheckpointError, DataError, ConversionError, EnvironmentFault: as `open_checkpoint` and `export` say.
+    """
+    prepare_imports("cpu")
+    from loopmem_pretrain.hf.export import export
+    from loopmem_pretrain.hf.staging import check_destination
+
+    check_destination(out_dir, overwrite)
+    source = open_checkpoint(path)
+    tokenizer = load_tokenizer(source.tokenizer_path)
+    report = export(
+        source.config.model,
+        fp32_weights(source.checkpoint),
+        source.tokenizer_path,
+        out_dir,
+        sample_texts=list(sample_texts(source.config, tokenizer)),
+        dtype=dtype,
+        seq_length=source.config.data.seq_length,
+        overwrite=overwrite,
+    )
+    match = report.comparison
+    return (
+        f"{report.folder}: step {source.step}, {report.parameters:,} parameters, {report.weight_bytes / 1e6:,.1f} MB "
+        f"{report.dtype} in {len(report.weight_files)} file(s)\n"
+        f"compared on {match.texts} texts, {match.tokens:,} tokens: logits differ by at most "
+        f"{match.max_abs_difference:.1e} (allowed {match.tolerance:.1e}), loss {match.exported_loss:.6f} "
+        f"against {match.reference_loss:.6f}"
+    )
+
+
+def sample_texts(config: RunConfig, tokenizer: Tokenizer) -> Iterator[str]:
+    """Real text to compare on: stretches of the validation split, one sequence long."""
+    from loopmem_pretrain.data.dataset import open_validation
+
+    dataset = open_validation(config.data, SAMPLE_DOCUMENTS)
+    for index in range(SAMPLE_DOCUMENTS):
+        yield tokenizer.decode(dataset[index].tolist())

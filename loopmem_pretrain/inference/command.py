@@ -1,0 +1,26 @@
+"""Opening whatever `loopmem generate` is pointed at: a run folder, a checkpoint, or an exported Hugging Face folder."""
+
+from pathlib import Path
+from typing import Any
+
+from loopmem_pretrain.quiet import prepare_imports
+
+
+def open_model(path: str | Path) -> tuple[Any, Any, int | None]:
+    """(model in evaluation mode, its tokenizer, context length or None where the model knows it)."""
+    if (Path(path) / "config.json").exists():
+        from transformers.utils import logging
+
+        from loopmem_pretrain.hf.load import load_hf
+
+        logging.disable_progress_bar()
+        return (*load_hf(path), None)
+    prepare_imports("cpu")
+    from loopmem_pretrain.checkpoint.universal import fp32_weights
+    from loopmem_pretrain.data.tokenizer import load_tokenizer
+    from loopmem_pretrain.hf.convert import open_checkpoint
+    from loopmem_pretrain.hf.verify import reference_model
+
+    source = open_checkpoint(path)
+    model = reference_model(source.config.model, dict(fp32_weights(source.checkpoint)))
+    return model, load_tokenizer(source.tokenizer_path), source.config.data.seq_length

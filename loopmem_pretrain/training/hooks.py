@@ -1,0 +1,197 @@
+"""What happens beside the training step: validation, logs, alarms, checkpoints, stopping.
+
+The order in `make_hooks` is the order after each step: validate, log (with the validation's result), save.
+"""
+
+import logging
+import math
+import time
+from typing import TYPE_CHECKING, Protocol
+
+from loopmem_pretrain.checkpoint.state import save
+from loopmem_pretrain.data.sampler import validation_batches, validation_samples
+from loopmem_pretrain.errors import TrainingGaveUp
+from loopmem_pretrain.model.flops import training_flops_per_token
+from loopmem_pretrain.progress import ProgressBar
+from loopmem_pretrain.training.hardware import peak_flops
+from loopmem_pretrain.training.loggers import Metrics, make_loggers
+from loopmem_pretrain.training.metrics import mean_ponder_cost
+from loopmem_pretrain.training.optim import beta1, learning_rate, ponder_weight
+
+if TYPE_CHECKING:
+    from loopmem_pretrain.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+class Hook(Protocol):
+    """Something that happens now and then."""
+
+    def after_step(self, trainer: "Trainer") -> None:
+        """Called on every rank after each optimizer step, in the order of the list of hooks."""
+
+    def close(self, trainer: "Trainer") -> None:
+        """Called once at the end, also after an error."""
+
+
+def make_hooks(trainer: "Trainer") -> list[Hook]:
+    return [ValidateHook(trainer), LogHook(trainer), CheckpointHook(trainer)]
+
+
+class ValidateHook:
+    """Every `validation.interval_steps` and at the end: the loss on the same held-out samples."""
+
+    def __init__(self, trainer: "Trainer") -> None:
+        training = trainer.config.training
+        sizes = {"micro_batch_size": training.micro_batch_size, "dp_size": trainer.world_size}
+        self.samples = validation_samples(trainer.validation_dataset, **sizes)
+        self.sizes = sizes
+
+    def after_step(self, trainer: "Trainer") -> None:
+        if trainer.position.step % trainer.config.validation.interval_steps and not trainer.ending:
+            return
+        with trainer.pause():
+            batches = validation_batches(
+                trainer.validation_dataset,
+                dp_rank=trainer.rank,
+                pin_memory=trainer.device.type == "cuda",
+                **self.sizes,
+            )
+            count = self.samples // (self.sizes["micro_batch_size"] * self.sizes["dp_size"])
+            trainer.pending["validation_loss"] = float(trainer.engine.evaluate(iter(batches), count))
+
+    def close(self, trainer: "Trainer") -> None: ...
+
+
+class LogHook:
+    """Every `logging.interval_steps` and at the end: read the device once, write metrics, raise alarms, agree to stop."""
+
+    def __init__(self, trainer: "Trainer") -> None:
+        config = trainer.config
+        self.flops_per_token = training_flops_per_token(config.model, config.data.seq_length)
+        self.peak, self.peak_source = peak_flops(config, trainer.device)
+        self.loggers = make_loggers(config, trainer.run_dir) if trainer.rank == 0 else []
+        self.bar = ProgressBar("train", config.training.train_steps, trainer.position.step) if trainer.rank == 0 else None
+        self.alarms = Alarms(trainer)
+        self._start_interval(trainer)
+        if trainer.rank == 0:
+            log.info("MFU against %.3g TFLOP/s a device (%s)", self.peak / 1e12, self.peak_source)
+
+    def after_step(self, trainer: "Trainer") -> None:
+        due = trainer.position.step % trainer.config.logging.interval_steps == 0
+        if not (due or trainer.pending or trainer.ending):
+            return
+        metrics = self._measure(trainer)
+        self.alarms.check(metrics)
+        for logger in self.loggers:
+            logger.log(metrics)
+        if self.bar:
+            self.bar.update(trainer.position.step, _headline(metrics))
+        self._start_interval(trainer)
+        trainer.agree_to_stop()
+
+    def close(self, trainer: "Trainer") -> None:
+        for logger in self.loggers:
+            logger.close()
+        if self.bar:
+            self.bar.close()
+
+    def _start_interval(self, trainer: "Trainer") -> None:
+        self.started, self.first_step, self.paused = time.perf_counter(), trainer.position.step, trainer.pause_seconds
+
+    def _measure(self, trainer: "Trainer") -> Metrics:
+        """One line of metrics.jsonl; the host waits for the device here and nowhere else."""
+        config, position, step = trainer.config, trainer.position, trainer.position.step - 1
+        steps = position.step - self.first_step
+        cross_entropy = float(trainer.loss_sum) / steps
+        trainer.loss_sum.zero_()
+        loops = trainer.engine.step_context.accumulator.read_and_reset()
+        seconds = time.perf_counter() - self.started - (trainer.pause_seconds - self.paused)
+        tokens = steps * config.training.global_batch_size * config.data.seq_length
+        weight = ponder_weight(step, config.model.ponder_weight, config.training)
+        ponder = mean_ponder_cost(loops.get("expected_loops", []), config.model.max_loops)
+        train_steps = config.training.train_steps
+        metrics: Metrics = {
+            "step": position.step,
+            "tokens": position.tokens,
+            "loss": cross_entropy + weight * ponder,
+            "cross_entropy": cross_entropy,
+            "lr": learning_rate(step, config.optimizer, config.schedule, train_steps),
+            "beta1": beta1(step, config.optimizer, config.schedule, train_steps),
+            "grad_norm": trainer.engine.grad_norm(),
+            "tokens_per_second": tokens / seconds,
+            "mfu": tokens / seconds * self.flops_per_token / (self.peak * trainer.world_size),
+            "seconds_per_step": seconds / steps,
+            "skipped_steps": trainer.engine.skipped_steps,
+            **trainer.pending,
+        }
+        trainer.pending.clear()
+        if loops:
+            scales = trainer.engine.step_scales()
+            zeta = [[math.log1p(math.exp(s)) for s in layer] for layer in scales]
+            metrics |= {"ponder_weight": weight, "ponder_cost": ponder, **loops, "step_scales": scales, "zeta": zeta}
+        return metrics
+
+
+class CheckpointHook:
+    """Every `checkpoint.interval_steps` and at the end."""
+
+    def __init__(self, trainer: "Trainer") -> None:
+        self.saved_at = trainer.position.step if trainer.resumed_from else -1
+
+    def after_step(self, trainer: "Trainer") -> None:
+        if trainer.position.step % trainer.config.checkpoint.interval_steps and not trainer.ending:
+            return
+        with trainer.pause():
+            save(trainer)
+        self.saved_at = trainer.position.step
+
+    def close(self, trainer: "Trainer") -> None: ...
+
+
+class Alarms:
+    """Watches each line of metrics: warns about halting and gates, ends the run on a loss that is not finite."""
+
+    def __init__(self, trainer: "Trainer") -> None:
+        self.config = trainer.config
+        self.talks = trainer.rank == 0
+        self.raised: set[str] = set()
+
+    def check(self, metrics: Metrics) -> None:
+        """Called on every rank with the same losses, so that all of them end together.
+
+        Raises:
+            TrainingGaveUp: the loss is not finite.
+        """
+        if not math.isfinite(metrics["loss"]):
+            raise TrainingGaveUp(
+                f"the loss is {metrics['loss']} at step {metrics['step']} "
+                f"(gradient norm {metrics['grad_norm']}, {metrics['skipped_steps']} steps skipped so far)",
+                "the last checkpoint is from before: lower optimizer.lr or optimizer.gradient_clipping, lengthen "
+                "schedule.warmup_steps, or look at the data of these steps, in a new run_dir",
+            )
+        if metrics["step"] < self.config.alarms.after_steps:
+            return
+        for layer, loops in enumerate(metrics.get("expected_loops", [])):
+            if self.config.model.max_loops > 1 and loops < self.config.alarms.min_expected_loops:
+                self._warn(f"halting of layer {layer} is stuck at one loop: expected loops {loops:.3f}", metrics)
+        for bank in ("local_gate", "global_gate"):
+            for layer, gate in enumerate(metrics.get(bank, [])):
+                if gate < self.config.alarms.min_gate:
+                    self._warn(f"{bank} of layer {layer} does not open: mean {gate:.4f}", metrics)
+
+    def _warn(self, message: str, metrics: Metrics) -> None:
+        key = message.split(":")[0]
+        if self.talks and key not in self.raised:
+            self.raised.add(key)
+            log.warning("%s at step %d", message, metrics["step"])
+
+
+def _headline(metrics: Metrics) -> str:
+    parts = [f"loss {metrics['loss']:.4f}", f"{metrics['tokens_per_second']:,.0f} tokens/s", f"MFU {metrics['mfu']:.1%}"]
+    if "expected_loops" in metrics:
+        loops = metrics["expected_loops"]
+        parts.append(f"loops {sum(loops) / len(loops):.2f}")
+    if "validation_loss" in metrics:
+        parts.append(f"validation {metrics['validation_loss']:.4f}")
+    return "  ".join(parts)

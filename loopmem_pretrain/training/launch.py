@@ -1,0 +1,75 @@
+"""Starting `loopmem train`: in this process, as one of several ranks, or as the parent of several ranks."""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from loopmem_pretrain.errors import EXIT_DONE, EnvironmentFault, LoopMemError
+from loopmem_pretrain.quiet import prepare_imports
+
+
+def train_here(config_path: str, overrides: Sequence[str], stop_at_step: int | None) -> int:
+    """Train as the rank that the environment (RANK, WORLD_SIZE, ...) says, or alone. Returns the exit code."""
+    from loopmem_pretrain.config.load import load_config
+    from loopmem_pretrain.config.run import RunConfig, run_problems
+    from loopmem_pretrain.training import run_folder
+
+    config = load_config(RunConfig, config_path, overrides, run_problems)
+    prepare_imports(config.training.device)
+    import torch.distributed as dist
+
+    from loopmem_pretrain.training.trainer import Trainer
+
+    try:
+        trainer = Trainer(config, stop_at_step)
+        trainer.train()
+    except LoopMemError as error:
+        if os.environ.get("RANK", "0") == "0" and Path(config.run_dir).is_dir() and error.exit_code != 2:
+            run_folder.write_status(Path(config.run_dir), "failed", error.problem)
+        raise
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return EXIT_DONE
+
+
+def train_on_ranks(ranks: int, arguments: Sequence[str]) -> int:
+    """Start `ranks` processes on this machine, each `loopmem train ARGUMENTS`, and wait for them.
+
+    Returns the exit code of the rank that failed first.
+
+    Raises:
+        EnvironmentFault: a rank was killed.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks speak for themselves
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id="loopmem",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(launch, sys.executable)("-m", "loopmem_pretrain", "train", *arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            raise EnvironmentFault(
+                f"rank {rank} was killed by signal {-failure.exitcode}; the other ranks were ended",
+                "if it was killed for memory, lower training.micro_batch_size; start the same command to resume "
+                "from the last checkpoint",
+            ) from None
+        return int(failure.exitcode)
+    except SignalException as error:
+        print(f"loopmem: ended by {error.sigval.name}", file=sys.stderr)
+        return EnvironmentFault.exit_code
+    return EXIT_DONE

@@ -1,0 +1,107 @@
+"""Where metrics go: metrics.jsonl always, TensorBoard and Weights & Biases when asked."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from loopmem_pretrain.config.load import dump_config
+from loopmem_pretrain.config.run import RunConfig
+
+Metrics = dict[str, Any]
+
+
+class Logger(Protocol):
+    """Takes one dictionary a log interval, on rank 0."""
+
+    def log(self, metrics: Metrics) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonlLogger:
+    """One JSON object a line, appended and flushed: a torn last line is all a crash can leave."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = open(path, "a+b")  # noqa: SIM115 - closed by close()
+        if self.file.tell():
+            self.file.seek(-1, os.SEEK_END)
+            if self.file.read(1) != b"\n":
+                self.file.write(b"\n")  # a crash tore the last line: the next one begins on its own
+
+    def log(self, metrics: Metrics) -> None:
+        self.file.write(json.dumps(metrics).encode() + b"\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+
+class TensorBoardLogger:
+    """Scalars, per-layer ones as `expected_loops/layer_03`."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+
+    def log(self, metrics: Metrics) -> None:
+        for name, value in flatten(metrics).items():
+            self.writer.add_scalar(name, value, metrics["step"])  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        self.writer.close()  # type: ignore[no-untyped-call]
+
+
+class WandbLogger:
+    """Weights & Biases; the run id is kept in the run folder, so that a resumed run continues the same curves."""
+
+    def __init__(self, config: RunConfig, run_dir: Path) -> None:
+        import wandb
+        import yaml
+
+        id_file = run_dir / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(wandb.util.generate_id() + "\n", encoding="utf-8")
+        self.run = wandb.init(
+            project=config.logging.wandb_project,
+            name=run_dir.name,
+            id=id_file.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            mode=config.logging.wandb,  # type: ignore[arg-type]
+            dir=str(run_dir),
+            config=yaml.safe_load(dump_config(config)),
+            settings=wandb.Settings(silent=True),
+        )
+
+    def log(self, metrics: Metrics) -> None:
+        self.run.log(flatten(metrics), step=metrics["step"])
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def make_loggers(config: RunConfig, run_dir: Path) -> list[Logger]:
+    """The loggers the config asks for."""
+    loggers: list[Logger] = [JsonlLogger(run_dir / "metrics.jsonl")]
+    if config.logging.tensorboard:
+        loggers.append(TensorBoardLogger(run_dir / "tensorboard"))
+    if config.logging.wandb != "off":
+        loggers.append(WandbLogger(config, run_dir))
+    return loggers
+
+
+def flatten(metrics: Metrics) -> dict[str, float]:
+    """Nested per-layer (and per-loop) lists as scalars: {"lambdas": [[.5, .4]]} -> {"lambdas/layer_00/loop_1": .5, ...}."""
+    flat: dict[str, float] = {}
+    for name, value in metrics.items():
+        if isinstance(value, int | float):
+            flat[name] = value
+        elif isinstance(value, list):
+            for layer, entry in enumerate(value):
+                if isinstance(entry, list):
+                    flat.update({f"{name}/layer_{layer:02d}/loop_{n}": x for n, x in enumerate(entry, start=1)})
+                else:
+                    flat[f"{name}/layer_{layer:02d}"] = entry
+    return flat

@@ -1,0 +1,110 @@
+"""The folder of a run: whose it is, what it was started with, and how it stands.
+
+    RUN/config.yaml        the resolved configuration; another one is refused
+    RUN/environment.json   versions, git commit, command of the latest start
+    RUN/status.json        the verdict: running | done | interrupted | failed, with reason
+    RUN/metrics.jsonl, RUN/checkpoints/, RUN/tensorboard/, RUN/wandb/
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from loopmem_pretrain import __version__
+from loopmem_pretrain.checkpoint.store import write_text
+from loopmem_pretrain.config.load import differences, dump_config, load_config
+from loopmem_pretrain.config.run import RunConfig
+from loopmem_pretrain.errors import ConfigError, EnvironmentFault
+
+Status = Literal["running", "done", "interrupted", "failed"]
+
+# Keys that say how a run is executed or observed, not what it computes: they may change at a restart.
+MAY_CHANGE = (
+    "run_dir",
+    "logging.",
+    "checkpoint.",
+    "validation.",
+    "alarms.",
+    "data.num_workers",
+    "training.device",
+    "training.compile",
+    "training.activation_checkpointing",
+    "training.deterministic",
+)
+VERSIONS_OF = ("torch", "deepspeed", "megatron-core", "transformers", "numpy", "sentencepiece")
+
+
+def prepare(config: RunConfig, run_dir: Path) -> None:
+    """Create the folder, or check that it belongs to this configuration. Rank 0 only.
+
+    Raises:
+        ConfigError: the folder belongs to another configuration (differences shown).
+        EnvironmentFault: the folder cannot be written.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / ".write-test"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise EnvironmentFault(
+            f"cannot write to the run folder {run_dir}: {error.strerror}",
+            "give write permission, free some space, or choose another run_dir",
+        ) from None
+    recorded = run_dir / "config.yaml"
+    if recorded.exists():
+        changed = [
+            line for line in differences(load_config(RunConfig, recorded), config) if not line.startswith(MAY_CHANGE)
+        ]
+        if changed:
+            raise ConfigError(
+                f"the run folder {run_dir} belongs to another configuration:\n    " + "\n    ".join(changed),
+                "choose another run_dir for this configuration, or take the changes back to continue that run",
+            )
+    write_text(recorded, dump_config(config))
+    write_text(run_dir / "environment.json", json.dumps(environment(), indent=1) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """What a number may depend on: versions, commit, command. No environment variables, so no secrets."""
+    versions = {name: importlib.metadata.version(name) for name in VERSIONS_OF}
+    return {
+        "loopmem_pretrain": __version__,
+        "git_commit": _git_commit(),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": versions,
+    }
+
+
+def _git_commit() -> str | None:
+    """Commit of the source tree this package runs from; None for an installed wheel."""
+    folder = Path(__file__).resolve().parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None
+
+
+def write_status(run_dir: Path, status: Status, reason: str, step: int | None = None) -> None:
+    """Record how the run stands. Rank 0 only."""
+    record = {"status": status, "reason": reason, "step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    write_text(run_dir / "status.json", json.dumps(record) + "\n")
+
+
+def read_status(run_dir: Path) -> dict[str, Any] | None:
+    """The last recorded status, or None where the run never started."""
+    path = run_dir / "status.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

@@ -1,0 +1,157 @@
+"""The training loop, and everything that must exist before its first step."""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from loopmem_pretrain.checkpoint.state import Position, resume
+from loopmem_pretrain.checkpoint.store import CheckpointStore
+from loopmem_pretrain.config.run import RunConfig
+from loopmem_pretrain.data.dataset import open_training, open_validation
+from loopmem_pretrain.data.sampler import train_batches
+from loopmem_pretrain.errors import LoopMemError
+from loopmem_pretrain.training import run_folder
+from loopmem_pretrain.training.engine import TrainingEngine, init_distributed
+from loopmem_pretrain.training.hardware import choose_device
+from loopmem_pretrain.training.hooks import Hook, make_hooks
+
+
+class Trainer:
+    """One rank of a run."""
+
+    def __init__(self, config: RunConfig, stop_at_step: int | None = None) -> None:
+        """Join the other ranks, open the data, build the model, resume where there is something to resume.
+
+        `stop_at_step` ends this start, not the run: a checkpoint is written and the same command continues.
+        """
+        self.config, self.run_dir = config, Path(config.run_dir)
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.device = choose_device(config, int(os.environ.get("LOCAL_RANK", "0")))
+        init_distributed(self.device)
+        self.world_size = dist.get_world_size()
+        if config.training.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        self.on_rank_zero(lambda: run_folder.prepare(config, self.run_dir))
+        self.dataset = open_training(config.data, config.training.seed, config.model.vocab_size)
+        self.validation_dataset = open_validation(config.data, config.validation.num_samples)
+        self.engine = TrainingEngine(config, self.device)
+        self.store = CheckpointStore(config.run_dir)
+        self.position = Position()
+        self.stop_at_step = min(stop_at_step or config.training.train_steps, config.training.train_steps)
+        self.stop_reason: str | None = None
+        self.signal: str | None = None
+        self.pause_seconds = 0.0
+        self.loss_sum = torch.zeros((), device=self.device)
+        self.pending: dict[str, Any] = {}
+        """Measurements that wait for the next line of metrics.jsonl, such as a validation loss."""
+
+        self.resumed_from = resume(self)
+        self.hooks: list[Hook] = make_hooks(self)
+
+    def train(self) -> run_folder.Status:
+        """Run until the last step, `stop_at_step`, or a request to stop; returns how it ended."""
+        self.write_status("running", "training")
+        status: run_folder.Status = "failed"
+        reason = "ended by an unexpected error"
+        try:
+            with self._signals():
+                batches = self._batches()
+                while self.position.step < self.stop_at_step and not self.stop_reason:
+                    self.loss_sum += self.engine.train_batch(batches, self.position.step)
+                    self._advance()
+                    for hook in self.hooks:
+                        hook.after_step(self)
+            done = self.position.step >= self.config.training.train_steps
+            status = "done" if done else "interrupted"
+            reason = "all steps trained" if done else self.stop_reason or f"stopped at step {self.stop_at_step} as asked"
+        except LoopMemError as error:
+            reason = error.problem
+            raise
+        except BaseException as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            for hook in reversed(self.hooks):
+                hook.close(self)
+            self.write_status(status, reason)
+        return status
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        training, data = self.config.training, self.config.data
+        return train_batches(
+            self.dataset,
+            micro_batch_size=training.micro_batch_size,
+            global_batch_size=training.global_batch_size,
+            dp_rank=self.rank,
+            dp_size=self.world_size,
+            consumed_samples=self.position.samples,
+            num_workers=data.num_workers,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _advance(self) -> None:
+        samples = self.config.training.global_batch_size
+        self.position.step += 1
+        self.position.samples += samples
+        self.position.tokens += samples * self.config.data.seq_length
+
+    @property
+    def ending(self) -> bool:
+        """Whether the step just done is the last of this start."""
+        return self.position.step >= self.stop_at_step or self.stop_reason is not None
+
+    def agree_to_stop(self) -> None:
+        """If any rank was asked to stop, all ranks stop here. A collective, called where the host waits anyway."""
+        names = ("SIGTERM", "SIGINT", "SIGUSR1")
+        code = torch.tensor(names.index(self.signal) + 1 if self.signal else 0, device=self.device)
+        dist.all_reduce(code, op=dist.ReduceOp.MAX)
+        if int(code):
+            self.stop_reason = f"stopped by {names[int(code) - 1]}"
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time spent inside (validation, saving) does not count as training time."""
+        start = time.perf_counter()
+        yield
+        self.pause_seconds += time.perf_counter() - start
+
+    def on_rank_zero(self, action: Any) -> None:
+        """Run `action` on rank 0 and let every rank fail with its named error if it fails there."""
+        failure: list[LoopMemError | None] = [None]
+        if self.rank == 0:
+            try:
+                action()
+            except LoopMemError as error:
+                failure[0] = error
+        dist.broadcast_object_list(failure, src=0)
+        if failure[0] is not None:
+            raise failure[0]
+
+    def write_status(self, status: run_folder.Status, reason: str) -> None:
+        if self.rank == 0:
+            run_folder.write_status(self.run_dir, status, reason, self.position.step)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM, SIGINT and SIGUSR1 ask for a clean stop at the next log interval; a second SIGINT is immediate."""
+
+        def remember(number: int, frame: Any) -> None:
+            if self.signal == "SIGINT" and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.signal = signal.Signals(number).name
+
+        previous = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
