@@ -12,7 +12,7 @@ from loopmem_pretrain.model.loopmem import LoopMemLM, TorchBackend
 TEXTS = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind.\n\nIt was  spring.",
     "If 12 apples cost 36 cents, one apple costs 36 / 12 = 3 cents; </s> is only text here.",
-    "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich \U0001f98a.",
+    "Zw\u00f6lf Boxk\u00e4mpfer jagen Viktor quer \u00fcber den gro\u00dfen Sylter Deich \U0001f98a.",
 ]
 SIZES = {
     "vocab_size": 512,

@@ -1,0 +1,254 @@
+"""Export: weights, config, code and tokenizer as one Hugging Face folder that is known to compute the same.
+
+The folder is written beside its destination, loaded afresh by transformers in a process that cannot import this
+package, compared with the model it came from, and only then gets its name.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import GenerationConfig
+
+from loopmem_pretrain.config.model import ModelConfig
+from loopmem_pretrain.data.files import disk_faults
+from loopmem_pretrain.data.tokenizer import Tokenizer, load_tokenizer
+from loopmem_pretrain.errors import ConfigError, ConversionError, EnvironmentFault
+from loopmem_pretrain.hf.card import model_card
+from loopmem_pretrain.hf.configuration_loopmem import LoopMemConfig
+from loopmem_pretrain.hf.inline import inline_module
+from loopmem_pretrain.hf.staging import check_destination, staged
+from loopmem_pretrain.hf.tokenizer import check_parity, to_huggingface
+from loopmem_pretrain.hf.verify import Comparison, verify_folder
+from loopmem_pretrain.model.loopmem import LoopMemLM, TorchBackend
+
+DType = Literal["float32", "bfloat16"]
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_HERE = Path(__file__).resolve().parent
+_SMALL_FILES = 64 * 2**20  # room for tokenizer, code and card, generously
+
+
+class ExportReport(NamedTuple):
+    """What was written and how it compares."""
+
+    folder: Path
+    """The exported folder."""
+    dtype: DType
+    """Of the weights in it."""
+    parameters: int
+    """Numbers in it; a tied head is not counted twice."""
+    weight_bytes: int
+    """Bytes of all weights."""
+    weight_files: tuple[str, ...]
+    """Their files."""
+    comparison: Comparison
+    """Measured in float32 on the CPU; a bfloat16 export is compared with the weights rounded to bfloat16."""
+
+
+def export(
+    model_config: ModelConfig,
+    weights: Iterable[tuple[str, Tensor]],
+    tokenizer_path: str | Path,
+    out_dir: str | Path,
+    *,
+    sample_texts: Sequence[str],
+    dtype: DType = "float32",
+    seq_length: int,
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+) -> ExportReport:
+    """Write `out_dir` for `AutoModelForCausalLM.from_pretrained(out_dir, trust_remote_code=True)`.
+
+    Args:
+        model_config: the model's sizes.
+        weights: (public name, float32 tensor), each parameter once; a tied head may be left out.
+        tokenizer_path: the training tokenizer.
+        out_dir: a folder that does not exist or is empty, or, with `overwrite`, an earlier export.
+        sample_texts: real text, on which tokenizers, logits and loss are compared; logits and loss on the first
+            `seq_length` tokens of each.
+        dtype: of the exported weights.
+        seq_length: tokens of a training sequence; becomes `max_position_embeddings`.
+        overwrite: replace an earlier export.
+        max_shard_size: weights are cut into files no larger than this.
+
+    Raises:
+        ConfigError: the destination, the dtype or the sample texts cannot be meant.
+        DataError: the tokenizer cannot be read.
+        ConversionError: weights do not fit the config, or the exported model computes something else (logits or loss
+            differ by more than 1e-5 * max(1, largest reference logit)); nothing is left at `out_dir`.
+        EnvironmentFault: disk full, no permission.
+    """
+    check_destination(out_dir, overwrite)
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not valid", f"use one of {', '.join(_DTYPES)}")
+    if seq_length < 2:
+        raise ConfigError(f"seq_length {seq_length} is not valid", "give the length of a training sequence")
+    tokenizer = load_tokenizer(tokenizer_path)
+    if tokenizer.vocab_size > model_config.vocab_size:
+        raise ConversionError(
+            f"{tokenizer.file} has {tokenizer.vocab_size:,} tokens, the model's vocab_size is "
+            f"{model_config.vocab_size:,}",
+            "export with the tokenizer the model was trained with",
+        )
+    tokens = tokenize_samples(tokenizer, sample_texts)
+    # A bfloat16 export is compared with what it can hold: rounded, then float32 again.
+    kept = {key: value.to(_DTYPES[dtype]).float() for key, value in collect_weights(model_config, weights).items()}
+    config = huggingface_config(model_config, tokenizer, seq_length, dtype)
+    with staged(out_dir, overwrite) as folder:
+        write_tokenizer(folder, tokenizer_path, sample_texts)
+        files = write_weights(folder, kept, dtype, max_shard_size)
+        with disk_faults(folder):
+            write_settings(folder, config)
+            (folder / "README.md").write_text(model_card(model_config, dtype, seq_length), encoding="utf-8")
+        comparison = verify_folder(folder, model_config, kept, list(sample_texts), tokens, seq_length)
+    parameters = sum(value.numel() for value in kept.values())
+    size = parameters * _DTYPES[dtype].itemsize
+    return ExportReport(Path(out_dir).expanduser().resolve(), dtype, parameters, size, files, comparison)
+
+
+def tokenize_samples(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of the texts.
+
+    Raises:
+        ConfigError: no text, an empty one, or none with two tokens to predict one from the other.
+    """
+    fix = "give a few real texts of some hundred characters"
+    tokens = [tokenizer.encode(text) for text in texts]
+    if not tokens:
+        raise ConfigError("there is no sample text to compare models on", fix)
+    if [] in tokens:
+        raise ConfigError(f"sample text {tokens.index([])} is empty", fix)
+    if max(len(ids) for ids in tokens) < 2:
+        raise ConfigError("no sample text has more than one token", fix)
+    return tokens
+
+
+def write_tokenizer(folder: Path, tokenizer_path: str | Path, texts: Sequence[str]) -> None:
+    """Write the tokenizer's files; first of all, since transformers asks about code as soon as there is a config.json.
+
+    Raises:
+        ConversionError: it has no exact Hugging Face form, or gives other tokens for some of the texts.
+    """
+    with disk_faults(folder):
+        to_huggingface(tokenizer_path, folder)
+    differing = check_parity(tokenizer_path, folder, list(texts))
+    if differing:
+        raise ConversionError(
+            f"the exported tokenizer gives other tokens or another text for {len(differing)} of {len(texts)} sample "
+            f"texts, first {differing[0][:80]!r}",
+            "nothing was exported; report this together with the text",
+        )
+
+
+def collect_weights(model_config: ModelConfig, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """All parameters by name, on the CPU, float32 and each in memory of its own; a tied head is left out.
+
+    Raises:
+        ConversionError: missing, unexpected, repeated, of another shape or type, not finite, or a tied head that is
+            not the embedding; the names are in the message.
+    """
+    with torch.device("meta"):
+        expected = {name: value.shape for name, value in LoopMemLM(model_config, TorchBackend()).named_parameters()}
+    found: dict[str, Tensor] = {}
+    problems: list[str] = []
+    head = None
+    for name, tensor in weights:
+        value = tensor.detach().to("cpu").contiguous()
+        if value.untyped_storage().nbytes() != value.nbytes:
+            value = value.clone()  # a view of a checkpoint's flat buffer would keep, and save, all of it
+        if value.dtype != torch.float32:
+            problems.append(f"{name}: {value.dtype}, expected torch.float32")
+        elif not bool(torch.isfinite(value).all()):
+            problems.append(f"{name}: {int((~torch.isfinite(value)).sum()):,} of {value.numel():,} values not finite")
+        if name in found:
+            problems.append(f"{name}: given twice")
+        elif name in expected and value.shape != expected[name]:
+            problems.append(f"{name}: shape {list(value.shape)}, expected {list(expected[name])}")
+        elif name == "lm_head.weight" and model_config.tie_word_embeddings:
+            head = value
+            continue
+        elif name not in expected:
+            problems.append(f"{name}: unexpected")
+        found[name] = value
+    problems += [f"{name}: missing" for name in expected if name not in found]
+    embedding = found.get("model.embed_tokens.weight")
+    if head is not None and embedding is not None and not torch.equal(head, embedding):
+        problems.append("lm_head.weight: tied (tie_word_embeddings), yet not equal to model.embed_tokens.weight")
+    if problems:
+        shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise ConversionError(
+            "the weights are not those of the model config:\n  " + "\n  ".join(shown),
+            "export with the config the checkpoint was trained with",
+        )
+    return {name: found[name] for name in expected}
+
+
+def huggingface_config(config: ModelConfig, tokenizer: Tokenizer, seq_length: int, dtype: DType) -> LoopMemConfig:
+    """config.json of an exported folder."""
+    settings = {
+        **config.model_dump(),
+        "max_position_embeddings": seq_length,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+        "architectures": ["LoopMemForCausalLM"],
+        "dtype": dtype,
+        "auto_map": {
+            "AutoConfig": "configuration_loopmem.LoopMemConfig",
+            "AutoModelForCausalLM": "modeling_loopmem.LoopMemForCausalLM",
+        },
+    }
+    return LoopMemConfig(**settings)
+
+
+def write_weights(folder: Path, weights: dict[str, Tensor], dtype: DType, max_shard_size: str) -> tuple[str, ...]:
+    """Write model*.safetensors (and an index where there are several); returns their names.
+
+    Raises:
+        EnvironmentFault: disk full, no permission.
+    """
+    size = sum(value.numel() for value in weights.values()) * _DTYPES[dtype].itemsize
+    with disk_faults(folder):
+        free = shutil.disk_usage(folder).free
+    if free < size + _SMALL_FILES:
+        raise EnvironmentFault(
+            f"no room to write {folder.parent}: {free:,} bytes are free, {size + _SMALL_FILES:,} are needed",
+            "free space, or export to another disk",
+        )
+    # The cut is planned on tensors without memory, of the type that will be written.
+    plan = {name: torch.empty(value.shape, dtype=_DTYPES[dtype], device="meta") for name, value in weights.items()}
+    split = split_torch_state_dict_into_shards(plan, max_shard_size=max_shard_size)
+    with disk_faults(folder):
+        for file, names in split.filename_to_tensors.items():
+            shard = {name: weights[name].to(_DTYPES[dtype]) for name in names}
+            try:
+                save_file(shard, folder / file, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise EnvironmentFault(
+                    f"cannot write {folder / file}: {error}", "check the disk's space, quota and permissions"
+                ) from error
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    return tuple(split.filename_to_tensors)
+
+
+def write_settings(folder: Path, config: LoopMemConfig) -> None:
+    """Write config.json, generation_config.json and the two code files."""
+    config.save_pretrained(folder)
+    pad = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
+    generation: Any = GenerationConfig  # untyped
+    generation(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=pad, use_cache=False
+    ).save_pretrained(folder)
+    modeling = inline_module(_HERE / "modeling_loopmem.py")
+    (folder / "modeling_loopmem.py").write_text(modeling, encoding="utf-8")
+    configuration = inline_module(_HERE / "configuration_loopmem.py", {})
+    (folder / "configuration_loopmem.py").write_text(configuration, encoding="utf-8")
