@@ -1,0 +1,227 @@
+"""Continue a text, with the model in memory or in Hugging Face form, and show it as it grows.
+
+Both forms draw the same tokens from the same seed: what differs is who runs the loop.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from loopmem_pretrain.errors import ConfigError
+from loopmem_pretrain.model.loopmem import LoopMemLM
+
+OnText = Callable[[str], object]
+
+
+class _Codec(Protocol):
+    """What generation asks of a tokenizer, ours or transformers'."""
+
+    vocab_size: int
+    eos_id: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+
+def generate_text(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int = 0,
+    num_loops: int | None = None,
+    *,
+    context_length: int | None = None,
+    on_text: OnText | None = None,
+) -> str:
+    """Continue `prompt`; returns the continuation alone.
+
+    Args:
+        model: a LoopMemLM, or a LoopMemForCausalLM (of this package or of an exported folder).
+        tokenizer: for a LoopMemLM the training tokenizer (`data.tokenizer.load_tokenizer`), else transformers'.
+        prompt: the text to continue; an empty one starts a new document.
+        max_new_tokens: at most so many; an end-of-document token ends it sooner.
+        temperature: 0 takes the likeliest token each time, else tokens are drawn from softmax(logits / temperature).
+        top_k: draw from the k likeliest tokens only.
+        seed: of the draws; the same seed gives the same text.
+        num_loops: applies every layer so often instead of max_loops times.
+        context_length: tokens the model was trained on at once; prompt and continuation must fit. Where None, the
+            `max_position_embeddings` of a Hugging Face config.
+        on_text: called with each new piece of the continuation; the pieces together are the returned text.
+
+    Raises:
+        ConfigError: a value that cannot be meant, or a prompt that does not fit the context.
+    """
+    codec: _Codec = tokenizer if isinstance(model, LoopMemLM) else _HuggingFaceCodec(tokenizer)
+    _check_values(model.config, max_new_tokens, temperature, top_k, num_loops)
+    ids = codec.encode(prompt) or [codec.eos_id]  # the end of one document is where the next begins
+    _check_length(len(ids), max_new_tokens, context_length or getattr(model.config, "max_position_embeddings", None))
+    text = _GrowingText(codec, on_text)
+    device = next(model.parameters()).device
+    start = torch.tensor([ids], device=device)
+    generate = _generate_native if isinstance(model, LoopMemLM) else _generate_huggingface
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode():
+        torch.manual_seed(seed)
+        generate(model, codec, start, max_new_tokens, temperature, top_k, num_loops, text)
+    return text.finish()
+
+
+def _generate_native(
+    model: LoopMemLM,
+    codec: _Codec,
+    ids: Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    num_loops: int | None,
+    text: "_GrowingText",
+) -> None:
+    for _ in range(max_new_tokens):
+        scores = model(ids, num_loops=num_loops).logits[0, -1].float()
+        scores[codec.vocab_size :] = -math.inf  # rows that pad the vocabulary are no tokens
+        token = _choose(scores, temperature, top_k)
+        ids = torch.cat((ids, token[None]), dim=1)
+        text.put(token)
+        if int(token) == codec.eos_id:
+            return
+
+
+def _choose(scores: Tensor, temperature: float, top_k: int | None) -> Tensor:
+    """One token id, [1], from scores [V]."""
+    if temperature == 0:
+        return scores.argmax(keepdim=True)
+    scores = scores / temperature
+    if top_k is not None and top_k < len(scores):
+        scores = scores.masked_fill(scores < scores.topk(top_k).values[-1], -math.inf)
+    return torch.multinomial(scores.softmax(-1), 1)
+
+
+def _generate_huggingface(
+    model: Any,
+    codec: _Codec,
+    ids: Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    num_loops: int | None,
+    text: "_GrowingText",
+) -> None:
+    drawing = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0} if temperature else {}
+    padding = list(range(codec.vocab_size, model.config.vocab_size))
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        eos_token_id=codec.eos_id,
+        pad_token_id=codec.eos_id,
+        use_cache=False,
+        streamer=_SkipPrompt(text),
+        **({"suppress_tokens": padding} if padding else {}),
+        **({"num_loops": num_loops} if num_loops is not None else {}),
+        **(drawing or {"do_sample": False}),
+    )
+
+
+class _HuggingFaceCodec:
+    """A transformers tokenizer as _Codec; text is only ever text, as in training: `</s>` in it ends nothing."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ConfigError("the tokenizer names no end-of-document token", "set eos_token in tokenizer_config.json")
+        self.tokenizer = tokenizer
+        self.eos_id: int = tokenizer.eos_token_id
+        self.vocab_size = max(tokenizer.get_vocab().values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        return list(encoded["input_ids"])
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+class _GrowingText:
+    """Turns new tokens into text, piece by piece; the text is what the pieces join to."""
+
+    def __init__(self, codec: _Codec, on_text: OnText | None) -> None:
+        self.codec, self.on_text = codec, on_text
+        self.pieces: list[str] = []
+        # Decoded before the new tokens and cut off again, since some tokenizers treat the first token of a text apart.
+        self.anchor = codec.encode("a")
+        self.anchor_length = len(codec.decode(self.anchor))
+        self.new: list[int] = []
+        """Tokens whose text is not out yet."""
+
+    def put(self, tokens: Tensor) -> None:
+        self.new += tokens.flatten().tolist()
+        piece = self._piece()
+        # Bytes that are not a whole character yet decode to U+FFFD; the next token may complete them.
+        if piece and not piece.endswith("\ufffd"):
+            self._show(piece)
+
+    def finish(self) -> str:
+        """Bring out what is left, and return all of the text."""
+        self._show(self._piece())
+        return "".join(self.pieces)
+
+    def _piece(self) -> str:
+        return self.codec.decode(self.anchor + self.new)[self.anchor_length :]
+
+    def _show(self, piece: str) -> None:
+        self.new = []
+        if piece:
+            self.pieces.append(piece)
+            if self.on_text is not None:
+                self.on_text(piece)
+
+
+class _SkipPrompt:
+    """What `generate` calls with the prompt first, then with every new token."""
+
+    def __init__(self, text: _GrowingText) -> None:
+        self.text = text
+        self.prompt_passed = False
+
+    def put(self, tokens: Tensor) -> None:
+        if self.prompt_passed:
+            self.text.put(tokens)
+        self.prompt_passed = True
+
+    def end(self) -> None:
+        """Part of the interface; `generate_text` finishes the text itself."""
+
+
+def _check_values(
+    config: Any, max_new_tokens: int, temperature: float, top_k: int | None, num_loops: int | None
+) -> None:
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens {max_new_tokens} is not valid", "ask for 1 or more")
+    if not math.isfinite(temperature) or temperature < 0:
+        raise ConfigError(
+            f"temperature {temperature} is not valid", "use 0 for the likeliest tokens, or a number above it"
+        )
+    if top_k is not None and top_k < 1:
+        raise ConfigError(f"top_k {top_k} is not valid", "use 1 or more, or leave it out")
+    if num_loops is not None and not config.max_loops:
+        raise ConfigError(f"num_loops {num_loops}: this model does not loop (max_loops 0)", "leave num_loops out")
+    if num_loops is not None and num_loops < 1:
+        raise ConfigError(f"num_loops {num_loops} is not valid", "use 1 or more, or leave it out")
+
+
+def _check_length(prompt: int, new: int, context: int | None) -> None:
+    if context is None or prompt + new <= context:
+        return
+    if prompt >= context:
+        raise ConfigError(
+            f"the prompt has {prompt:,} tokens, the model was trained on {context:,}", "shorten the prompt"
+        )
+    raise ConfigError(
+        f"the prompt has {prompt:,} tokens; {new:,} new ones do not fit the {context:,} the model was trained on",
+        f"ask for at most {context - prompt:,} new tokens, or shorten the prompt",
+    )
