@@ -1,0 +1,123 @@
+"""Parameter and FLOP formulas against the published counts and against torch's own counters."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from loopmem_pretrain.config.load import load_config
+from loopmem_pretrain.config.model import ModelConfig
+from loopmem_pretrain.config.run import RunConfig
+from loopmem_pretrain.model.flops import forward_flops_per_token, parameter_counts, training_flops_per_token
+from loopmem_pretrain.model.loopmem import LoopMemLM, TorchBackend
+from tests.configs import TINY_MODEL
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+
+# Parameters of every model of the paper, exact.
+PAPER = {
+    "base": 162_222_336,
+    "l3": 162_231_612,
+    "l5": 162_231_636,
+    "l7": 162_231_660,
+    "l9": 162_231_684,
+    "l3_if": 332_131_584,
+    "l5_if": 502_040_832,
+    "m_b_ip": 211_767_552,
+    "m_minus_3": 210_243_900,
+    "m_0": 210_243_900,
+    "m_3": 210_243_900,
+    "m_b_if": 480_767_232,
+    "l1_1k_512": 210_243_876,
+    "l1_4k_512": 266_866_980,
+    "l1": 162_231_588,
+    "l5_1k": 210_243_924,
+}
+VARIANTS = [
+    {},
+    {"gate": "scalar"},
+    {"gate": "constant"},
+    {"local_slots": 0},
+    {"global_slots": 0},
+    {"local_slots": 0, "global_slots": 0},
+    {"num_key_value_heads": 4},
+    {"tie_word_embeddings": True},
+    {"max_loops": 1, "ponder_weight": 0.0},
+    {"max_loops": 0, "residual_scale": "one", "local_slots": 0, "global_slots": 0, "ponder_weight": 0.0},
+]
+
+
+def paper_model(name: str) -> ModelConfig:
+    return load_config(RunConfig, CONFIGS / "paper" / f"{name}.yaml").model
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_counts(name):
+    model = paper_model(name)
+    assert parameter_counts(model).total == PAPER[name]
+    with torch.device("meta"):
+        built = LoopMemLM(model, TorchBackend())
+    assert sum(parameter.numel() for parameter in built.parameters()) == PAPER[name]
+
+
+def test_every_paper_config_is_counted():
+    assert {path.stem for path in (CONFIGS / "paper").glob("*.yaml")} == {*PAPER, "recipe"}
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_parameter_formula(changes):
+    model = ModelConfig(**{**TINY_MODEL, **changes})
+    built = LoopMemLM(model, TorchBackend())
+    assert parameter_counts(model).total == sum(parameter.numel() for parameter in built.parameters())
+
+
+class ExplicitAttention(TorchBackend):
+    """Reads banks with matmuls: torch counts nothing for scaled_dot_product_attention on CPUs."""
+
+    def read_bank(self, query, keys, values):
+        return torch.softmax(query @ keys.T, dim=-1) @ values
+
+
+def explicit_attention(q, k, v, is_causal, enable_gqa):
+    if enable_gqa:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    return torch.softmax(q @ k.transpose(-1, -2), dim=-1) @ v
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_flops_against_torch(changes, monkeypatch):
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "local_slots": 24, "global_slots": 16}
+    model = ModelConfig(**{**TINY_MODEL, **sizes, **changes})
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", explicit_attention)
+    built = LoopMemLM(model, ExplicitAttention())
+    tokens = torch.randint(0, 96, (2, 32))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        built(tokens)
+    ours = forward_flops_per_token(model, 32, causal=False).total * tokens.numel()
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.01)
+    with FlopCounterMode(display=False) as counter:
+        built(tokens, labels=tokens).loss.backward()
+    # Backward is twice forward, but for gradients nobody needs: those of the input embedding's input.
+    assert 3 * ours == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_causal_correction_by_hand():
+    """A causal token sees T/2 keys: 4 * D * T/2 fewer FLOPs a block than at full T."""
+    model = paper_model("m_minus_3")
+    full = forward_flops_per_token(model, 4096, causal=False).total
+    causal = forward_flops_per_token(model, 4096).total
+    assert full - causal == 12 * 3 * 4 * 768 * 2048
+
+
+def test_known_rate_of_the_authors():
+    """69 k tokens/s were 239 TFLOP/s; 1.4 % of that is how far the rounded token rate can be off."""
+    assert training_flops_per_token(paper_model("m_minus_3"), 4096) * 69e3 == pytest.approx(239e12, rel=0.014)
+
+
+def test_block_by_hand():
+    """At D = 768, T = 4096: 14.2 M linear and 6.3 M attention FLOPs a block, 9.4 M for both banks."""
+    model = paper_model("m_minus_3")
+    flops = forward_flops_per_token(model, 4096)
+    assert flops.blocks / 36 == pytest.approx(14.2e6 + 6.3e6, rel=0.01)
+    assert (flops.local_reads + flops.global_reads) / 36 == pytest.approx(9.4e6, rel=0.01)
