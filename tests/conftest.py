@@ -7,3 +7,15 @@ os.environ["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["WANDB_MODE"] = "offline"
+
+from pathlib import Path  # noqa: E402 - after the environment is set
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared shards of generated sentences, vocabulary 320. Read only."""
+    from tests.prepared import prepare_sentences
+
+    return prepare_sentences(tmp_path_factory.mktemp("sentences"))

@@ -41,13 +41,12 @@ def run_demo(run_dir: str) -> int:
 def stages(run_dir: str) -> list[tuple[str, list[str]]]:
     """(title, arguments of loopmem) of every stage."""
     data = f"{run_dir}/data"
-    placed = [
-        f"sources.0.paths=[{data}/corpus/*.jsonl]",
-        f"tokenizer.path={data}/tokenizer",
-        f"output_dir={data}/tokens",
-    ]
-    recipe = ["--config", RECIPE, *(placed if run_dir != "runs/demo" else [])]
-    load_config(PrepareConfig, RECIPE, recipe[2:], prepare_problems)
+    recipe = ["--config", RECIPE]
+    if run_dir != "runs/demo":
+        prepared = load_config(PrepareConfig, RECIPE, (), prepare_problems)
+        corpus = [path.replace("runs/demo", run_dir) for source in prepared.sources for path in source.paths]
+        recipe += [f"sources.{index}.paths=[{path}]" for index, path in enumerate(corpus)]
+        recipe += [f"tokenizer.path={data}/tokenizer", f"output_dir={data}/tokens"]
     overrides = [f"run_dir={run_dir}", f"data.datasets.0.path={data}/tokens"] if run_dir != "runs/demo" else []
     config = load_config(RunConfig, CONFIG, overrides, run_problems)
     train = ["train", "--config", CONFIG, "--ranks", str(_ranks()), *overrides]

@@ -3,6 +3,7 @@
 from typing import Any
 
 from loopmem_pretrain.config.run import RunConfig
+from loopmem_pretrain.model.flops import parameter_counts
 
 
 def deepspeed_config(config: RunConfig, accumulation_steps: int) -> dict[str, Any]:
@@ -14,7 +15,8 @@ def deepspeed_config(config: RunConfig, accumulation_steps: int) -> dict[str, An
     - recomputation is ours, per loop and non-reentrant, so DeepSpeed's own is off.
     """
     training, stage = config.training, config.parallel.zero_stage
-    zero: dict[str, Any] = {"stage": stage}
+    bucket = min(500_000_000, parameter_counts(config.model).total)  # DeepSpeed's default, or all there is
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if stage == 3:
         # Norms, routers and step scales stay whole: gathering a few numbers costs more than keeping them.
         zero["stage3_param_persistence_threshold"] = max(10_000, 4 * config.model.hidden_size)

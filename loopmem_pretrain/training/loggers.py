@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,7 +64,7 @@ class WandbLogger:
 
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id() + "\n", encoding="utf-8")
+            id_file.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
         self.run = wandb.init(
             project=config.logging.wandb_project,
             name=run_dir.name,

@@ -40,6 +40,8 @@ class Trainer:
         if config.training.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
+            # We read no uninitialised memory; filling DeepSpeed's large buffers each step would cost minutes.
+            torch.utils.deterministic.fill_uninitialized_memory = False
         self.on_rank_zero(lambda: run_folder.prepare(config, self.run_dir))
         self.dataset = open_training(config.data, config.training.seed, config.model.vocab_size)
         self.validation_dataset = open_validation(config.data, config.validation.num_samples)

@@ -1,0 +1,289 @@
+"""Whole runs on gloo ranks: logs, checkpoints, exact resume, conversion, and what goes wrong."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from loopmem_pretrain.config.run import RunConfig
+from tests.configs import tiny_run
+from tests.distributed import run_ranks
+
+ON_RANK = "tests.e2e.test_training:train_on_rank"
+
+
+def train_on_rank(rank: int, world_size: int, config: RunConfig, stop_at_step: int | None = None, before: str = ""):
+    """Run to the end (or `stop_at_step`); returns (status, named error or None). `before` is run on every rank first."""
+    from loopmem_pretrain.errors import LoopMemError
+    from loopmem_pretrain.training.trainer import Trainer
+
+    try:
+        trainer = Trainer(config, stop_at_step)
+        exec(before, {"trainer": trainer})
+        return trainer.train(), None
+    except LoopMemError as error:
+        return None, error
+
+
+def run(config, ranks=2, **options):
+    """All ranks' (status, error); ranks must agree."""
+    results = run_ranks(ON_RANK, ranks, config, options.get("stop_at_step"), options.get("before", ""))
+    assert len({(status, type(error)) for status, error in results}) == 1, results
+    return results[0]
+
+
+def lines(run_dir):
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def config_for(run_dir, data_dir, **sections):
+    sections["model"] = {"vocab_size": 320, **sections.get("model", {})}
+    return tiny_run(run_dir, data_dir, **sections)
+
+
+EXACT = ("step", "loss", "cross_entropy", "grad_norm", "validation_loss", "expected_loops", "local_gate", "step_scales")
+
+
+def exact(run_dir):
+    return [{key: line[key] for key in EXACT if key in line} for line in lines(run_dir)]
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_is_bit_exact(tmp_path, sentences, zero_stage, precision):
+    sections = {"parallel": {"zero_stage": zero_stage}, "training": {"precision": precision}}
+    whole = config_for(tmp_path / "whole", sentences, **sections)
+    halves = config_for(tmp_path / "halves", sentences, **sections)
+    assert run(whole) == ("done", None)
+    assert run(halves, stop_at_step=10) == ("interrupted", None)
+    assert run(halves) == ("done", None)
+    assert exact(tmp_path / "whole") == exact(tmp_path / "halves")
+    assert exact(tmp_path / "whole")[-1]["step"] == 20
+
+
+def test_a_run_and_its_folder(tmp_path, sentences):
+    config = config_for(tmp_path, sentences, logging={"tensorboard": True, "wandb": "offline"})
+    assert run(config) == ("done", None)
+    logged = lines(tmp_path)
+    assert [line["step"] for line in logged] == [5, 10, 15, 20]
+    last = logged[-1]
+    for key in ("tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "validation_loss"):
+        assert math.isfinite(last[key]), key
+    assert last["tokens"] == 20 * 8 * 16
+    for key, shape in (("expected_loops", (2,)), ("local_gate", (2,)), ("global_gate", (2,))):
+        assert len(last[key]) == shape[0]
+    for key in ("lambdas", "halting_probs", "cosine", "step_scales", "zeta"):
+        assert [len(layer) for layer in last[key]] == [3, 3], key
+    assert logged[-1]["validation_loss"] < logged[1]["validation_loss"] < math.log(320) + 0.3
+    assert all(abs(sum(layer) - 1) < 1e-5 for layer in last["halting_probs"])
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["status"], status["step"]) == ("done", 20)
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000020\n"
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_00000010", "step_00000020"]
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["versions"]["deepspeed"] and environment["world_size"] == 2
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [5, 10, 15, 20]
+    assert "expected_loops/layer_01" in events.Tags()["scalars"]
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
+    wandb_id = (tmp_path / "wandb_id").read_text().strip()
+    assert (tmp_path / "wandb").glob(f"offline-run-*-{wandb_id}")
+
+
+def test_number_of_ranks_does_not_change_the_loss(tmp_path, sentences):
+    for ranks in (1, 2, 4):
+        assert run(config_for(tmp_path / str(ranks), sentences), ranks=ranks)[0] == "done"
+    one, two, four = (exact(tmp_path / str(ranks))[-1] for ranks in (1, 2, 4))
+    for other in (two, four):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert one["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-4)
+        assert one["expected_loops"] == pytest.approx(other["expected_loops"], rel=1e-4)
+
+
+def test_deterministic_runs_are_bit_identical(tmp_path, sentences):
+    for name in ("a", "b"):
+        run(config_for(tmp_path / name, sentences, training={"deterministic": True, "train_steps": 10}))
+    assert exact(tmp_path / "a") == exact(tmp_path / "b")
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path, sentences):
+    run(config_for(tmp_path, sentences, checkpoint={"interval_steps": 4, "keep_last": 2}))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*")) == ["step_00000016", "step_00000020"]
+
+
+def test_a_signal_stops_all_ranks_cleanly(tmp_path, sentences):
+    config = config_for(tmp_path, sentences)
+    before = "import os, signal\nif trainer.rank == 1: trainer.signal = 'SIGTERM'"
+    assert run(config, before=before) == ("interrupted", None)
+    assert json.loads((tmp_path / "status.json").read_text())["reason"] == "stopped by SIGTERM"
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000005\n"
+    assert run(config) == ("done", None)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, sentences):
+    """A finished ten-step run; tests copy it before they damage it."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert run(config_for(folder, sentences, training={"train_steps": 10}, schedule={"warmup_steps": 2})) == ("done", None)
+    return folder
+
+
+def longer(run_dir, data_dir, **sections):
+    """The config of `finished`, in another folder."""
+    sections["training"] = {"train_steps": 10, **sections.get("training", {})}
+    return config_for(run_dir, data_dir, **sections)
+
+
+@pytest.fixture
+def copy_of_finished(tmp_path, finished):
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_another_config_is_refused(copy_of_finished, sentences):
+    status, error = run(longer(copy_of_finished, sentences, optimizer={"lr": 0.5}))
+    assert error.exit_code == 2
+    assert "optimizer.lr: 0.01 -> 0.5" in error.problem
+
+
+def test_how_a_run_is_observed_may_change(copy_of_finished, sentences):
+    assert run(longer(copy_of_finished, sentences, logging={"interval_steps": 2})) == ("done", None)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_another_number_of_ranks_is_refused(copy_of_finished, sentences, ranks):
+    sizes = {"global_batch_size": 8, "micro_batch_size": 2} if ranks == 1 else {}
+    status, error = run(longer(copy_of_finished, sentences, training=sizes), ranks=ranks)
+    assert error.exit_code == (4 if ranks == 1 else 2)
+    assert ("world_size 2" if ranks == 1 else "global_batch_size 8") in error.problem
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped"])
+def test_a_damaged_checkpoint_is_named(copy_of_finished, sentences, damage):
+    file = next((copy_of_finished / "checkpoints" / "step_00000010").glob("*zero_pp_rank_1*"))
+    content = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    elif damage == "truncated":
+        file.write_bytes(content[:-100])
+    else:
+        file.write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
+    status, error = run(longer(copy_of_finished, sentences))
+    assert error.exit_code == 4
+    assert file.name in error.problem
+    assert "latest" in error.fix
+
+
+def test_a_missing_checkpoint_is_named(copy_of_finished, sentences):
+    shutil.rmtree(copy_of_finished / "checkpoints" / "step_00000010")
+    status, error = run(longer(copy_of_finished, sentences))
+    assert error.exit_code == 4 and "step_00000010" in error.problem
+
+
+def test_a_half_written_checkpoint_is_ignored_and_removed(copy_of_finished, sentences):
+    half = copy_of_finished / "checkpoints" / ".incomplete-step_00000015"
+    half.mkdir()
+    (half / "mp_rank_00_model_states.pt").write_bytes(b"half")
+    (copy_of_finished / "checkpoints" / "latest").unlink()  # killed between rename and pointer
+    assert run(longer(copy_of_finished, sentences))[0] == "done"
+
+
+def test_other_data_is_refused(copy_of_finished, tmp_path):
+    from tests.prepared import prepare_sentences
+
+    other = prepare_sentences(tmp_path / "other", seed=2)
+    status, error = run(longer(copy_of_finished, other))
+    assert error.exit_code in (2, 4)
+
+
+def test_a_vocabulary_smaller_than_a_token_id(tmp_path, sentences):
+    status, error = run(config_for(tmp_path, sentences, model={"vocab_size": 300}))
+    assert error.exit_code == 3
+    assert "300" in error.problem and "320" in error.fix
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_damaged_shard(tmp_path, sentences, damage):
+    shutil.copytree(sentences, tmp_path / "tokens")
+    shard = tmp_path / "tokens" / "train-00000.bin"
+    shard.unlink() if damage == "missing" else shard.write_bytes(shard.read_bytes()[:-2])
+    status, error = run(config_for(tmp_path / "run", tmp_path / "tokens"))
+    assert error.exit_code == 3
+    assert "train-00000.bin" in error.problem
+
+
+def test_a_gpu_that_is_not_there(tmp_path, sentences):
+    status, error = run(config_for(tmp_path, sentences, training={"device": "cuda"}), ranks=1)
+    assert error.exit_code == 6
+    assert "device=cpu" in error.fix
+
+
+def test_a_run_folder_that_cannot_be_made(tmp_path, sentences):
+    (tmp_path / "file").write_text("not a folder")
+    status, error = run(config_for(tmp_path / "file" / "run", sentences))
+    assert error.exit_code == 6
+
+
+def test_no_space_left_in_a_save(tmp_path, sentences):
+    """A real limit on file size stands in for a full disk; the checkpoint before stays the newest."""
+    config = config_for(tmp_path, sentences)
+    assert run(config, stop_at_step=10) == ("interrupted", None)
+    before = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    before += "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))"
+    status, error = run(config, ranks=2, before=before)
+    assert error.exit_code == 6
+    assert "step 20" in error.problem
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000010\n"
+    assert json.loads((tmp_path / "status.json").read_text())["status"] == "failed"
+    assert run(config) == ("done", None)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, sentences):
+    config = config_for(tmp_path, sentences)
+    before = "trainer.loss_sum += float('nan')"
+    status, error = run(config, before=before)
+    assert error.exit_code == 7
+    assert json.loads((tmp_path / "status.json").read_text())["status"] == "failed"
+    assert not (tmp_path / "checkpoints" / "latest").exists()
+
+
+def test_alarms(tmp_path, sentences):
+    alarms = {"after_steps": 0, "min_expected_loops": 2.9, "min_gate": 0.9}
+    handler = f"logging.FileHandler({str(tmp_path / 'log')!r})"
+    before = f"import logging; logging.getLogger('loopmem_pretrain').addHandler({handler})"
+    run(config_for(tmp_path, sentences, alarms=alarms, training={"train_steps": 10}), before=before)
+    said = (tmp_path / "log").read_text()
+    assert said.count("halting of layer 0 is stuck at one loop") == 1
+    assert "local_gate of layer 1 does not open" in said
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_conversion_of_every_stage(tmp_path, sentences, zero_stage):
+    from loopmem_pretrain.hf.convert import convert_run
+
+    config = config_for(tmp_path / "run", sentences, parallel={"zero_stage": zero_stage}, training={"train_steps": 10})
+    run(config)
+    said = convert_run(tmp_path / "run", tmp_path / "hf")
+    assert "step 10" in said
+    import torch
+    from safetensors.torch import load_file
+
+    from loopmem_pretrain.hf.load import load_hf
+
+    model, tokenizer = load_hf(tmp_path / "hf")
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    assert "model.layers.1.memory.local_keys" in weights
+    assert all(torch.isfinite(value).all() for value in weights.values())
+    # The trained model, not its initial weights: its loss on the validation samples is the run's own.
+    from loopmem_pretrain.data.dataset import open_validation
+
+    samples = torch.stack([torch.as_tensor(open_validation(config.data, 8)[index]) for index in range(8)])
+    with torch.no_grad():
+        logits = model(input_ids=samples[:, :-1]).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), samples[:, 1:].flatten()).item()
+    assert loss == pytest.approx(lines(tmp_path / "run")[-1]["validation_loss"], rel=1e-5)
