@@ -86,7 +86,9 @@ def find_files(source: SourceConfig) -> list[Path]:
         if not matches:
             problems.append(f"{pattern}: no such file (looked from {Path.cwd()})")
         for match in matches:
-            if match.is_dir():
+            if not match.exists():
+                problems.append(f"{match}: a link to a file that is not there")
+            elif match.is_dir():
                 if pattern == str(match) or not glob.has_magic(pattern):
                     problems.append(f"{match}: is a folder; write a pattern such as {match}/*.jsonl")
             elif not match.name.endswith(SUFFIXES):

@@ -137,9 +137,14 @@ def _key(path: Path) -> tuple[str, int]:
 
 def _hash_files(paths: list[Path], pool: Executor, progress: Progress) -> dict[tuple[str, int], str]:
     keys, sizes, hashes = [_key(path) for path in paths], [path.stat().st_size for path in paths], {}
-    for index, sha256 in enumerate(pool.map(sha256_file, paths)):
-        hashes[keys[index]] = sha256
-        progress(sum(sizes[: index + 1]), sum(sizes), {"stage": "hash sources"})
+    try:
+        for index, sha256 in enumerate(pool.map(sha256_file, paths)):
+            hashes[keys[index]] = sha256
+            progress(sum(sizes[: index + 1]), sum(sizes), {"stage": "hash sources"})
+    except OSError as error:
+        raise DataError(
+            f"cannot read {error.filename}: {error.strerror}", "check the file, its disk and its permissions"
+        ) from error
     return hashes
 
 

@@ -180,6 +180,11 @@ def test_empty_file(tmp_path: Path) -> None:
     assert "empty, 0 bytes" in refused(source(write(tmp_path / "a.jsonl", b""))).problem
 
 
+def test_broken_link(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    assert "a link to a file that is not there" in refused(source(tmp_path / "*.jsonl")).problem
+
+
 def test_all_bad_files_at_once(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", b"")
     write(tmp_path / "b.csv", b"x")

@@ -237,6 +237,39 @@ def interrupt(corpus: Path, out: Path, **values: Any) -> None:
         prepare(recipe(corpus, out, **values), stop)
 
 
+def test_a_hub_data_set_continues_to_the_same_shards(
+    corpus: Path, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    files = tuple(str(corpus / f"{index}.jsonl") for index in range(3))
+    hub = (SourceConfig(kind="hub", name="json", data_files=files, origin="test", license="CC0"),)
+    interrupt(corpus, tmp_path, sources=hub)
+    totals = []
+    manifest = prepare(recipe(corpus, tmp_path, sources=hub), lambda done, total, info: totals.append(total))
+    assert None in totals
+    assert [source.path for source in manifest.source] == ["json/train"]
+    shards = {name: data for name, data in undisturbed.items() if name.endswith((".bin", ".idx"))}
+    found = content(tmp_path)
+    assert {name: found[name] for name in shards} == shards
+
+
+def test_a_hugging_face_tokenizer_of_many_tokens(corpus: Path, tmp_path: Path) -> None:
+    vocabulary = {f"unused {index}": index for index in range(70_000)}
+    for character in set("".join(DOCUMENTS)):
+        vocabulary[character] = len(vocabulary)
+    content = {"model": {"type": "BPE", "vocab": vocabulary, "merges": []}, "added_tokens": []}
+    end = {"id": len(vocabulary), "content": "<end>", "special": True}
+    content["added_tokens"] = [end | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    settings = TokenizerConfig(path=str(tmp_path / "tokenizer.json"), eos_token="<end>")
+    manifest = prepare(recipe(corpus, tmp_path / "out", tokenizer=settings, num_processes=2))
+    assert (manifest.dtype, manifest.tokenizer.kind) == ("int32", "huggingface")
+    documents = read_split(tmp_path / "out", "train")
+    expected = [text for text in DOCUMENTS if not is_validation(text.encode(), FRACTION)]
+    assert [ids[:-1] for ids in documents] == [[vocabulary[c] for c in text] for text in expected]
+    assert {ids[-1] for ids in documents} == {len(vocabulary)}
+    assert load_tokenizer(tmp_path / "out/tokenizer").eos_id == len(vocabulary)
+
+
 def test_a_torn_last_line_of_the_journal_does_not_count(
     corpus: Path, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
