@@ -1,7 +1,12 @@
 """Keeps advice of libraries about optional packages out of our output; our own messages and errors stay."""
 
+import contextlib
+import io
+import logging
 import os
+import sys
 import warnings
+from collections.abc import Iterator
 
 
 def prepare_imports(device: str = "auto") -> None:
@@ -13,3 +18,18 @@ def prepare_imports(device: str = "auto") -> None:
     for module in ("megatron", "deepspeed", "torch.distributed.c10d_logger"):
         for category in (UserWarning, FutureWarning):
             warnings.filterwarnings("ignore", category=category, module=module)
+
+
+@contextlib.contextmanager
+def deepspeed_chatter_held_back() -> Iterator[None]:
+    """Drop what DeepSpeed prints while it sets up; show it after all when that fails."""
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    except BaseException:
+        print(printed.getvalue(), file=sys.stderr)
+        raise

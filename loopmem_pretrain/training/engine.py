@@ -4,11 +4,9 @@ ZeRO 1 runs in the pipeline engine (one path from one GPU to pipelines, universa
 ZeRO 2 and 3 run in the plain engine. The trainer sees `train_batch`, `evaluate`, `save` and `load`.
 """
 
-import contextlib
-import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,10 +18,13 @@ from torch import Tensor
 from loopmem_pretrain.config.run import RunConfig, gradient_accumulation_steps
 from loopmem_pretrain.errors import CheckpointError
 from loopmem_pretrain.model.loopmem import LoopedLayer, PlainLayer, SharedMemory, SharedRead, TorchBackend
+from loopmem_pretrain.quiet import deepspeed_chatter_held_back
 from loopmem_pretrain.training import pipeline
 from loopmem_pretrain.training.ds_config import deepspeed_config
 from loopmem_pretrain.training.metrics import LoopAccumulator
-from loopmem_pretrain.training.optim import beta1, learning_rate, make_optimizer, ponder_weight
+from loopmem_pretrain.training.optim import beta1, keeps_float32, learning_rate, make_optimizer, ponder_weight
+
+log = logging.getLogger(__name__)
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -53,13 +54,12 @@ class TrainingEngine:
         self.config, self.device = config, device
         self.accumulation_steps = gradient_accumulation_steps(config.training, dist.get_world_size())
         self.uses_pipeline = config.parallel.zero_stage == 1
-        _quieten_deepspeed()
 
         backend = TorchBackend()
         accumulator = LoopAccumulator(config.model, config.model.num_hidden_layers, device)
         self.step_context = pipeline.StepContext(config.model, accumulator)
         module_type = pipeline.PipelineStage if self.uses_pipeline else pipeline.WholeModel
-        with contextlib.redirect_stdout(io.StringIO()):  # PipelineModule prints its list of layers
+        with deepspeed_chatter_held_back():
             module = module_type(config.model, backend, backend.cross_entropy, self.step_context)
         pipeline.initialize_weights(module, config.model, backend, config.training.seed)
         pipeline.wrap_loops(module, config.training)
@@ -71,11 +71,35 @@ class TrainingEngine:
         named = [(self.public_names[name], parameter) for name, parameter in parameters.items()]
         if config.parallel.zero_stage == 3:
             _prepare_for_zero3(module)
-        self.engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=make_optimizer(named, config.optimizer, device),
-            config=deepspeed_config(config, self.accumulation_steps),
-        )
+        with deepspeed_chatter_held_back():
+            self.engine, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=self._make_optimizer(named),
+                config=deepspeed_config(config, self.accumulation_steps),
+            )
+
+    def _make_optimizer(self, named: list[tuple[str, torch.nn.Parameter]]) -> Callable[[Any], torch.optim.Optimizer]:
+        """A factory: DeepSpeed calls it after it has cast every parameter to bf16.
+
+        That is the moment to give step scales and routers their float32 values back: in bf16 a raw step scale near -7
+        would move in steps of 0.03, and halting is decided in float32. ZeRO 3 holds one dtype only.
+        """
+        if self.config.parallel.zero_stage == 3 and self.config.training.precision == "bf16":
+            log.warning(
+                "zero_stage 3 holds step scales and routers in bf16 between steps (their master copies are float32); "
+                "zero_stage 1 and 2 hold them in float32"
+            )
+            originals = {}
+        else:
+            originals = {name: parameter.detach().clone() for name, parameter in named if keeps_float32(name)}
+
+        def make(parameters: Any) -> torch.optim.Optimizer:
+            for name, parameter in named:
+                if name in originals:
+                    parameter.data = originals[name]
+            return make_optimizer(named, self.config.optimizer, self.device)
+
+        return make
 
     def train_batch(self, batches: Batches, step: int) -> Tensor:
         """One optimizer step over `accumulation_steps` micro-batches; mean cross-entropy over all ranks, on the device."""
@@ -126,11 +150,13 @@ class TrainingEngine:
         return int(self.engine.skipped_steps)
 
     def step_scales(self) -> list[list[float]]:
-        """Raw s_n of every looped layer, [layers][N]."""
+        """Raw s_n of every looped layer, [layers][N]; under ZeRO 3 a collective."""
         scales = []
+        partitioned = self.config.parallel.zero_stage == 3
         for layer in self.engine.module.modules():
             if isinstance(layer, LoopedLayer):
-                scales.append(layer.step_scales.detach().float().tolist())
+                with deepspeed.zero.GatheredParameters([layer.step_scales], enabled=partitioned):
+                    scales.append(layer.step_scales.detach().float().tolist())
         return scales
 
     def _set_schedules(self, step: int) -> None:
@@ -174,10 +200,3 @@ def _copies(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(_copies(item) for item in value)
     return value.clone() if isinstance(value, Tensor) else value
-
-
-def _quieten_deepspeed() -> None:
-    """DeepSpeed's log belongs to warnings; what it decided is in the run's resolved configuration."""
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.WARNING)

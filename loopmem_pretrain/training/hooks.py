@@ -78,7 +78,9 @@ class LogHook:
             log.info("MFU against %.3g TFLOP/s a device (%s)", self.peak / 1e12, self.peak_source)
 
     def after_step(self, trainer: "Trainer") -> None:
-        due = trainer.position.step % trainer.config.logging.interval_steps == 0
+        step, config = trainer.position.step, trainer.config
+        # Also before every checkpoint: a loss that is not finite must end the run before it is saved.
+        due = step % config.logging.interval_steps == 0 or step % config.checkpoint.interval_steps == 0
         if not (due or trainer.pending or trainer.ending):
             return
         metrics = self._measure(trainer)
@@ -156,6 +158,7 @@ class Alarms:
         self.config = trainer.config
         self.talks = trainer.rank == 0
         self.raised: set[str] = set()
+        self.skipped = trainer.engine.skipped_steps
 
     def check(self, metrics: Metrics) -> None:
         """Called on every rank with the same losses, so that all of them end together.
@@ -170,6 +173,9 @@ class Alarms:
                 "the last checkpoint is from before: lower optimizer.lr or optimizer.gradient_clipping, lengthen "
                 "schedule.warmup_steps, or look at the data of these steps, in a new run_dir",
             )
+        if metrics["skipped_steps"] > self.skipped:
+            self.skipped = metrics["skipped_steps"]
+            self._warn(f"{self.skipped} steps not applied so far, their gradients were not finite", metrics)
         if metrics["step"] < self.config.alarms.after_steps:
             return
         for layer, loops in enumerate(metrics.get("expected_loops", [])):

@@ -18,8 +18,8 @@ ROLES: list[tuple[str, str]] = [
     ("bank", r"(local|global)_(keys|values)$"),
     ("norm", r"norm\.(weight|bias)$"),
     ("step_scale", r"step_scales$"),
+    ("router", r"halting\.(weight|bias)$"),
     ("bias", r"\.bias$"),
-    ("router", r"halting\.weight$"),
     ("matrix", r"(_proj|_gate|lm_head)\.weight$"),
 ]
 DECAYED = {
@@ -40,19 +40,25 @@ def role_of(public_name: str) -> str:
     raise ValueError(f"no optimizer role for parameter {public_name}; add it to ROLES")
 
 
+def keeps_float32(public_name: str) -> bool:
+    """Whether the parameter stays float32 when the working weights are bf16: step scales and routers."""
+    return role_of(public_name) in {"step_scale", "router"}
+
+
 def parameter_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig
 ) -> list[dict[str, object]]:
-    """Two groups, decayed and not; names are the public ones, and their order is that of the model."""
+    """Decayed and not, each of one dtype (ZeRO flattens a group); names are the public ones, order is the model's."""
     decayed_roles = set(DECAYED[config.weight_decay_rule])
     if config.decay_memory_banks:
         decayed_roles.add("bank")
-    decayed: list[nn.Parameter] = []
-    spared: list[nn.Parameter] = []
+    groups: dict[tuple[bool, torch.dtype], list[nn.Parameter]] = {}
     for name, parameter in named_parameters:
-        (decayed if role_of(name) in decayed_roles else spared).append(parameter)
-    groups = [("decayed", decayed, config.weight_decay), ("not decayed", spared, 0.0)]
-    return [{"params": params, "weight_decay": decay, "name": name} for name, params, decay in groups if params]
+        groups.setdefault((role_of(name) in decayed_roles, parameter.dtype), []).append(parameter)
+    return [
+        {"params": groups[key], "weight_decay": config.weight_decay if key[0] else 0.0}
+        for key in sorted(groups, key=str, reverse=True)
+    ]
 
 
 def make_optimizer(

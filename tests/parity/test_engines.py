@@ -67,6 +67,7 @@ def train_on_rank(rank, world_size, config):
     for name, parameter in engine.engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=config.parallel.zero_stage == 3):
             parameters[engine.public_names[name]] = parameter.detach().clone()
+    assert [len(scales) for scales in engine.step_scales()] == [config.model.max_loops] * len(engine.step_scales())
     return losses, norms, stats, parameters, validation
 
 
@@ -116,3 +117,26 @@ def check(config, world_size):
             limit = STEPS * config.optimizer.lr if name.endswith("key_norm.bias") else 2e-4
             torch.testing.assert_close(value, parameters[name], rtol=0, atol=limit, msg=lambda m, n=name: f"{n}: {m}")
         assert 4 < validation < 6
+
+
+def working_dtypes(rank, world_size, config):
+    from loopmem_pretrain.training.engine import TrainingEngine, init_distributed
+
+    init_distributed(torch.device("cpu"))
+    engine = TrainingEngine(config, torch.device("cpu"))
+    losses = [float(engine.train_batch(iter(batches(config, step)[rank::world_size]), step)) for step in range(STEPS)]
+    dtypes = {}
+    for name, parameter in engine.engine.module.named_parameters():
+        dtypes.setdefault(parameter.dtype, set()).add(engine.public_names[name].split("layers.0.")[-1])
+    return losses, dtypes, engine.step_scales()
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_bf16_keeps_step_scales_and_routers_in_float32(zero_stage):
+    """A raw step scale near -7 moves in steps of 0.03 in bf16; the optimizer's steps here are 0.001 to 0.01."""
+    config = tiny_run(parallel={"zero_stage": zero_stage}, training={"precision": "bf16"})
+    losses, dtypes, scales = run_ranks("tests.parity.test_engines:working_dtypes", 2, config)[0]
+    names = {name for name in dtypes[torch.float32] if "layers" not in name}
+    assert names == {"step_scales", "halting.weight", "halting.bias"}
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(reference(config)[0]), rtol=2e-3, atol=0)
+    assert all(-7 < s < -6.9 and s * 32 != round(s * 32) for layer in scales for s in layer)
