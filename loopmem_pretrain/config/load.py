@@ -1,42 +1,44 @@
-"""YAML files composed by `base:`, dotted overrides, and every problem at once with its place.
+"""Typed configuration from YAML and overrides, with every problem at once, each with its place and what is valid.
 
     load_config(RunConfig, path, ["training.train_steps=100"], rules=run_problems)
 
-Traps this file exists for: PyYAML reads `3e-4` as a string and accepts duplicate keys in silence; strict pydantic
-takes lists for tuples only from JSON; an error without file and line costs its reader more than the error.
+Strict pydantic takes lists for tuples only from JSON, hence the detour over it. An `after` validator is skipped once a
+field has failed, so rules between fields are plain functions that return a list of problems.
 """
 
 import difflib
 import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar, get_args
 
-import yaml
 from pydantic import ValidationError
 
 from loopmem_pretrain.config.base import Section
+from loopmem_pretrain.config.source import (
+    COMMAND_LINE,
+    Key,
+    Loaded,
+    apply_override,
+    dotted,
+    dump_yaml,
+    read_file,
+    shown,
+)
 from loopmem_pretrain.errors import ConfigError
 
-Key = tuple[str, ...]
 ConfigT = TypeVar("ConfigT", bound=Section)
 
-
-class Loaded(NamedTuple):
-    """A merged mapping and where each of its keys was written."""
-
-    values: dict[str, Any]
-    places: dict[Key, str]
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 3e-4 as the number it is."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+# pydantic's kind of error -> what a field of that kind wants, in the words of YAML
+_WANTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "model_type": "a mapping of keys to values",
+    "finite_number": "a finite number",
+}
 
 
 def load_config(
@@ -50,33 +52,29 @@ def load_config(
     Raises:
         ConfigError: with one line a problem, `file:line:column: key: what is wrong`; all of them at once.
     """
-    problems: list[str] = []
-    loaded = _read_file(Path(path), problems, seen=())
+    loaded = read_file(Path(path))
     for override in overrides:
-        _apply_override(loaded, override, problems)
+        apply_override(loaded, override)
+    problems = loaded.problems
     try:
-        config = schema.model_validate_json(json.dumps(loaded.values, default=str))
+        config = schema.model_validate_json(json.dumps(_without_broken(loaded)))
     except ValidationError as error:
-        details = error.errors()
-        for detail in details:
-            inner = any(len(d["loc"]) > len(detail["loc"]) == _shared(d["loc"], detail["loc"]) for d in details)
-            if not (inner and detail["type"] == "too_short"):  # a list is "too short" only because an item is wrong
-                problems.append(_describe(schema, loaded, detail))
+        problems += _describe_all(schema, loaded, error.errors())
     else:
-        for key, message in rules(config) if rules else []:
-            problems.append(f"{_place(loaded, key)}: {'.'.join(key)}: {message}")
+        for key, message in rules(config) if rules and not problems else []:
+            problems.append(f"{loaded.place_of(key)}: {dotted(key)}: {message}")
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError(
             f"{count} in the configuration\n  " + "\n  ".join(dict.fromkeys(problems)),
-            "correct the lines above; docs/config.md lists every field",
+            "correct what is named above; docs/config.md lists every field",
         )
     return config
 
 
 def dump_config(config: Section) -> str:
     """The resolved configuration as YAML that `load_config` reads back to an equal object."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def differences(old: Section, new: Section) -> list[str]:
@@ -95,135 +93,95 @@ def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key, inner in value.items() for k, v in _leaves(inner, f"{prefix}.{key}".lstrip(".")).items()}
 
 
-def _read_file(path: Path, problems: list[str], seen: tuple[Path, ...]) -> Loaded:
+def _without_broken(loaded: Loaded) -> Any:
+    """The values, with null for what could not be read: text that is no Unicode does not pass through JSON."""
+
+    def clean(value: Any, key: Key) -> Any:
+        if isinstance(value, dict):
+            return {name: clean(inner, (*key, name)) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [clean(inner, (*key, str(index))) for index, inner in enumerate(value)]
+        return None if key in loaded.broken else value
+
+    return clean(loaded.values, ())
+
+
+# ------------------------------------------------------------------------------------------------------ messages
+
+
+def _describe_all(schema: type[Section], loaded: Loaded, details: Sequence[Any]) -> Iterator[str]:
+    """One line a problem; nothing twice about a key that was complained about, or about a list for its items."""
+    keys = [tuple(str(part) for part in detail["loc"]) for detail in details]
+    for key, detail in zip(keys, details, strict=True):
+        inside = any(len(other) > len(key) and other[: len(key)] == key for other in keys)
+        if key not in loaded.broken and not (inside and detail["type"] == "too_short"):
+            place = loaded.place_of(key)
+            yield f"{place}: {dotted(key)}: {_describe(schema, key, detail, place)}"
+
+
+def _describe(schema: type[Section], key: Key, detail: Any, place: str) -> str:
+    kind, got = detail["type"], detail["input"]
+    if kind == "extra_forbidden":
+        return f"unknown key; {_suggestion(schema, key)}"
+    if kind == "missing":
+        return "required, but not set anywhere"
+    if kind == "literal_error":
+        return _describe_choice(detail["ctx"]["expected"], got)
+    if kind == "string_too_short":
+        return "must not be empty"
+    if kind == "too_short":
+        return "must not be an empty list"
+    message = f"must be {_WANTED[kind]}" if kind in _WANTED else detail["msg"].replace("Input should be", "must be")
+    if got is None:
+        where = "write keys below it or remove the line" if kind == "model_type" else "give one or remove the line"
+        return f"has no value; {where} ({message})"
+    hint = ""
+    if kind in ("int_type", "float_type") and isinstance(got, str) and _is_number(got):
+        hint = "; remove the quotes"
+    elif kind == "int_type" and isinstance(got, float) and got.is_integer():
+        hint = f"; write {int(got)}"
+    elif kind == "string_type" and not isinstance(got, dict | list):
+        quoted = f": {'.'.join(key)}='\"{got}\"'" if place == COMMAND_LINE else ""
+        hint = f"; put it in quotes{quoted}"
+    return f"{message} (got {shown(got)}){hint}"
+
+
+def _describe_choice(expected: str, got: Any) -> str:
+    """`expected` is pydantic's list of the choices: 'a', 'b' or 'c'."""
+    choices = [choice.strip("'") for part in expected.split(" or ") for choice in part.split(", ")]
+    close = difflib.get_close_matches(got, choices, n=1, cutoff=0.76) if isinstance(got, str) else []
+    hint = f"; did you mean {close[0]}?" if close else ""
+    if got in choices and isinstance(got, str):
+        hint = "; remove the quotes"
+    return f"must be {expected.replace(chr(39), '')} (got {shown(got)}){hint}"
+
+
+def _is_number(text: str) -> bool:
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read the config file {path}: {error.strerror}", "check the path after --config and after base:"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start})", "point --config at a YAML file") from None
-    if path.resolve() in seen:
-        raise ConfigError(f"{path}: base: leads back to this file", "remove one of the base: lines")
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        what = getattr(error, "problem", None) or str(error)
-        raise ConfigError(f"{place}: not valid YAML: {what}", "mend the line") from None
-    if node is None:
-        node = yaml.MappingNode("tag:yaml.org,2002:map", [])
-    if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{path}: the file must be a mapping of keys to values", "write `key: value` lines")
-    own = Loaded({}, {})
-    own.values.update(_construct(node, (), path, own.places, problems))
-    bases = own.values.pop("base", [])
-    merged = Loaded({}, {})
-    for base in [bases] if isinstance(bases, str) else bases:
-        _merge(merged, _read_file(path.parent / str(base), problems, (*seen, path.resolve())))
-    _merge(merged, own)
-    return merged
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
-def _construct(node: yaml.Node, key: Key, path: Path, places: dict[Key, str], problems: list[str]) -> Any:
-    if isinstance(node, yaml.MappingNode):
-        values: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            name = str(key_node.value)
-            place = f"{path}:{key_node.start_mark.line + 1}:{key_node.start_mark.column + 1}"
-            if name in values:
-                problems.append(f"{place}: {'.'.join((*key, name))}: written twice in one mapping; keep one")
-            places[(*key, name)] = place
-            values[name] = _construct(value_node, (*key, name), path, places, problems)
-        return values
-    if isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            places[(*key, str(index))] = f"{path}:{item.start_mark.line + 1}:{item.start_mark.column + 1}"
-        return [_construct(item, (*key, str(i)), path, places, problems) for i, item in enumerate(node.value)]
-    loader = _Loader("")
-    try:
-        return loader.construct_object(node)  # type: ignore[no-untyped-call]
-    finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+def _suggestion(schema: type[Section], key: Key) -> str:
+    """For an unknown key: the one that was probably meant, here or in another section, or all that are valid here."""
+    sections = dict(_sections(schema))
+    around = tuple(part for part in key[:-1] if not part.isdecimal())
+    valid = list(sections[around].model_fields)
+    close = difflib.get_close_matches(key[-1], valid, n=1)
+    if close:
+        return f"did you mean {close[0]}?"
+    elsewhere = [".".join((*path, key[-1])) for path, other in sections.items() if key[-1] in other.model_fields]
+    if len(elsewhere) == 1:
+        return f"did you mean {elsewhere[0]}?"
+    return f"valid keys: {', '.join(valid)}"
 
 
-def _merge(into: Loaded, over: Loaded) -> None:
-    """Lay `over` on `into`: mappings merge, everything else is replaced."""
-
-    def lay(old: dict[str, Any], new: dict[str, Any]) -> None:
-        for name, value in new.items():
-            if isinstance(value, dict) and isinstance(old.get(name), dict):
-                lay(old[name], value)
-            else:
-                old[name] = value
-
-    lay(into.values, over.values)
-    into.places.update(over.places)
-
-
-def _apply_override(loaded: Loaded, override: str, problems: list[str]) -> None:
-    dotted, equals, text = override.partition("=")
-    if not equals or not dotted:
-        problems.append(f"command line: {override!r} is not of the form key=value, such as training.train_steps=100")
-        return
-    try:
-        value = yaml.load(text, Loader=_Loader) if text else None  # noqa: S506 - _Loader is a SafeLoader
-    except yaml.YAMLError:
-        value = text
-    *parents, name = dotted.split(".")
-    target: Any = loaded.values
-    for depth, parent in enumerate(parents):
-        if isinstance(target, list) and parent.isdigit() and int(parent) < len(target):
-            target = target[int(parent)]
-            continue
-        if not isinstance(target, dict):
-            problems.append(f"command line: {dotted}: {'.'.join(parents[:depth])} has no keys of its own")
-            return
-        target = target.setdefault(parent, {})
-    if isinstance(target, list) and name.isdigit() and int(name) < len(target):
-        target[int(name)] = value
-    elif isinstance(target, dict):
-        target[name] = value
-    else:
-        problems.append(f"command line: {dotted}: {'.'.join(parents)} has no keys of its own")
-        return
-    loaded.places[tuple(dotted.split("."))] = "command line"
-
-
-def _place(loaded: Loaded, key: Key) -> str:
-    """Where the key, or else the nearest mapping around it, was written."""
-    for length in range(len(key), 0, -1):
-        if key[:length] in loaded.places:
-            return loaded.places[key[:length]]
-    return "configuration"
-
-
-def _shared(left: tuple[Any, ...], right: tuple[Any, ...]) -> int:
-    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
-
-
-def _describe(schema: type[Section], loaded: Loaded, detail: Any) -> str:
-    key = tuple(str(part) for part in detail["loc"])
-    place, name = _place(loaded, key), ".".join(key)
-    if detail["type"] == "extra_forbidden":
-        valid = _fields_of(schema, key[:-1])
-        close = difflib.get_close_matches(key[-1], valid, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"valid keys: {', '.join(valid)}"
-        return f"{place}: {name}: unknown key; {hint}"
-    if detail["type"] == "missing":
-        return f"{place}: {name}: required, and written nowhere"
-    got = detail["input"]
-    shown = "a mapping" if isinstance(got, dict) else "a list" if isinstance(got, list) else repr(got)
-    message = detail["msg"].removeprefix("Input ")
-    return f"{place}: {name}: {message} (got {shown})"
-
-
-def _fields_of(schema: Any, key: Key) -> list[str]:
-    for part in key:
-        if part.isdigit():
-            continue
-        schema = schema.model_fields[part].annotation
-        schema = next((a for a in getattr(schema, "__args__", ()) if hasattr(a, "model_fields")), schema)
-    return list(schema.model_fields)
+def _sections(schema: type[Section], path: Key = ()) -> Iterator[tuple[Key, type[Section]]]:
+    """The section and all sections below it, with their paths; list positions are left out."""
+    yield path, schema
+    for name, info in schema.model_fields.items():
+        for kind in (info.annotation, *get_args(info.annotation)):
+            if isinstance(kind, type) and issubclass(kind, Section):
+                yield from _sections(kind, (*path, name))

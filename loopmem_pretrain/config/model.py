@@ -32,7 +32,7 @@ class ModelConfig(Section):
     """S_g: slots of the one bank shared by all layers; 0 leaves the bank out."""
     gate: Literal["vector", "scalar", "constant"] = "vector"
     """What opens the memory: a gate per channel, one number per token, or always open."""
-    gate_init_bias: float = -3.0
+    gate_init_bias: float = Field(default=-3.0, ge=-50, le=50)
     """g0: the gate's bias at the start; sigmoid(-3) = 0.047, 0 gives 0.5, +3 gives 0.953."""
     retrieval: Literal["dense"] = "dense"
     """How slots are read: `dense` softmax over all of them."""
@@ -57,19 +57,21 @@ def model_problems(model: ModelConfig) -> list[tuple[tuple[str, ...], str]]:
         say(
             "num_attention_heads",
             f"{model.num_attention_heads} does not divide hidden_size {model.hidden_size}; "
-            f"valid: {_divisors(model.hidden_size)}",
+            f"nearest valid: {_nearest_divisors(model.hidden_size, model.num_attention_heads, even_quotient=True)}",
         )
     elif (model.hidden_size // model.num_attention_heads) % 2:
         say(
             "num_attention_heads",
             f"the head width {model.hidden_size // model.num_attention_heads} is odd, "
-            "rotary embedding needs an even one; choose another number of heads",
+            "rotary embedding needs an even one; nearest valid: "
+            + _nearest_divisors(model.hidden_size, model.num_attention_heads, even_quotient=True),
         )
     if model.num_attention_heads % model.num_key_value_heads:
         say(
             "num_key_value_heads",
             f"{model.num_key_value_heads} does not divide num_attention_heads "
-            f"{model.num_attention_heads}; valid: {_divisors(model.num_attention_heads)}",
+            f"{model.num_attention_heads}; nearest valid: "
+            + _nearest_divisors(model.num_attention_heads, model.num_key_value_heads),
         )
     looped = model.max_loops > 0
     if looped and model.residual_scale != "learned":
@@ -88,5 +90,9 @@ def model_problems(model: ModelConfig) -> list[tuple[tuple[str, ...], str]]:
     return problems
 
 
-def _divisors(number: int) -> str:
-    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+def _nearest_divisors(number: int, wanted: int, even_quotient: bool = False) -> str:
+    """The divisors of `number` around `wanted`, in words; heads are counted in hundreds at most, so few are tried."""
+    divisors = [n for n in range(1, min(number, 4096) + 1) if number % (2 * n if even_quotient else n) == 0]
+    if not divisors:
+        return "none, hidden_size is odd"
+    return " or ".join(str(n) for n in sorted(sorted(divisors, key=lambda n: abs(n - wanted))[:2]))

@@ -56,8 +56,8 @@ def run_problems(config: RunConfig) -> list[Problem]:
         problems.append(
             (("schedule", "warmup_steps"), f"{schedule.warmup_steps} leaves no step after it; must be < {steps}")
         )
-    if schedule.type == "wsd" and schedule.warmup_steps + schedule.decay_steps > steps:
-        room = steps - schedule.warmup_steps
+    room = steps - schedule.warmup_steps
+    if schedule.type == "wsd" and schedule.decay_steps > room > 0:
         problems.append((("schedule", "decay_steps"), f"{schedule.decay_steps} does not fit; at most {room}"))
     if schedule.type == "wsd" and schedule.decay_steps == 0:
         problems.append((("schedule", "decay_steps"), "wsd needs a final decay; usual: a tenth of train_steps"))
@@ -66,9 +66,7 @@ def run_problems(config: RunConfig) -> list[Problem]:
     if schedule.type != "one_cycle" and schedule.beta1_min is not None:
         problems.append((("schedule", "beta1_min"), f"belongs to type one_cycle, not {schedule.type}; leave it out"))
     if schedule.beta1_min is not None and schedule.beta1_min > optimizer.beta1:
-        problems.append(
-            (("schedule", "beta1_min"), f"{schedule.beta1_min} is above optimizer.beta1 {optimizer.beta1}")
-        )
+        problems.append((("schedule", "beta1_min"), f"{schedule.beta1_min} is above optimizer.beta1 {optimizer.beta1}"))
     if schedule.min_lr > optimizer.lr:
         problems.append((("schedule", "min_lr"), f"{schedule.min_lr} is above the peak optimizer.lr {optimizer.lr}"))
     if training.global_batch_size % training.micro_batch_size:
