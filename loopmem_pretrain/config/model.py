@@ -31,7 +31,7 @@ class ModelConfig(Section):
     global_slots: int = Field(default=0, ge=0)
     """S_g: slots of the one bank shared by all layers; 0 leaves the bank out."""
     gate: Literal["vector", "scalar", "constant"] = "vector"
-    """What opens the memory: a gate per channel, one number per token, or always open."""
+    """What opens the memory: a gate per channel, one number per token, or sigmoid(gate_init_bias) for ever."""
     gate_init_bias: float = Field(default=-3.0, ge=-50, le=50)
     """g0: the gate's bias at the start; sigmoid(-3) = 0.047, 0 gives 0.5, +3 gives 0.953."""
     retrieval: Literal["dense"] = "dense"

@@ -6,7 +6,7 @@ from loopmem_pretrain.config.base import Section
 
 
 class ParallelConfig(Section):
-    """Every rank holds the whole model; ZeRO shards the optimizer, gradients and parameters over them."""
+    """Every rank computes the whole model; ZeRO shards optimizer states, gradients and parameters over the ranks."""
 
     zero_stage: Literal[1, 2, 3] = 1
     """DeepSpeed ZeRO: 1 shards optimizer states (pipeline engine), 2 gradients too, 3 parameters too (plain engine).

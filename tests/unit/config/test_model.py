@@ -1,0 +1,81 @@
+"""Rules between the model's fields: each slip gets one line with its place and what would be valid."""
+
+import pytest
+
+from tests.unit.config.conftest import GOOD
+
+PLAIN = GOOD.replace("max_loops: 3", "max_loops: 0\n  residual_scale: one").replace("  local_slots: 8\n", "")
+
+
+def test_heads_that_do_not_divide_the_width(bad):
+    said = bad("num_attention_heads: 4", "num_attention_heads: 6")
+    assert said == "run.yaml:7:3: model.num_attention_heads: 6 does not divide hidden_size 32; nearest valid: 4 or 8"
+
+
+def test_odd_head_width(bad):
+    said = bad("num_attention_heads: 4", "num_attention_heads: 32")
+    assert "model.num_attention_heads: the head width 1 is odd" in said and said.endswith("nearest valid: 8 or 16")
+
+
+def test_odd_model_width(bad):
+    said = bad("hidden_size: 32", "hidden_size: 33")
+    assert said.endswith("4 does not divide hidden_size 33; nearest valid: none, hidden_size is odd")
+
+
+def test_key_value_heads_that_do_not_divide_the_heads(bad):
+    said = bad("num_key_value_heads: 2", "num_key_value_heads: 3")
+    assert said.endswith("model.num_key_value_heads: 3 does not divide num_attention_heads 4; nearest valid: 2 or 4")
+
+
+def test_enormous_width_is_answered_at_once(files):
+    assert "does not divide hidden_size" in files.problems(GOOD, "model.hidden_size=999999999999999999")
+
+
+@pytest.mark.parametrize("scale", ["one", "inverse_depth"])
+def test_residual_scale_of_plain_blocks_in_a_looped_model(bad, scale):
+    said = bad("max_loops: 3", f"max_loops: 3\n  residual_scale: {scale}")
+    assert said.endswith(f"'{scale}' belongs to plain blocks (max_loops: 0); with max_loops 3 only 'learned' is valid")
+
+
+def test_learned_residual_scale_of_plain_blocks(files):
+    said = files.problems(PLAIN.replace("  residual_scale: one\n", ""))
+    assert "run.yaml:2:1: model.residual_scale: 'learned' needs max_loops >= 1" in said
+
+
+@pytest.mark.parametrize("bank", ["local_slots", "global_slots"])
+def test_memory_without_loops(files, bank):
+    said = files.problems(PLAIN, f"model.{bank}=4")
+    assert f"command line: model.{bank}: memory is read at every loop, so it needs max_loops >= 1" in said
+
+
+@pytest.mark.parametrize("loops", [0, 1])
+def test_ponder_weight_without_a_choice_of_loops(files, loops):
+    text = PLAIN if loops == 0 else GOOD.replace("max_loops: 3", "max_loops: 1")
+    said = files.problems(text, "model.ponder_weight=0.1")
+    assert f"model.ponder_weight: 0.1 has no effect with max_loops {loops}; set it to 0" in said
+
+
+@pytest.mark.parametrize("bias", ["-51", "51", "1e4"])
+def test_gate_bias_beyond_what_a_sigmoid_tells_apart(files, bias):
+    assert "model.gate_init_bias: must be " in files.problems(GOOD, f"model.gate_init_bias={bias}")
+
+
+def test_unknown_gate(files):
+    assert "must be vector, scalar or constant (got 'matrix')" in files.problems(GOOD, "model.gate=matrix")
+
+
+def test_unknown_retrieval(files):
+    assert "model.retrieval: must be dense (got 'topk')" in files.problems(GOOD, "model.retrieval=topk")
+
+
+@pytest.mark.parametrize("scale", ["one", "inverse_depth"])
+def test_plain_models_are_fine(files, scale):
+    assert files.load(PLAIN, f"model.residual_scale={scale}").model.max_loops == 0
+
+
+def test_memory_with_one_loop_is_fine(files):
+    assert files.load(GOOD, "model.max_loops=1").model.local_slots == 8
+
+
+def test_negative_ponder_weight_is_fine(files):
+    assert files.load(GOOD, "model.ponder_weight=-0.01").model.ponder_weight == -0.01
