@@ -53,7 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     def with_config(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
         sub.add_argument("--config", required=True, metavar="FILE", help="YAML file (see configs/ and data_prep/)")
-        sub.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, such as training.train_steps=100")
+        sub.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="overrides, such as training.train_steps=100"
+        )
         return sub
 
     fetch = command("fetch-corpus", fetch_corpus, "Download the demo's English and mathematics corpus.")

@@ -56,8 +56,6 @@ def _serve(pipe: Connection) -> None:
     """The helper: preload, then fork ranks on request."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ["OMP_NUM_THREADS"] = "1"
-    import deepspeed.pipe
-    import megatron.core.datasets.indexed_dataset
     import torch
 
     torch.set_num_threads(1)

@@ -7,7 +7,7 @@ from pathlib import Path
 from loopmem_pretrain.config.load import load_config
 from loopmem_pretrain.config.prepare import PrepareConfig, prepare_problems
 
-WORDS = "the of and to a in that is was he for it with as his on be at by had not but what all were when we there".split()
+WORDS = "the of and to a in that is was he for it with as his on be at by had not but what all were when".split()  # noqa: SIM905
 
 
 def prepare_sentences(folder: Path, documents: int = 600, seed: int = 1) -> Path:

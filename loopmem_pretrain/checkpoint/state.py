@@ -60,11 +60,13 @@ class Run(Protocol):
 
     config: RunConfig
     store: CheckpointStore
-    engine: Engine
     dataset: BlendedDataset
     position: Position
     rank: int
     world_size: int
+
+    @property
+    def engine(self) -> Engine: ...
 
     def on_rank_zero(self, action: Callable[[], object]) -> None: ...
 

@@ -21,7 +21,7 @@ from loopmem_pretrain.errors import CheckpointError
 
 @contextlib.contextmanager
 def universal_form(checkpoint: Path) -> Iterator[Path]:
-    """The checkpoint in DeepSpeed's universal form, in a temporary folder; verified first, since DeepSpeed unpickles."""
+    """The checkpoint in DeepSpeed's universal form, in a temporary folder; verified first, as DeepSpeed unpickles."""
     from deepspeed.checkpoint import ds_to_universal
 
     verify(checkpoint)

@@ -13,7 +13,7 @@ def open_model(path: str | Path) -> tuple[Any, Any, int | None]:
 
         from loopmem_pretrain.hf.load import load_hf
 
-        logging.disable_progress_bar()
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         return (*load_hf(path), None)
     prepare_imports("cpu")
     from loopmem_pretrain.checkpoint.universal import fp32_weights

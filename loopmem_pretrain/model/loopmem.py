@@ -42,7 +42,7 @@ class Backend(Protocol):
     def row_linear(self, in_features: int, out_features: int) -> nn.Module:
         """A linear layer without bias that takes a cut input and returns the whole output."""
 
-    def replicated_linear(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
+    def replicated_linear(self, in_features: int, out_features: int, bias: bool) -> nn.Linear:
         """A linear layer that every rank holds whole."""
 
     def embedding(self, vocab_size: int, hidden_size: int) -> nn.Module:
@@ -73,7 +73,7 @@ class TorchBackend:
     def row_linear(self, in_features: int, out_features: int) -> nn.Module:
         return nn.Linear(in_features, out_features, bias=False)
 
-    def replicated_linear(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
+    def replicated_linear(self, in_features: int, out_features: int, bias: bool) -> nn.Linear:
         return nn.Linear(in_features, out_features, bias=bias)
 
     def embedding(self, vocab_size: int, hidden_size: int) -> nn.Module:
@@ -89,10 +89,13 @@ class TorchBackend:
         return weight
 
     def read_bank(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """m = softmax(q K^T / sqrt(D)) V: attention with one head of width D over the slots."""
-        batch, tokens, width = query.shape
-        rows = query.reshape(1, 1, batch * tokens, width)
-        return F.scaled_dot_product_attention(rows, keys[None, None], values[None, None]).view(batch, tokens, width)
+        """m = softmax(q K^T / sqrt(D)) V: attention with one head of width D over the slots.
+
+        Written out: at this head width two plain products are faster than fused attention, which is made for narrow
+        heads and recomputes the scores in its backward pass.
+        """
+        scores = F.linear(query, keys * query.shape[-1] ** -0.5)
+        return scores.softmax(dim=-1) @ values
 
     def local_heads(self, heads: int) -> int:
         return heads
@@ -121,7 +124,7 @@ class RMSNorm(nn.Module):
 
 
 class Rotary(NamedTuple):
-    """Cosine and sine of the rotary angles, each [T, 1, d]."""
+    """Cosine and signed sine of the rotary angles, each [T, 1, d]; the first half of the sines is negated."""
 
     cos: Tensor
     sin: Tensor
@@ -131,14 +134,14 @@ def rotary_angles(tokens: int, head_dim: int, theta: float, like: Tensor) -> Rot
     """Angles position * theta^(-2i/d), half-split (dimension i turns with i + d/2), on `like`'s device and dtype."""
     exponents = torch.arange(0, head_dim, 2, device=like.device, dtype=wide(like.dtype)) / head_dim
     positions = torch.arange(tokens, device=like.device, dtype=wide(like.dtype))
-    angles = torch.outer(positions, theta**-exponents).repeat(1, 2)[:, None, :]
-    return Rotary(angles.cos().to(like.dtype), angles.sin().to(like.dtype))
+    angles = torch.outer(positions, theta**-exponents)[:, None, :]
+    cos, sin = angles.cos(), angles.sin()
+    return Rotary(torch.cat((cos, cos), dim=-1).to(like.dtype), torch.cat((-sin, sin), dim=-1).to(like.dtype))
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turn [B, T, heads, d] by its positions' angles."""
-    first, second = x.chunk(2, dim=-1)
-    return x * rotary.cos + torch.cat((-second, first), dim=-1) * rotary.sin
+    """Turn [B, T, heads, d] by its positions' angles: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)."""
+    return torch.addcmul(x * rotary.cos, x.roll(x.shape[-1] // 2, dims=-1), rotary.sin)
 
 
 class Attention(nn.Module):
@@ -195,7 +198,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend)
         self.mlp = FeedForward(config, backend)
 
-    def block(self, x: Tensor, scale: Tensor | float, rotary: Rotary) -> Tensor:
+    def block(self, x: Tensor, scale: Tensor, rotary: Rotary) -> Tensor:
         u = x + scale * self.self_attn(self.input_layernorm(x), rotary)
         return u + scale * self.mlp(self.post_attention_layernorm(u))
 
@@ -213,7 +216,9 @@ class PlainLayer(Block):
 
     def forward(self, hidden: Tensor, memory: "SharedRead | None" = None, num_loops: int | None = None) -> Any:
         """[B, T, D] -> ([B, T, D], None); memory and num_loops are for looped layers."""
-        return self.run(hidden, self.scale, self.rotary(hidden)), None
+        # A tensor, so that one compiled block serves the layers of all scales.
+        scale = torch.full((), self.scale, device=hidden.device, dtype=wide(hidden.dtype))
+        return self.run(hidden, scale, self.rotary(hidden)), None
 
 
 # ------------------------------------------------------------------------------------------------------- memory
@@ -233,6 +238,9 @@ class SharedRead(NamedTuple):
 class SharedMemory(nn.Module):
     """The global bank, and the two LayerNorms (LN_q, LN_k) that all layers and both banks share."""
 
+    global_keys: nn.Parameter | None
+    global_values: nn.Parameter | None
+
     def __init__(self, config: Any) -> None:
         super().__init__()
         if config.retrieval != "dense":
@@ -240,11 +248,10 @@ class SharedMemory(nn.Module):
         width = config.hidden_size
         self.query_norm = nn.LayerNorm(width, config.rms_norm_eps)
         self.key_norm = nn.LayerNorm(width, config.rms_norm_eps)
+        self.global_keys = self.global_values = None
         if config.global_slots:
             self.global_keys = nn.Parameter(torch.empty(config.global_slots, width))
             self.global_values = nn.Parameter(torch.empty(config.global_slots, width))
-        else:
-            self.global_keys = self.global_values = None
 
     def forward(self) -> SharedRead:
         keys = None if self.global_keys is None else self.key_norm(self.global_keys)
@@ -255,7 +262,12 @@ class SharedMemory(nn.Module):
 
 
 class LayerMemory(nn.Module):
-    """One layer's local bank, and its gates and projections for both banks."""
+    """One layer's local bank, and its gates and projections for both banks; a bank without slots has none of them."""
+
+    local_gate: nn.Module
+    local_proj: nn.Module
+    global_gate: nn.Module
+    global_proj: nn.Module
 
     def __init__(self, config: Any, backend: Backend) -> None:
         super().__init__()
@@ -263,8 +275,8 @@ class LayerMemory(nn.Module):
         self.backend = backend
         self.eps = config.rms_norm_eps
         self.norm = nn.LayerNorm(width, config.rms_norm_eps)
-        self.local_gate = self.local_proj = self.global_gate = self.global_proj = None
-        if slots:
+        self.has_local = slots > 0
+        if self.has_local:
             self.local_keys = nn.Parameter(torch.empty(slots, width))
             self.local_values = nn.Parameter(torch.empty(slots, width))
             self.local_gate = make_gate(config, backend)
@@ -275,7 +287,7 @@ class LayerMemory(nn.Module):
 
     def normed_local_keys(self, shared: SharedRead) -> Tensor | None:
         """LN_k(K^l), [S_l, D]: once a visit, not once a loop."""
-        if self.local_proj is None:
+        if not self.has_local:
             return None
         return F.layer_norm(self.local_keys, self.local_keys.shape[-1:], *shared.key_norm, eps=self.eps)
 
@@ -290,7 +302,7 @@ class LayerMemory(nn.Module):
             injected = injected + local_gate * self.local_proj(
                 self.backend.read_bank(query, local_keys, self.local_values)
             )
-        if shared.global_keys is not None:
+        if shared.global_keys is not None and shared.global_values is not None:
             global_gate = self.global_gate(hidden)
             injected = injected + global_gate * self.global_proj(
                 self.backend.read_bank(query, shared.global_keys, shared.global_values)
@@ -301,7 +313,7 @@ class LayerMemory(nn.Module):
 class LinearGate(nn.Module):
     """sigmoid(A h + a) in (0, 1): one gate a channel (vector) or one a token (scalar); h is not normalised."""
 
-    def __init__(self, linear: nn.Module) -> None:
+    def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
 
@@ -352,7 +364,7 @@ class LoopStats(NamedTuple):
     def expected_loops(self) -> Tensor:
         """E = sum of n p_n per token, [B, T], differentiable."""
         loops = torch.arange(1, self.halting_probs.shape[-1] + 1, device=self.halting_probs.device)
-        return (self.halting_probs * loops).sum(-1)
+        return torch.sum(self.halting_probs * loops, dim=-1)
 
 
 class LoopState(NamedTuple):
@@ -412,7 +424,8 @@ class LoopedLayer(Block):
         for n in range(1, loops + 1):
             trained = min(n, self.max_loops)
             tau = (trained - 1) / max(1, self.max_loops - 1)
-            step = (zeta[trained - 1], zeta.new_full((), tau), n == loops)
+            is_last = torch.full((), n == loops, device=hidden.device)
+            step = (zeta[trained - 1], zeta.new_full((), tau), is_last)
             state, report = self.run(state, *step, memory, local_keys, rotary)
             reports.append(report)
         return state.output.to(hidden.dtype), collect(reports)
@@ -422,7 +435,7 @@ class LoopedLayer(Block):
         state: LoopState,
         zeta: Tensor,
         tau: Tensor,
-        is_last: bool,
+        is_last: Tensor,
         memory: SharedRead | None,
         local_keys: Tensor | None,
         rotary: Rotary,
@@ -434,9 +447,10 @@ class LoopedLayer(Block):
         hidden = self.block(injected, zeta, rotary)
 
         lam = self.halting_lambda(hidden, tau)
-        # The last loop takes what is left. Its own lambda is only reported, yet stays in the graph with weight zero, so
-        # that the router has a gradient on every rank also with one loop.
-        prob = state.remaining + 0.0 * lam if is_last else state.remaining * lam
+        # The last loop takes what is left. Its own lambda is only reported, yet stays in the graph with a gradient of
+        # zero, so that the router has a gradient on every rank also with one loop. Chosen by a tensor, not by an `if`:
+        # one compiled loop serves all.
+        prob = state.remaining * torch.where(is_last, 1.0, lam)
         output = state.output + prob.unsqueeze(-1) * hidden
 
         norm = token_norm(hidden)

@@ -60,7 +60,16 @@ def stages(run_dir: str) -> list[tuple[str, list[str]]]:
         ("The model leaves in Hugging Face format", ["convert", run_dir, f"{run_dir}/hf", "--overwrite"]),
         (
             "The exported model writes, through transformers",
-            ["generate", f"{run_dir}/hf", "--prompt", PROMPT, "--max-new-tokens", "60", "--save", f"{run_dir}/sample.txt"],
+            [
+                "generate",
+                f"{run_dir}/hf",
+                "--prompt",
+                PROMPT,
+                "--max-new-tokens",
+                "60",
+                "--save",
+                f"{run_dir}/sample.txt",
+            ],
         ),
         ("The report", ["report", run_dir]),
     ]

@@ -42,8 +42,9 @@ def init_distributed(device: torch.device) -> None:
         __compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        store = dist.HashStore() if alone else None
-        dist.init_process_group(backend, store=store, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+        store = torch.distributed.HashStore() if alone else None  # type: ignore[attr-defined]
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
 
 
@@ -102,7 +103,7 @@ class TrainingEngine:
         return make
 
     def train_batch(self, batches: Batches, step: int) -> Tensor:
-        """One optimizer step over `accumulation_steps` micro-batches; mean cross-entropy over all ranks, on the device."""
+        """One optimizer step (`accumulation_steps` micro-batches); mean cross-entropy of all ranks, on the device."""
         self._set_schedules(step)
         if self.uses_pipeline:
             return cast(Tensor, self.engine.train_batch(data_iter=batches)).detach().reshape(())
@@ -136,7 +137,9 @@ class TrainingEngine:
         """Restore model, optimizer and engine counters from `folder/tag`; returns the saved client state."""
         path, client_state = self.engine.load_checkpoint(str(folder), tag=tag)
         if path is None:
-            raise CheckpointError(f"DeepSpeed found nothing to load in {folder / tag}", "remove that folder or restore it")
+            raise CheckpointError(
+                f"DeepSpeed found nothing to load in {folder / tag}", "remove that folder or restore it"
+            )
         return cast(dict[str, Any], client_state)
 
     def grad_norm(self) -> float:

@@ -64,14 +64,16 @@ class ValidateHook:
 
 
 class LogHook:
-    """Every `logging.interval_steps` and at the end: read the device once, write metrics, raise alarms, agree to stop."""
+    """Every `logging.interval_steps` and at the end: read the device, write metrics, raise alarms, agree to stop."""
 
     def __init__(self, trainer: "Trainer") -> None:
         config = trainer.config
         self.flops_per_token = training_flops_per_token(config.model, config.data.seq_length)
         self.peak, self.peak_source = peak_flops(config, trainer.device)
         self.loggers = make_loggers(config, trainer.run_dir) if trainer.rank == 0 else []
-        self.bar = ProgressBar("train", config.training.train_steps, trainer.position.step) if trainer.rank == 0 else None
+        self.bar = (
+            ProgressBar("train", config.training.train_steps, trainer.position.step) if trainer.rank == 0 else None
+        )
         self.alarms = Alarms(trainer)
         self._start_interval(trainer)
         if trainer.rank == 0:
@@ -194,7 +196,11 @@ class Alarms:
 
 
 def _headline(metrics: Metrics) -> str:
-    parts = [f"loss {metrics['loss']:.4f}", f"{metrics['tokens_per_second']:,.0f} tokens/s", f"MFU {metrics['mfu']:.1%}"]
+    parts = [
+        f"loss {metrics['loss']:.4f}",
+        f"{metrics['tokens_per_second']:,.0f} tokens/s",
+        f"MFU {metrics['mfu']:.1%}",
+    ]
     if "expected_loops" in metrics:
         loops = metrics["expected_loops"]
         parts.append(f"loops {sum(loops) / len(loops):.2f}")

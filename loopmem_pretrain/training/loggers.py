@@ -94,7 +94,7 @@ def make_loggers(config: RunConfig, run_dir: Path) -> list[Logger]:
 
 
 def flatten(metrics: Metrics) -> dict[str, float]:
-    """Nested per-layer (and per-loop) lists as scalars: {"lambdas": [[.5, .4]]} -> {"lambdas/layer_00/loop_1": .5, ...}."""
+    """Per-layer and per-loop lists as scalars: {"lambdas": [[.5, .4]]} -> {"lambdas/layer_00/loop_1": .5, ...}."""
     flat: dict[str, float] = {}
     for name, value in metrics.items():
         if isinstance(value, int | float):

@@ -11,7 +11,7 @@ that owns the layer, and detached means go to the stage's accumulator, outside a
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,7 @@ def layer_list(model: ModelConfig, backend: Backend) -> list[Entry]:
         entries.append(Entry(partial(make_layer, model, backend, index), f"model.layers.{index}."))
     entries.append(Entry(partial(RMSNorm, model.hidden_size, model.rms_norm_eps, backend), "model.norm."))
     if tied_head:
-        entries.append(embedding._replace(forward=lambda module, hidden: F.linear(hidden, module.weight)))
+        entries.append(embedding._replace(forward=lambda module, hidden: F.linear(hidden, cast(Tensor, module.weight))))
     else:
         entries.append(Entry(partial(backend.lm_head, model.hidden_size, model.vocab_size), "lm_head."))
     return entries
@@ -92,8 +92,9 @@ class StepContext:
         """d(step loss)/d(one layer's ponder cost of one micro-batch): weight / (layers x accumulation steps)."""
 
 
-def run_layers(functions: Sequence[Callable[..., Any]], memory: nn.Module | None, x: Tensor, step: StepContext) -> Any:
+def run_layers(functions: Sequence[Callable[..., Any]], tied: nn.ModuleDict, x: Tensor, step: StepContext) -> Any:
     """Put one micro-batch through a run of the list: tokens or hidden state in, hidden state or logits out."""
+    memory = tied[MEMORY_KEY] if MEMORY_KEY in tied else None  # noqa: SIM401 - a ModuleDict has no get()
     shared: SharedRead | None = memory() if memory is not None else None
     index = 0
     for function in functions:
@@ -106,7 +107,7 @@ def run_layers(functions: Sequence[Callable[..., Any]], memory: nn.Module | None
         if stats is not None and torch.is_grad_enabled():
             cost = ponder_cost(stats.expected_loops(), step.model.max_loops)
             if step.ponder_gradient:
-                x = InjectGradient.apply(x, cost, step.ponder_gradient)
+                x = InjectGradient.apply(x, cost, step.ponder_gradient)  # type: ignore[no-untyped-call]
             step.accumulator.add(index, stats)
         index += 1
     return x
@@ -129,7 +130,7 @@ class InjectGradient(torch.autograd.Function):
         return grad_hidden, torch.full_like(ctx.cost, ctx.gradient), None
 
 
-class PipelineStage(PipelineModule):
+class PipelineStage(PipelineModule):  # type: ignore[misc]
     """This rank's run of the list, for DeepSpeed's pipeline engine (ZeRO 1)."""
 
     def __init__(self, model: ModelConfig, backend: Backend, loss_fn: Callable[..., Tensor], step: StepContext) -> None:
@@ -139,8 +140,7 @@ class PipelineStage(PipelineModule):
         self.universal_checkpoint_info = universal_checkpoint_info(model)
 
     def forward(self, inputs: Tensor) -> Any:
-        memory = self.tied_modules[MEMORY_KEY] if MEMORY_KEY in self.tied_modules else None
-        return run_layers(self.forward_funcs, memory, inputs, self.step_context)
+        return run_layers(self.forward_funcs, self.tied_modules, inputs, self.step_context)
 
 
 def _spec(entry: Entry) -> LayerSpec:
@@ -176,8 +176,7 @@ class WholeModel(nn.Module):
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         """[B, T] and [B, T] -> mean cross-entropy of the micro-batch."""
-        memory = self.tied_modules[MEMORY_KEY] if MEMORY_KEY in self.tied_modules else None
-        logits = run_layers(self.functions, memory, input_ids, self.step_context)
+        logits = run_layers(self.functions, self.tied_modules, input_ids, self.step_context)
         return self.loss_fn(logits, labels)
 
 

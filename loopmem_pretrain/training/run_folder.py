@@ -1,9 +1,9 @@
 """The folder of a run: whose it is, what it was started with, and how it stands.
 
-    RUN/config.yaml        the resolved configuration; another one is refused
-    RUN/environment.json   versions, git commit, command of the latest start
-    RUN/status.json        the verdict: running | done | interrupted | failed, with reason
-    RUN/metrics.jsonl, RUN/checkpoints/, RUN/tensorboard/, RUN/wandb/
+RUN/config.yaml        the resolved configuration; another one is refused
+RUN/environment.json   versions, git commit, command of the latest start
+RUN/status.json        the verdict: running | done | interrupted | failed, with reason
+RUN/metrics.jsonl, RUN/checkpoints/, RUN/tensorboard/, RUN/wandb/
 """
 
 import importlib.metadata

@@ -41,7 +41,7 @@ class Trainer:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
             # We read no uninitialised memory; filling DeepSpeed's large buffers each step would cost minutes.
-            torch.utils.deterministic.fill_uninitialized_memory = False
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self.on_rank_zero(lambda: run_folder.prepare(config, self.run_dir))
         self.dataset = open_training(config.data, config.training.seed, config.model.vocab_size)
         self.validation_dataset = open_validation(config.data, config.validation.num_samples)
@@ -74,7 +74,9 @@ class Trainer:
                         hook.after_step(self)
             done = self.position.step >= self.config.training.train_steps
             status = "done" if done else "interrupted"
-            reason = "all steps trained" if done else self.stop_reason or f"stopped at step {self.stop_at_step} as asked"
+            reason = (
+                "all steps trained" if done else self.stop_reason or f"stopped at step {self.stop_at_step} as asked"
+            )
         except LoopMemError as error:
             reason = error.problem
             raise
@@ -151,7 +153,9 @@ class Trainer:
                 raise KeyboardInterrupt
             self.signal = signal.Signals(number).name
 
-        previous = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        previous = {
+            number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        }
         try:
             yield
         finally:

@@ -15,7 +15,7 @@ ON_RANK = "tests.e2e.test_training:train_on_rank"
 
 
 def train_on_rank(rank: int, world_size: int, config: RunConfig, stop_at_step: int | None = None, before: str = ""):
-    """Run to the end (or `stop_at_step`); returns (status, named error or None). `before` is run on every rank first."""
+    """Run to the end (or `stop_at_step`); returns (status, named error or None). `before` runs on every rank first."""
     from loopmem_pretrain.errors import LoopMemError
     from loopmem_pretrain.training.trainer import Trainer
 
@@ -81,7 +81,11 @@ def test_a_run_and_its_folder(tmp_path, sentences):
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["status"], status["step"]) == ("done", 20)
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000020\n"
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_00000010", "step_00000020"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "latest",
+        "step_00000010",
+        "step_00000020",
+    ]
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert environment["versions"]["deepspeed"] and environment["world_size"] == 2
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -129,7 +133,10 @@ def test_a_signal_stops_all_ranks_cleanly(tmp_path, sentences):
 def finished(tmp_path_factory, sentences):
     """A finished ten-step run; tests copy it before they damage it."""
     folder = tmp_path_factory.mktemp("finished")
-    assert run(config_for(folder, sentences, training={"train_steps": 10}, schedule={"warmup_steps": 2})) == ("done", None)
+    assert run(config_for(folder, sentences, training={"train_steps": 10}, schedule={"warmup_steps": 2})) == (
+        "done",
+        None,
+    )
     return folder
 
 
@@ -146,7 +153,7 @@ def copy_of_finished(tmp_path, finished):
 
 
 def test_another_config_is_refused(copy_of_finished, sentences):
-    status, error = run(longer(copy_of_finished, sentences, optimizer={"lr": 0.5}))
+    _, error = run(longer(copy_of_finished, sentences, optimizer={"lr": 0.5}))
     assert error.exit_code == 2
     assert "optimizer.lr: 0.01 -> 0.5" in error.problem
 
@@ -158,7 +165,7 @@ def test_how_a_run_is_observed_may_change(copy_of_finished, sentences):
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_another_number_of_ranks_is_refused(copy_of_finished, sentences, ranks):
     sizes = {"global_batch_size": 8, "micro_batch_size": 2} if ranks == 1 else {}
-    status, error = run(longer(copy_of_finished, sentences, training=sizes), ranks=ranks)
+    _, error = run(longer(copy_of_finished, sentences, training=sizes), ranks=ranks)
     assert error.exit_code == (4 if ranks == 1 else 2)
     assert ("world_size 2" if ranks == 1 else "global_batch_size 8") in error.problem
 
@@ -173,7 +180,7 @@ def test_a_damaged_checkpoint_is_named(copy_of_finished, sentences, damage):
         file.write_bytes(content[:-100])
     else:
         file.write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
-    status, error = run(longer(copy_of_finished, sentences))
+    _, error = run(longer(copy_of_finished, sentences))
     assert error.exit_code == 4
     assert file.name in error.problem
     assert "latest" in error.fix
@@ -181,7 +188,7 @@ def test_a_damaged_checkpoint_is_named(copy_of_finished, sentences, damage):
 
 def test_a_missing_checkpoint_is_named(copy_of_finished, sentences):
     shutil.rmtree(copy_of_finished / "checkpoints" / "step_00000010")
-    status, error = run(longer(copy_of_finished, sentences))
+    _, error = run(longer(copy_of_finished, sentences))
     assert error.exit_code == 4 and "step_00000010" in error.problem
 
 
@@ -197,12 +204,12 @@ def test_other_data_is_refused(copy_of_finished, tmp_path):
     from tests.prepared import prepare_sentences
 
     other = prepare_sentences(tmp_path / "other", seed=2)
-    status, error = run(longer(copy_of_finished, other))
+    _, error = run(longer(copy_of_finished, other))
     assert error.exit_code in (2, 4)
 
 
 def test_a_vocabulary_smaller_than_a_token_id(tmp_path, sentences):
-    status, error = run(config_for(tmp_path, sentences, model={"vocab_size": 300}))
+    _, error = run(config_for(tmp_path, sentences, model={"vocab_size": 300}))
     assert error.exit_code == 3
     assert "300" in error.problem and "320" in error.fix
 
@@ -212,20 +219,20 @@ def test_a_damaged_shard(tmp_path, sentences, damage):
     shutil.copytree(sentences, tmp_path / "tokens")
     shard = tmp_path / "tokens" / "train-00000.bin"
     shard.unlink() if damage == "missing" else shard.write_bytes(shard.read_bytes()[:-2])
-    status, error = run(config_for(tmp_path / "run", tmp_path / "tokens"))
+    _, error = run(config_for(tmp_path / "run", tmp_path / "tokens"))
     assert error.exit_code == 3
     assert "train-00000.bin" in error.problem
 
 
 def test_a_gpu_that_is_not_there(tmp_path, sentences):
-    status, error = run(config_for(tmp_path, sentences, training={"device": "cuda"}), ranks=1)
+    _, error = run(config_for(tmp_path, sentences, training={"device": "cuda"}), ranks=1)
     assert error.exit_code == 6
     assert "device=cpu" in error.fix
 
 
 def test_a_run_folder_that_cannot_be_made(tmp_path, sentences):
     (tmp_path / "file").write_text("not a folder")
-    status, error = run(config_for(tmp_path / "file" / "run", sentences))
+    _, error = run(config_for(tmp_path / "file" / "run", sentences))
     assert error.exit_code == 6
 
 
@@ -235,7 +242,7 @@ def test_no_space_left_in_a_save(tmp_path, sentences):
     assert run(config, stop_at_step=10) == ("interrupted", None)
     before = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     before += "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))"
-    status, error = run(config, ranks=2, before=before)
+    _, error = run(config, ranks=2, before=before)
     assert error.exit_code == 6
     assert "step 20" in error.problem
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000010\n"
@@ -246,7 +253,7 @@ def test_no_space_left_in_a_save(tmp_path, sentences):
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, sentences):
     config = config_for(tmp_path, sentences)
     before = "trainer.loss_sum += float('nan')"
-    status, error = run(config, before=before)
+    _, error = run(config, before=before)
     assert error.exit_code == 7
     assert json.loads((tmp_path / "status.json").read_text())["status"] == "failed"
     assert not (tmp_path / "checkpoints" / "latest").exists()
@@ -275,7 +282,7 @@ def test_conversion_of_every_stage(tmp_path, sentences, zero_stage):
 
     from loopmem_pretrain.hf.load import load_hf
 
-    model, tokenizer = load_hf(tmp_path / "hf")
+    model, _ = load_hf(tmp_path / "hf")
     weights = load_file(tmp_path / "hf" / "model.safetensors")
     assert "model.layers.1.memory.local_keys" in weights
     assert all(torch.isfinite(value).all() for value in weights.values())

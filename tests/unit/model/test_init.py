@@ -43,7 +43,9 @@ def test_standard_deviation(name, std):
 def test_constants():
     values = parameters(gate_init_bias=-3.0)
     assert torch.all(values["model.layers.0.step_scales"] == -7)
-    assert torch.nn.functional.softplus(values["model.layers.0.step_scales"])[0].item() == pytest.approx(9.1147e-4, rel=1e-4)
+    assert torch.nn.functional.softplus(values["model.layers.0.step_scales"])[0].item() == pytest.approx(
+        9.1147e-4, rel=1e-4
+    )
     assert torch.all(values["model.layers.0.memory.local_gate.weight"] == 0)
     assert torch.all(values["model.layers.0.memory.global_gate.bias"] == -3)
     for norm in ("model.norm.weight", "model.layers.0.self_attn.q_norm.weight", "model.memory.key_norm.weight"):

@@ -1,6 +1,7 @@
 """Looping, halting and memory: fixtures of the method, forced loops, precision, gradients everywhere."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,7 +72,9 @@ def test_one_loop_equals_the_block():
     torch.testing.assert_close(layer(hidden)[0], expected)
 
 
-@pytest.mark.parametrize("changes", [{}, {"max_loops": 1, "ponder_weight": 0.0}, {"gate": "scalar"}, {"local_slots": 0}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"max_loops": 1, "ponder_weight": 0.0}, {"gate": "scalar"}, {"local_slots": 0}]
+)
 def test_every_parameter_gets_a_gradient(changes):
     model = build(**changes)
     model(ids(), labels=ids(seed=1)).loss.backward()
@@ -186,6 +189,6 @@ def test_unknown_variants_are_named(field, value):
 
 
 def test_the_math_file_knows_no_process_groups():
-    text = open(loopmem.__file__).read()
+    text = Path(loopmem.__file__).read_text()
     assert "distributed" not in text
     assert LoopedLayer.one_loop.__doc__

@@ -1,0 +1,33 @@
+"""Log files survive a crash and are flat where a service wants scalars."""
+
+import json
+
+from loopmem_pretrain.training.loggers import JsonlLogger, flatten
+
+
+def test_a_torn_line_is_left_alone_and_the_next_begins_on_its_own(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2, "lo')
+    logger = JsonlLogger(path)
+    logger.log({"step": 2, "loss": 1.5})
+    logger.close()
+    lines = path.read_text().splitlines()
+    assert [json.loads(lines[0]), json.loads(lines[2])] == [{"step": 1}, {"step": 2, "loss": 1.5}]
+
+
+def test_lines_are_appended(tmp_path):
+    for step in (1, 2):
+        logger = JsonlLogger(tmp_path / "metrics.jsonl")
+        logger.log({"step": step})
+        logger.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_flatten():
+    assert flatten({"step": 3, "E": [1.0, 2.0], "lam": [[0.5, 0.4]], "note": "x"}) == {
+        "step": 3,
+        "E/layer_00": 1.0,
+        "E/layer_01": 2.0,
+        "lam/layer_00/loop_1": 0.5,
+        "lam/layer_00/loop_2": 0.4,
+    }
