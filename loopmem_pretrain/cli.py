@@ -44,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         "5 conversion mismatch, 6 environment, 7 training gave up, 8 hang",
     )
     parser.add_argument("--version", action="version", version=f"loopmem {__version__}")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher puts it before the command
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[Any], int], help: str) -> argparse.ArgumentParser:
@@ -65,7 +66,6 @@ def build_parser() -> argparse.ArgumentParser:
     train_ = with_config(command("train", train, "Pretrain a model; the same command resumes."))
     train_.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine (else: torchrun, or one)")
     train_.add_argument("--stop-at-step", type=int, metavar="STEP", help="end this start after STEP with a checkpoint")
-    train_.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     convert_ = command("convert", convert, "Write a run's model as a Hugging Face folder.")
     convert_.add_argument("run_dir", metavar="RUN", help="run folder (or one of its checkpoints)")
     convert_.add_argument("out_dir", metavar="OUT", help="folder to create")

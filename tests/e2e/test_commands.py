@@ -1,0 +1,181 @@
+"""The command line as a user meets it: launchers, exit codes, messages without tracebacks."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from loopmem_pretrain.config.load import dump_config
+from tests.configs import tiny_run
+
+ROOT = Path(__file__).parents[2]
+LOOPMEM = [sys.executable, "-m", "loopmem_pretrain"]
+
+
+def loopmem(*arguments, launcher=LOOPMEM, timeout=120, **options):
+    """Run the command; its result, with a traceback counted as a failure of the test."""
+    command = [str(part) for part in (*launcher, *arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, **options)
+    assert "Traceback" not in result.stderr, result.stderr
+    return result
+
+
+@pytest.fixture
+def config_file(tmp_path, sentences):
+    """A short run's config; the run folder is tmp_path/run."""
+    config = tiny_run(tmp_path / "run", sentences, model={"vocab_size": 320}, training={"train_steps": 6})
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    return path
+
+
+def test_train_alone_then_nothing_is_left_to_do(tmp_path, config_file):
+    result = loopmem("train", "--config", config_file)
+    assert result.returncode == 0, result.stderr
+    assert "train: 6/6 steps" in result.stderr
+    assert "SEED_LAYERS" not in result.stdout + result.stderr
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "done"
+    again = loopmem("train", "--config", config_file)
+    assert again.returncode == 0
+    assert "resumed from" in again.stderr
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        [*LOOPMEM, "train", "--ranks", "2"],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "loopmem_pretrain", "train"],
+        pytest.param(
+            [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus=2", "--module", "loopmem_pretrain", "train"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["ranks", "torchrun", "deepspeed"],
+)  # fmt: skip
+def test_two_ranks(tmp_path, config_file, launcher):
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    result = loopmem("--config", config_file, launcher=launcher, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["world_size"] == 2
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "done"
+
+
+def test_a_named_error_on_ranks_keeps_its_exit_code(config_file, sentences):
+    result = loopmem("train", "--config", config_file, "--ranks", "2", "model.vocab_size=300")
+    assert result.returncode == 3
+    assert "vocabulary smaller than a token id" in result.stderr
+    assert "what to do" in result.stderr
+
+
+def test_sigterm_saves_and_exits_cleanly(tmp_path, config_file):
+    command = [*LOOPMEM, "train", "--config", str(config_file), "training.train_steps=100000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["status"], status["reason"]) == ("interrupted", "stopped by SIGTERM")
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == f"step_{status['step']:08d}"
+
+
+def test_a_killed_rank_ends_the_job(tmp_path, config_file):
+    command = [*LOOPMEM, "train", "--config", str(config_file), "--ranks", "2", "training.train_steps=100000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    os.kill(int(children.stdout.split()[1]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 6, errors
+    assert "killed by signal 9" in errors
+
+
+def test_the_whole_path_by_command(tmp_path, config_file):
+    run, out = tmp_path / "run", tmp_path / "hf"
+    assert loopmem("train", "--config", config_file, "logging.interval_steps=2").returncode == 0
+    converted = loopmem("convert", run, out)
+    assert converted.returncode == 0, converted.stderr
+    assert "logits differ by at most" in converted.stdout
+    options = ("--prompt", "the of and", "--max-new-tokens", "5", "--temperature", "0")
+    written = [loopmem("generate", model, *options) for model in (out, run)]
+    assert [result.returncode for result in written] == [0, 0]
+    assert written[0].stdout == written[1].stdout != ""
+    assert loopmem("report", run).returncode == 0
+    assert (run / "report.html").stat().st_size > 10_000
+    assert loopmem("plot", run, tmp_path / "figures").returncode == 0
+    assert list((tmp_path / "figures").glob("*.svg"))
+    refused = loopmem("convert", run, out)
+    assert refused.returncode == 2
+    assert str(out) in refused.stderr
+
+
+def test_convert_what_is_no_run(tmp_path):
+    result = loopmem("convert", tmp_path, tmp_path / "hf")
+    assert result.returncode == 4
+    assert "holds no checkpoint" in result.stderr
+    assert not (tmp_path / "hf").exists()
+
+
+def test_estimate_needs_no_torch():
+    code = (
+        "import sys; from loopmem_pretrain.cli import main; "
+        f"main(['estimate', '--config', '{ROOT}/configs/paper/m_minus_3.yaml']); print('torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "210,243,900" in result.stdout
+    assert result.stdout.endswith("False\n")
+
+
+def test_a_misspelt_key_is_found_before_torch_is_imported(config_file):
+    values = yaml.safe_load(config_file.read_text())
+    values["training"]["train_stepz"] = 5
+    config_file.write_text(yaml.safe_dump(values))
+    start = time.monotonic()
+    result = loopmem("train", "--config", config_file, "--ranks", "2")
+    assert result.returncode == 2
+    assert "did you mean train_steps?" in result.stderr
+    assert f"{config_file}:" in result.stderr
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_an_interrupted_setup_is_not_believed(tmp_path):
+    """The stamp is written last: without it, set-up starts again, and a failing index says what to do."""
+    for name in ("Makefile", "requirements.txt", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    stub = tmp_path / ".venv" / "bin" / "python"
+    stub.write_text("#!/bin/sh\nexit 1\n")  # an environment whose installation broke off
+    stub.chmod(0o755)
+    result = subprocess.run(["make", "setup"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "cannot install torch" in result.stdout and "run make again" in result.stdout
+    assert not (tmp_path / ".venv" / ".complete").exists()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_setup_refuses_an_old_python(tmp_path):
+    for name in ("Makefile", "requirements.txt", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    old = tmp_path / "python"
+    old.write_text("#!/bin/sh\n[ \"$1\" = -c ] && { echo 'loopmem needs Python 3.11 or newer' >&2; exit 1; }\n")
+    old.chmod(0o755)
+    result = subprocess.run(
+        ["make", "setup", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode != 0
+    assert "3.11 or newer" in result.stderr
+    assert not (tmp_path / ".venv").exists()
