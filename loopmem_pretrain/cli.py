@@ -12,6 +12,7 @@ from typing import Any
 
 from loopmem_pretrain import __version__
 from loopmem_pretrain.errors import EXIT_BUG, EXIT_DONE, ConfigError, LoopMemError
+from loopmem_pretrain.progress import stage_bars
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,7 +96,9 @@ def build_parser() -> argparse.ArgumentParser:
 def fetch_corpus(options: Any) -> int:
     from loopmem_pretrain.data.demo_corpus import fetch_demo_corpus
 
-    for path in fetch_demo_corpus(options.out_dir):
+    with stage_bars("package") as progress:
+        paths = fetch_demo_corpus(options.out_dir, progress=progress)
+    for path in paths:
         print(path)
     return EXIT_DONE
 
@@ -107,7 +110,7 @@ def train_tokenizer(options: Any) -> int:
     config = load_config(PrepareConfig, options.config, options.overrides, prepare_problems)
     from loopmem_pretrain.data.train_tokenizer import ensure_tokenizer
 
-    with _bytes_bar("train tokenizer") as progress:
+    with stage_bars() as progress:
         tokenizer = ensure_tokenizer(config, progress)
     print(f"{tokenizer.file}: {tokenizer.vocab_size:,} tokens")
     return EXIT_DONE
@@ -120,7 +123,7 @@ def prepare_data(options: Any) -> int:
     config = load_config(PrepareConfig, options.config, options.overrides, prepare_problems)
     from loopmem_pretrain.data.prepare import prepare
 
-    with _bytes_bar("prepare data") as progress:
+    with stage_bars() as progress:
         manifest = prepare(config, progress)
     for name, split in manifest.splits.items():
         print(f"{config.output_dir} {name}: {split.documents:,} documents, {split.tokens:,} tokens")
@@ -205,8 +208,3 @@ def demo(options: Any) -> int:
 
     return run_demo(options.run_dir)
 
-
-def _bytes_bar(label: str) -> Any:
-    from loopmem_pretrain.progress import bytes_bar
-
-    return bytes_bar(label)

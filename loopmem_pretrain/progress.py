@@ -6,9 +6,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+LINE_SECONDS = 2.0
+"""A plain line so often is enough for a log."""
+
 
 class ProgressBar:
-    """Shows done / total, a headline and the time left, on stderr."""
+    """Shows what is done of `total` (0: unknown), a headline and the time left, on stderr."""
 
     def __init__(self, label: str, total: int, start: int = 0, unit: str = "step") -> None:
         self.label, self.total, self.unit = label, total, unit
@@ -18,7 +21,10 @@ class ProgressBar:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(desc=label, total=total, initial=start, unit=unit, dynamic_ncols=True)
+            scaled = unit == "B"
+            self.bar = tqdm(
+                desc=label, total=total or None, initial=start, unit=unit, unit_scale=scaled, dynamic_ncols=True
+            )
 
     def update(self, done: int, headline: str = "") -> None:
         """`done` of `total` are done."""
@@ -26,11 +32,9 @@ class ProgressBar:
             self.bar.set_postfix_str(headline, refresh=False)
             self.bar.update(done - self.bar.n)
             return
-        now = time.monotonic()
-        left = (now - self.started) / max(1, done - self.start) * (self.total - done)
-        self.waiting = f"{self.label}: {done:,}/{self.total:,} {self.unit}s  {headline}  {_clock(left)} left"
-        if done >= self.total or now - self.last_line >= 2:  # a line every two seconds is enough for a log
-            self.last_line = now
+        parts = [self._amount(done), headline, self._left(done)]
+        self.waiting = f"{self.label}: " + "  ".join(part for part in parts if part)
+        if done == self.total or time.monotonic() - self.last_line >= LINE_SECONDS:
             self._print()
 
     def close(self) -> None:
@@ -41,26 +45,40 @@ class ProgressBar:
     def _print(self) -> None:
         if self.waiting:
             print(self.waiting, file=sys.stderr, flush=True)
+            self.last_line = time.monotonic()
         self.waiting = ""
 
+    def _amount(self, done: int) -> str:
+        if self.unit == "B":
+            return f"{done / 1e6:,.1f}/{self.total / 1e6:,.1f} MB" if self.total else f"{done / 1e6:,.1f} MB"
+        return f"{done:,}/{self.total:,} {self.unit}s" if self.total else f"{done:,} {self.unit}s"
 
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    def _left(self, done: int) -> str:
+        elapsed, advanced = time.monotonic() - self.started, done - self.start
+        if not self.total or advanced <= 0 or elapsed < 1 or done >= self.total:
+            return ""
+        minutes, seconds = divmod(round(elapsed / advanced * (self.total - done)), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02d}:{seconds:02d} left" if hours else f"{minutes}:{seconds:02d} left"
+
+
+Progress = Callable[[int, int | None, Mapping[str, Any]], None]
 
 
 @contextlib.contextmanager
-def bytes_bar(label: str) -> Iterator[Callable[[int, int | None, Mapping[str, Any]], None]]:
-    """A bar for `data.prepare`: (done bytes, total bytes or None, info with a stage), one bar a stage."""
+def stage_bars(unit: str = "B") -> Iterator[Progress]:
+    """A progress function (done, total or None, info with a stage) that shows one bar a stage."""
     bars: dict[str, ProgressBar] = {}
 
     def progress(done: int, total: int | None, info: Mapping[str, Any]) -> None:
-        stage = str(info.get("stage", label))
+        stage = str(info["stage"])
+        if info.get("already"):
+            print(f"{stage}: already there", file=sys.stderr)
+            return
         if stage not in bars:
             for bar in bars.values():
                 bar.close()
-            bars[stage] = ProgressBar(stage, total or 0, unit="byte")
+            bars[stage] = ProgressBar(stage, total or 0, unit=unit)
         facts = (f"{value:,} {key}" for key, value in info.items() if isinstance(value, int) and value)
         bars[stage].update(done, ", ".join(facts))
 
