@@ -139,9 +139,9 @@ def train(options: Any) -> int:
         return train_here(options.config, options.overrides, options.stop_at_step)
     if options.ranks < 1:
         raise ConfigError(f"--ranks {options.ranks} is not valid", "give 1 or more")
-    load_config(RunConfig, options.config, options.overrides, run_problems)  # complain once, not on every rank
+    config = load_config(RunConfig, options.config, options.overrides, run_problems)  # complain once, not on every rank
     stop = ["--stop-at-step", str(options.stop_at_step)] if options.stop_at_step else []
-    return train_on_ranks(options.ranks, ["--config", options.config, *stop, *options.overrides])
+    return train_on_ranks(options.ranks, ["--config", options.config, *stop, *options.overrides], config.run_dir)
 
 
 def convert(options: Any) -> int:
@@ -207,4 +207,3 @@ def demo(options: Any) -> int:
     from loopmem_pretrain.tools.demo import run_demo
 
     return run_demo(options.run_dir)
-

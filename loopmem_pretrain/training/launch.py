@@ -26,18 +26,18 @@ def train_here(config_path: str, overrides: Sequence[str], stop_at_step: int | N
         trainer = Trainer(config, stop_at_step)
         trainer.train()
     except LoopMemError as error:
-        if os.environ.get("RANK", "0") == "0" and Path(config.run_dir).is_dir() and error.exit_code != 2:
-            run_folder.write_status(Path(config.run_dir), "failed", error.problem)
+        if os.environ.get("RANK", "0") == "0":
+            run_folder.write_failure(Path(config.run_dir), error)
         raise
     if dist.is_initialized():
         dist.destroy_process_group()
     return EXIT_DONE
 
 
-def train_on_ranks(ranks: int, arguments: Sequence[str]) -> int:
+def train_on_ranks(ranks: int, arguments: Sequence[str], run_dir: str) -> int:
     """Start `ranks` processes on this machine, each `loopmem train ARGUMENTS`, and wait for them.
 
-    Returns the exit code of the rank that failed first.
+    Returns 0, also where a signal stopped the run cleanly, or the exit code of the rank that failed first.
 
     Raises:
         EnvironmentFault: a rank was killed.
@@ -45,6 +45,8 @@ def train_on_ranks(ranks: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from loopmem_pretrain.training import run_folder
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks speak for themselves
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
@@ -63,13 +65,21 @@ def train_on_ranks(ranks: int, arguments: Sequence[str]) -> int:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
-            raise EnvironmentFault(
+            fault = EnvironmentFault(
                 f"rank {rank} was killed by signal {-failure.exitcode}; the other ranks were ended",
                 "if it was killed for memory, lower training.micro_batch_size; start the same command to resume "
                 "from the last checkpoint",
-            ) from None
+            )
+            run_folder.write_failure(Path(run_dir), fault)
+            raise fault from None
         return int(failure.exitcode)
     except SignalException as error:
-        print(f"loopmem: ended by {error.sigval.name}", file=sys.stderr)
-        return EnvironmentFault.exit_code
+        status = run_folder.read_status(Path(run_dir)) or {}
+        if status.get("status") in ("interrupted", "done"):
+            return EXIT_DONE  # the ranks were given the signal too; they saved and stopped
+        raise EnvironmentFault(
+            f"ended by {error.sigval.name} before the ranks had saved and stopped",
+            "start the same command to resume from the last checkpoint; a smaller logging.interval_steps lets the "
+            "ranks notice a signal sooner",
+        ) from None
     return EXIT_DONE

@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.utils.checkpoint import checkpoint
 
 from loopmem_pretrain.config.model import ModelConfig
 from loopmem_pretrain.config.training import TrainingConfig
+from loopmem_pretrain.errors import EnvironmentFault
 from loopmem_pretrain.model.init import initialize
 from loopmem_pretrain.model.loopmem import (
     Backend,
@@ -202,9 +204,28 @@ def wrap_loops(module: nn.Module, training: TrainingConfig) -> None:
         if not isinstance(layer, PlainLayer | LoopedLayer):
             continue
         if training.compile == "loop":
-            layer.run = torch.compile(layer.run)
+            layer.run = _compiled(layer.run)
         if training.activation_checkpointing == "loop":
             layer.run = _recomputed(layer.run)
+
+
+def _compiled(run: Callable[..., Any]) -> Callable[..., Any]:
+    # All layers share the compiled code: two graphs of a looped layer (the first loop, whose mixture so far has no
+    # gradient, and the others), one of a plain one. fullgraph makes torch raise where it would otherwise fall back to
+    # eager (a graph break, too many recompilations); with static shapes alone, recomputation meets the graph it had.
+    compiled = torch.compile(run, fullgraph=True, dynamic=False)
+
+    def call(*args: Any) -> Any:
+        try:
+            return compiled(*args)
+        except TorchDynamoException as error:
+            raise EnvironmentFault(
+                f"torch.compile could not compile one loop of the model (training.compile: loop): {error}",
+                "install what torch.compile needs (a C++ compiler; on GPUs also Triton, which comes with torch), "
+                "or set training.compile=none",
+            ) from error
+
+    return call
 
 
 def _recomputed(run: Callable[..., Any]) -> Callable[..., Any]:

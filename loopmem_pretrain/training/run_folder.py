@@ -20,7 +20,7 @@ from loopmem_pretrain import __version__
 from loopmem_pretrain.checkpoint.store import write_text
 from loopmem_pretrain.config.load import differences, dump_config, load_config
 from loopmem_pretrain.config.run import RunConfig
-from loopmem_pretrain.errors import ConfigError, EnvironmentFault
+from loopmem_pretrain.errors import ConfigError, EnvironmentFault, LoopMemError
 
 Status = Literal["running", "done", "interrupted", "failed"]
 
@@ -102,6 +102,14 @@ def write_status(run_dir: Path, status: Status, reason: str, step: int | None = 
     """Record how the run stands. Rank 0 only."""
     record = {"status": status, "reason": reason, "step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     write_text(run_dir / "status.json", json.dumps(record) + "\n")
+
+
+def write_failure(run_dir: Path, error: LoopMemError) -> None:
+    """Record that a start failed; not for wrong usage, nor in a folder that is no run's or whose run is done."""
+    before = read_status(run_dir) or {}
+    ours = (run_dir / "config.yaml").exists() and not isinstance(error, ConfigError)
+    if ours and before.get("status") != "done":
+        write_status(run_dir, "failed", error.problem, before.get("step"))
 
 
 def read_status(run_dir: Path) -> dict[str, Any] | None:

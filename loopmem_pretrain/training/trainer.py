@@ -1,6 +1,7 @@
 """The training loop, and everything that must exist before its first step."""
 
 import contextlib
+import logging
 import os
 import signal
 import time
@@ -18,10 +19,13 @@ from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.data.dataset import open_training, open_validation
 from loopmem_pretrain.data.sampler import train_batches
 from loopmem_pretrain.errors import LoopMemError
+from loopmem_pretrain.model.flops import parameter_counts
 from loopmem_pretrain.training import run_folder
 from loopmem_pretrain.training.engine import TrainingEngine, init_distributed
 from loopmem_pretrain.training.hardware import choose_device
 from loopmem_pretrain.training.hooks import Hook, make_hooks
+
+log = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -57,6 +61,7 @@ class Trainer:
         """Measurements that wait for the next line of metrics.jsonl, such as a validation loss."""
 
         self.resumed_from = resume(self)
+        self._introduce()
         self.hooks: list[Hook] = make_hooks(self)
 
     def train(self) -> run_folder.Status:
@@ -88,6 +93,22 @@ class Trainer:
                 hook.close(self)
             self.write_status(status, reason)
         return status
+
+    def _introduce(self) -> None:
+        training, steps = self.config.training, self.engine.accumulation_steps
+        log.info(
+            "%s parameters; %d ranks x %d samples x %d accumulated = %d samples (%s tokens) a step; step %s of %s",
+            f"{parameter_counts(self.config.model).total:,}",
+            self.world_size,
+            training.micro_batch_size,
+            steps,
+            training.global_batch_size,
+            f"{training.global_batch_size * self.config.data.seq_length:,}",
+            f"{self.position.step:,}",
+            f"{training.train_steps:,}",
+        )
+        if self.position.step >= self.stop_at_step:
+            log.info("nothing left to train: this start ends at step %s", f"{self.stop_at_step:,}")
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         training, data = self.config.training, self.config.data

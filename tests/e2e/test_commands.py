@@ -17,6 +17,7 @@ from tests.configs import tiny_run
 
 ROOT = Path(__file__).parents[2]
 LOOPMEM = [sys.executable, "-m", "loopmem_pretrain"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
 def loopmem(*arguments, launcher=LOOPMEM, timeout=120, **options):
@@ -25,6 +26,13 @@ def loopmem(*arguments, launcher=LOOPMEM, timeout=120, **options):
     result = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, **options)
     assert "Traceback" not in result.stderr, result.stderr
     return result
+
+
+def wait_for_metrics(run_dir: Path, seconds: float = 60) -> None:
+    metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + seconds
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert time.monotonic() < deadline, f"no line in {metrics} after {seconds} s"
+        time.sleep(0.1)
 
 
 @pytest.fixture
@@ -51,7 +59,7 @@ def test_train_alone_then_nothing_is_left_to_do(tmp_path, config_file):
     "launcher",
     [
         [*LOOPMEM, "train", "--ranks", "2"],
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "loopmem_pretrain", "train"],
+        [*TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "loopmem_pretrain", "train"],
         pytest.param(
             [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus=2", "--module", "loopmem_pretrain", "train"],
             marks=pytest.mark.slow,
@@ -67,20 +75,18 @@ def test_two_ranks(tmp_path, config_file, launcher):
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "done"
 
 
-def test_a_named_error_on_ranks_keeps_its_exit_code(config_file, sentences):
+def test_a_named_error_on_ranks_keeps_its_exit_code(tmp_path, config_file):
     result = loopmem("train", "--config", config_file, "--ranks", "2", "model.vocab_size=300")
     assert result.returncode == 3
     assert "vocabulary smaller than a token id" in result.stderr
     assert "what to do" in result.stderr
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
 
 
 def test_sigterm_saves_and_exits_cleanly(tmp_path, config_file):
     command = [*LOOPMEM, "train", "--config", str(config_file), "training.train_steps=100000"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_for_metrics(tmp_path / "run")
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
@@ -92,15 +98,13 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path, config_file):
 def test_a_killed_rank_ends_the_job(tmp_path, config_file):
     command = [*LOOPMEM, "train", "--config", str(config_file), "--ranks", "2", "training.train_steps=100000"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_for_metrics(tmp_path / "run")
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
     os.kill(int(children.stdout.split()[1]), signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 6, errors
     assert "killed by signal 9" in errors
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
 
 
 def test_the_whole_path_by_command(tmp_path, config_file):
@@ -179,3 +183,13 @@ def test_setup_refuses_an_old_python(tmp_path):
     assert result.returncode != 0
     assert "3.11 or newer" in result.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+def test_sigterm_to_the_parent_of_ranks_stops_cleanly(tmp_path, config_file):
+    command = [*LOOPMEM, "train", "--config", str(config_file), "--ranks", "2", "training.train_steps=100000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_for_metrics(tmp_path / "run")
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "interrupted"
