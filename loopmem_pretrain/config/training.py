@@ -48,7 +48,7 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay of the groups that are decayed."""
     weight_decay_rule: Literal["standard", "paper"] = "standard"
-    """`standard`: matrices only (no norms, biases, step scales); `paper`: everything but the embedding."""
+    """`standard`: matrices and routers (no norms, other biases, step scales); `paper`: all but the embedding."""
     decay_memory_banks: bool = False
     """Under `standard`, whether the banks' keys and values are decayed."""
     gradient_clipping: float = Field(default=1.0, ge=0)
