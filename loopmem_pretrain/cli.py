@@ -23,7 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="loopmem: %(message)s", stream=sys.stderr)
     logging.getLogger("loopmem_pretrain").setLevel(level)
     try:
-        return int(options.run(options))
+        code = int(options.run(options))
+        sys.stdout.flush()  # here, where a closed pipe is understood
+        return code
     except LoopMemError as error:
         speaker = "loopmem" if rank == "0" else f"loopmem (rank {rank})"
         print(f"{speaker}: error: {error}", file=sys.stderr)
@@ -135,6 +137,8 @@ def train(options: Any) -> int:
     from loopmem_pretrain.config.run import RunConfig, run_problems
     from loopmem_pretrain.training.launch import train_here, train_on_ranks
 
+    if options.stop_at_step is not None and options.stop_at_step < 1:
+        raise ConfigError(f"--stop-at-step {options.stop_at_step} is not valid", "give a step of 1 or more")
     if options.ranks is None or "RANK" in os.environ:
         return train_here(options.config, options.overrides, options.stop_at_step)
     if options.ranks < 1:

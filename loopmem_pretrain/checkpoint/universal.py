@@ -6,6 +6,8 @@ number of ranks. The merged form is temporary: it is made beside nothing of valu
 
 import contextlib
 import io
+import math
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from loopmem_pretrain.checkpoint.store import read_manifest, verify
-from loopmem_pretrain.errors import CheckpointError
+from loopmem_pretrain.errors import CheckpointError, EnvironmentFault
 
 
 @contextlib.contextmanager
@@ -25,6 +27,13 @@ def universal_form(checkpoint: Path) -> Iterator[Path]:
     from deepspeed.checkpoint import ds_to_universal
 
     verify(checkpoint)
+    parameters = sum(math.prod(shape) for shape in read_manifest(checkpoint)["parameter_shapes"].values())
+    needed, free = 24 * parameters, shutil.disk_usage(tempfile.gettempdir()).free  # 24: slices and merged, 3 states
+    if free < needed:
+        raise EnvironmentFault(
+            f"merging {checkpoint} takes {needed / 1e9:,.2f} GB of {tempfile.gettempdir()}, {free / 1e9:,.2f} are free",
+            "free space there, or set TMPDIR to a folder with more",
+        )
     with tempfile.TemporaryDirectory(prefix="loopmem-universal-") as folder:
         output = Path(folder) / "universal"
         arguments = SimpleNamespace(

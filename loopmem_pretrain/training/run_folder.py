@@ -59,9 +59,8 @@ def prepare(config: RunConfig, run_dir: Path) -> None:
         ) from None
     recorded = run_dir / "config.yaml"
     if recorded.exists():
-        changed = [
-            line for line in differences(load_config(RunConfig, recorded), config) if not line.startswith(MAY_CHANGE)
-        ]
+        before, now = (_without_paths(each) for each in (load_config(RunConfig, recorded), config))
+        changed = [line for line in differences(before, now) if not line.startswith(MAY_CHANGE)]
         if changed:
             raise ConfigError(
                 f"the run folder {run_dir} belongs to another configuration:\n    " + "\n    ".join(changed),
@@ -69,6 +68,12 @@ def prepare(config: RunConfig, run_dir: Path) -> None:
             )
     write_text(recorded, dump_config(config))
     write_text(run_dir / "environment.json", json.dumps(environment(), indent=1) + "\n")
+
+
+def _without_paths(config: RunConfig) -> RunConfig:
+    """Data may move: what it is, not where, is compared by its fingerprint when a checkpoint is resumed."""
+    datasets = tuple(dataset.model_copy(update={"path": "-"}) for dataset in config.data.datasets)
+    return config.model_copy(update={"data": config.data.model_copy(update={"datasets": datasets})})
 
 
 def environment() -> dict[str, Any]:

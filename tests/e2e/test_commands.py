@@ -193,3 +193,10 @@ def test_sigterm_to_the_parent_of_ranks_stops_cleanly(tmp_path, config_file):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "interrupted"
+
+
+@pytest.mark.parametrize("step", ["0", "-3"])
+def test_a_step_to_stop_at_that_cannot_be(config_file, step):
+    result = loopmem("train", "--config", config_file, "--stop-at-step", step)
+    assert result.returncode == 2
+    assert f"--stop-at-step {step}" in result.stderr

@@ -162,6 +162,11 @@ def test_how_a_run_is_observed_may_change(copy_of_finished, sentences):
     assert run(longer(copy_of_finished, sentences, logging={"interval_steps": 2})) == ("done", None)
 
 
+def test_the_data_may_move(copy_of_finished, sentences, tmp_path):
+    shutil.copytree(sentences, tmp_path / "moved")
+    assert run(longer(copy_of_finished, tmp_path / "moved")) == ("done", None)
+
+
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_another_number_of_ranks_is_refused(copy_of_finished, sentences, ranks):
     sizes = {"global_batch_size": 8, "micro_batch_size": 2} if ranks == 1 else {}
@@ -205,7 +210,8 @@ def test_other_data_is_refused(copy_of_finished, tmp_path):
 
     other = prepare_sentences(tmp_path / "other", seed=2)
     _, error = run(longer(copy_of_finished, other))
-    assert error.exit_code in (2, 4)
+    assert error.exit_code == 4
+    assert "other data" in error.problem
 
 
 def test_a_vocabulary_smaller_than_a_token_id(tmp_path, sentences):

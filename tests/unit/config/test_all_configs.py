@@ -108,7 +108,6 @@ def test_gates_of_the_papers_memory_models():
 MODELS = sorted((ROOT / "configs" / "model").glob("*.yaml"))
 
 
-@pytest.mark.xfail(reason="60m.yaml has 72 M parameters; its comments are to be corrected")
 @pytest.mark.parametrize("path", [p for p in MODELS if " M parameters" in header(p)], ids=name_of)
 def test_sizes_said_in_millions_are_true(path, tmp_path):
     said = re.search(r"([\d.]+) M parameters", header(path))
