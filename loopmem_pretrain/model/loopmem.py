@@ -89,11 +89,7 @@ class TorchBackend:
         return weight
 
     def read_bank(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """m = softmax(q K^T / sqrt(D)) V: attention with one head of width D over the slots.
-
-        Written out: at this head width two plain products are faster than fused attention, which is made for narrow
-        heads and recomputes the scores in its backward pass.
-        """
+        """m = softmax(q K^T / sqrt(D)) V; written out, for one head of width D is too wide for fused attention."""
         scores = F.linear(query, keys * query.shape[-1] ** -0.5)
         return scores.softmax(dim=-1) @ values
 
@@ -216,8 +212,7 @@ class PlainLayer(Block):
 
     def forward(self, hidden: Tensor, memory: "SharedRead | None" = None, num_loops: int | None = None) -> Any:
         """[B, T, D] -> ([B, T, D], None); memory and num_loops are for looped layers."""
-        # A tensor, so that one compiled block serves the layers of all scales.
-        scale = torch.full((), self.scale, device=hidden.device, dtype=wide(hidden.dtype))
+        scale = torch.full((), self.scale, device=hidden.device, dtype=wide(hidden.dtype))  # a tensor: compiled once
         return self.run(hidden, scale, self.rotary(hidden)), None
 
 
@@ -254,11 +249,9 @@ class SharedMemory(nn.Module):
             self.global_values = nn.Parameter(torch.empty(config.global_slots, width))
 
     def forward(self) -> SharedRead:
-        keys = None if self.global_keys is None else self.key_norm(self.global_keys)
-        query_norm, key_norm = self.query_norm, self.key_norm
-        return SharedRead(
-            (query_norm.weight, query_norm.bias), (key_norm.weight, key_norm.bias), keys, self.global_values
-        )
+        q_norm, k_norm = self.query_norm, self.key_norm
+        keys = None if self.global_keys is None else k_norm(self.global_keys)
+        return SharedRead((q_norm.weight, q_norm.bias), (k_norm.weight, k_norm.bias), keys, self.global_values)
 
 
 class LayerMemory(nn.Module):
@@ -299,14 +292,12 @@ class LayerMemory(nn.Module):
         injected, local_gate, global_gate = hidden, None, None
         if local_keys is not None:
             local_gate = self.local_gate(hidden)
-            injected = injected + local_gate * self.local_proj(
-                self.backend.read_bank(query, local_keys, self.local_values)
-            )
+            read = self.backend.read_bank(query, local_keys, self.local_values)
+            injected = injected + local_gate * self.local_proj(read)
         if shared.global_keys is not None and shared.global_values is not None:
             global_gate = self.global_gate(hidden)
-            injected = injected + global_gate * self.global_proj(
-                self.backend.read_bank(query, shared.global_keys, shared.global_values)
-            )
+            read = self.backend.read_bank(query, shared.global_keys, shared.global_values)
+            injected = injected + global_gate * self.global_proj(read)
         return injected, local_gate, global_gate
 
 
@@ -424,8 +415,7 @@ class LoopedLayer(Block):
         for n in range(1, loops + 1):
             trained = min(n, self.max_loops)
             tau = (trained - 1) / max(1, self.max_loops - 1)
-            is_last = torch.full((), n == loops, device=hidden.device)
-            step = (zeta[trained - 1], zeta.new_full((), tau), is_last)
+            step = (zeta[trained - 1], zeta.new_full((), tau), torch.full((), n == loops, device=hidden.device))
             state, report = self.run(state, *step, memory, local_keys, rotary)
             reports.append(report)
         return state.output.to(hidden.dtype), collect(reports)
@@ -447,9 +437,8 @@ class LoopedLayer(Block):
         hidden = self.block(injected, zeta, rotary)
 
         lam = self.halting_lambda(hidden, tau)
-        # The last loop takes what is left. Its own lambda is only reported, yet stays in the graph with a gradient of
-        # zero, so that the router has a gradient on every rank also with one loop. Chosen by a tensor, not by an `if`:
-        # one compiled loop serves all.
+        # The last loop takes what is left, its own lambda is only reported. `where` keeps it in the graph: the router
+        # has a gradient (zero) on every rank also with one loop, and one compiled loop serves them all.
         prob = state.remaining * torch.where(is_last, 1.0, lam)
         output = state.output + prob.unsqueeze(-1) * hidden
 

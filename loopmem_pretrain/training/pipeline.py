@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
 from torch.utils.checkpoint import checkpoint
 
 from loopmem_pretrain.config.model import ModelConfig
@@ -213,6 +212,8 @@ def _compiled(run: Callable[..., Any]) -> Callable[..., Any]:
     # All layers share the compiled code: two graphs of a looped layer (the first loop, whose mixture so far has no
     # gradient, and the others), one of a plain one. fullgraph makes torch raise where it would otherwise fall back to
     # eager (a graph break, too many recompilations); with static shapes alone, recomputation meets the graph it had.
+    from torch._dynamo.exc import TorchDynamoException
+
     compiled = torch.compile(run, fullgraph=True, dynamic=False)
 
     def call(*args: Any) -> Any:
