@@ -110,11 +110,12 @@ def train_tokenizer(options: Any) -> int:
     from loopmem_pretrain.config.prepare import PrepareConfig, prepare_problems
 
     config = load_config(PrepareConfig, options.config, options.overrides, prepare_problems)
-    from loopmem_pretrain.data.train_tokenizer import ensure_tokenizer
+    from loopmem_pretrain.data.tokenizer import load_tokenizer
+    from loopmem_pretrain.data.train_tokenizer import train_tokenizer as train_tokenizer_of
 
     with stage_bars() as progress:
-        tokenizer = ensure_tokenizer(config, progress)
-    print(f"{tokenizer.file}: {tokenizer.vocab_size:,} tokens")
+        file = train_tokenizer_of(config, progress)
+    print(f"{file}: {load_tokenizer(file).vocab_size:,} tokens")
     return EXIT_DONE
 
 

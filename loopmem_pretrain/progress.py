@@ -81,6 +81,8 @@ def stage_bars(unit: str = "B") -> Iterator[Progress]:
             bars[stage] = ProgressBar(stage, total or 0, unit=unit)
         facts = (f"{value:,} {key}" for key, value in info.items() if isinstance(value, int) and value)
         bars[stage].update(done, ", ".join(facts))
+        for example in info.get("broken_examples", ()) if stage == "complete" else ():
+            print(f"broken line left out: {example}", file=sys.stderr)
 
     try:
         yield progress
