@@ -1,0 +1,132 @@
+"""training.compile: loop. Equal to eager, few graphs whatever the number of layers, and no silent way back to eager.
+
+The fast tests trace and differentiate for real and leave out only the generation of machine code (backend aot_eager);
+the slow ones run what training runs.
+"""
+
+import functools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch._inductor.config
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.utils import counters
+
+from loopmem_pretrain.errors import EnvironmentFault
+from loopmem_pretrain.model.init import initialize
+from loopmem_pretrain.model.loopmem import LoopMemLM, TorchBackend
+from loopmem_pretrain.training.pipeline import wrap_loops
+from tests.configs import tiny_run
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from eager_reference import EagerReference
+
+PLAIN = {"max_loops": 0, "residual_scale": "inverse_depth", "local_slots": 0, "global_slots": 0, "ponder_weight": 0.0}
+MODELS = {
+    "memory": {},
+    "no-memory": {"local_slots": 0, "global_slots": 0},
+    "one-loop": {"max_loops": 1, "ponder_weight": 0.0},
+    "plain": PLAIN,
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def without_code_generation(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+
+
+def build(model, dtype=torch.float32, **training):
+    config = tiny_run(model=model, training=training)
+    net = LoopMemLM(config.model, TorchBackend())
+    initialize(net.named_parameters(), config.model, 0)
+    wrap_loops(net, config.training)
+    return net.to(dtype)
+
+
+def batch():
+    tokens = torch.randint(0, 96, (2, 17), generator=torch.Generator().manual_seed(0))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def gradients(net):
+    """Loss and gradients of the second of two passes, so that every cached graph has been used again."""
+    for _ in range(2):
+        net.zero_grad()
+        loss = net(*batch()).loss
+        loss.backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in net.named_parameters()}
+
+
+def assert_equals_eager(model, relative, **training):
+    loss, compiled = gradients(build(model, compile="loop", **training))
+    eager_loss, eager = gradients(build(model))
+    torch.testing.assert_close(loss, eager_loss, rtol=1e-6, atol=0)
+    for name, expected in eager.items():
+        error = (compiled[name] - expected).abs().max()
+        # LN_k's bias shifts all scores of a read alike: its exact gradient is zero, 1e-7 is float32 noise about it.
+        assert error <= 1e-7 + relative * expected.abs().max(), f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "loop"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_gradients_and_number_of_graphs(kind, checkpointing, without_code_generation):
+    """Two graphs for looped layers, one where there is one loop, one for plain layers of all residual scales."""
+    assert_equals_eager(MODELS[kind] | {"num_hidden_layers": 12}, 1e-6, activation_checkpointing=checkpointing)
+    assert counters["stats"]["unique_graphs"] == (1 if kind in ("one-loop", "plain") else 2)
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("kind", ["memory", "plain"])
+def test_validation_adds_one_graph(kind, without_code_generation):
+    net = build(MODELS[kind] | {"num_hidden_layers": 12}, compile="loop")
+    gradients(net)
+    training_graphs = counters["stats"]["unique_graphs"]
+    with torch.no_grad():
+        compiled = net(*batch())
+    assert counters["stats"]["unique_graphs"] == training_graphs + 1
+    torch.testing.assert_close(compiled.logits, build(MODELS[kind] | {"num_hidden_layers": 12})(*batch()).logits)
+
+
+def test_too_many_graphs_is_an_error_not_eager(without_code_generation):
+    with torch._dynamo.config.patch(recompile_limit=1), pytest.raises(FailOnRecompileLimitHit):
+        gradients(build({}, compile="loop"))
+
+
+def test_no_compiler_is_a_named_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    missing = {"cpp.cxx": (str(tmp_path / "no-such-compiler"),)}
+    with torch._inductor.config.patch(missing), pytest.raises(EnvironmentFault, match=r"C\+\+ compiler") as caught:
+        gradients(build(PLAIN, compile="loop"))
+    assert "training.compile=none" in caught.value.fix
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["none", "loop"])
+@pytest.mark.parametrize("kind", ["memory", "plain"])
+def test_generated_code_equals_eager(kind, checkpointing):
+    assert_equals_eager(MODELS[kind] | {"num_hidden_layers": 12}, 1e-5, activation_checkpointing=checkpointing)
+    assert counters["stats"]["unique_graphs"] == (1 if kind == "plain" else 2)
+
+
+@pytest.mark.parametrize("model", [{}, {"local_slots": 0, "global_slots": 0}], ids=["memory", "no-memory"])
+def test_the_eager_reference_of_the_benchmark_computes_the_same(model):
+    model = {**model, "num_key_value_heads": 4}
+    reference = EagerReference(tiny_run(model=model).model)
+    ours = build(model)
+    reference.load_state_dict(ours.state_dict())
+    loss = reference(*batch())
+    loss.backward()
+    expected_loss, expected = gradients(ours)
+    torch.testing.assert_close(loss.detach(), expected_loss)
+    for name, parameter in reference.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-7, msg=name)
