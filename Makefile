@@ -21,7 +21,7 @@ $(STAMP): requirements.txt setup.py Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "loopmem needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=python3.11")'
 	@echo "== setting up $(VENV) with $$($(PYTHON) --version): torch, then everything pinned in requirements.txt"
 	@rm -f $(STAMP)
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "cannot create $(VENV); on Debian and Ubuntu: apt install python3-venv"; exit 6; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); } || { rm -rf $(VENV); echo "cannot create $(VENV); on Debian and Ubuntu: apt install python3-venv"; exit 6; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) \
 	    || { echo "cannot install $(TORCH): check the network and the package index (pip config list), then run make again"; exit 6; }
 	@DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt \

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from loopmem_pretrain import __version__
-from loopmem_pretrain.errors import EXIT_BUG, EXIT_DONE, ConfigError, LoopMemError
+from loopmem_pretrain.errors import EXIT_DONE, EXIT_INTERRUPTED, ConfigError, LoopMemError
 from loopmem_pretrain.progress import stage_bars
 
 
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         print("loopmem: interrupted; the same command continues where it can", file=sys.stderr)
-        return EXIT_BUG
+        return EXIT_INTERRUPTED
     except BrokenPipeError:  # `loopmem ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="loopmem",
         description="Pretrain transformers whose layers loop adaptively and read gated memory banks.",
         epilog="exit codes: 0 done or stopped cleanly, 1 bug, 2 config or usage, 3 data, 4 checkpoint, "
-        "5 conversion mismatch, 6 environment, 7 training gave up, 8 hang",
+        "5 conversion mismatch, 6 environment, 7 training gave up, 8 hang, 130 interrupted from the keyboard",
     )
     parser.add_argument("--version", action="version", version=f"loopmem {__version__}")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher puts it before the command

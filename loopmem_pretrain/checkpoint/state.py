@@ -86,7 +86,11 @@ def save(run: Run) -> Path:
         files = list_files(folder)
         shares: list[Any] = [None] * run.world_size
         dist.all_gather_object(shares, hash_files(folder, files[run.rank :: run.world_size]))
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:
+        # torch.save reports a full disk as RuntimeError ("unexpected pos", "file write failed"), and so do collectives
+        # when another rank is gone: that one is not about the disk.
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in ("write", "unexpected pos")):
+            raise
         raise EnvironmentFault(
             f"cannot save the checkpoint of step {step} in {store.folder}: {error}",
             "free space or mend permissions there and start the same command again; "
@@ -134,6 +138,7 @@ def facts(run: Run) -> dict[str, Any]:
         "world_size": run.world_size,
         "zero_stage": run.config.parallel.zero_stage,
         "data": run.dataset.describe(),
+        "tokenizer_sha256": run.dataset.datasets[0].stream.manifest.tokenizer.sha256,
         "parameter_names": names,
         "parameter_shapes": {names[name]: shape for name, shape in run.engine.parameter_shapes.items()},
     }

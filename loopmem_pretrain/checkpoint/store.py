@@ -70,7 +70,10 @@ class CheckpointStore:
         write_text(source / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         fsync_folder(source)
         if target.exists():
-            shutil.rmtree(target)  # the same step trained again after an older checkpoint was resumed by hand
+            self._remove(target)  # the same step trained again after an older checkpoint was resumed by hand
+        for later in self.steps():
+            if later > step:  # of a branch that was left by going back; kept, but no longer counted or resumed
+                os.replace(self.folder / self.name(later), self.folder / f"abandoned-{self.name(later)}-at-{step}")
         os.rename(source, target)
         fsync_folder(self.folder)
         write_text(self.folder / "latest", target.name + "\n")
@@ -79,7 +82,13 @@ class CheckpointStore:
     def prune(self, keep_last: int) -> None:
         """Remove all but the newest `keep_last` checkpoints."""
         for step in self.steps()[:-keep_last]:
-            shutil.rmtree(self.folder / self.name(step))
+            self._remove(self.folder / self.name(step))
+
+    def _remove(self, checkpoint: Path) -> None:
+        """First the name, then the content: a removal that is cut short leaves nothing that looks whole."""
+        doomed = checkpoint.with_name(f".incomplete-{checkpoint.name}-removed")
+        os.rename(checkpoint, doomed)
+        shutil.rmtree(doomed)
 
 
 def list_files(folder: Path) -> list[str]:

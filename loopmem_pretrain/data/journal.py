@@ -3,7 +3,6 @@
 A line is written and flushed to the disk only after its shards are; a line cut off by a kill does not count.
 """
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,8 @@ from typing import Any
 from loopmem_pretrain.config.base import Section
 from loopmem_pretrain.data.files import disk_faults, sync_folder, write_file
 from loopmem_pretrain.data.manifest import Count, Shard, SplitName
-from loopmem_pretrain.errors import DataError, EnvironmentFault
+from loopmem_pretrain.errors import DataError
+from loopmem_pretrain.lock import take_lock
 
 JOURNAL_NAME = ".journal.jsonl"
 LOCK_NAME = ".lock"
@@ -133,13 +133,10 @@ def folder_lock(folder: Path) -> Iterator[None]:
     """
     with disk_faults(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        stream = (folder / LOCK_NAME).open("ab")
+        stream = take_lock(
+            folder / LOCK_NAME,
+            f"{folder}: another process is preparing this folder",
+            "wait for it or stop it; or choose another output_dir",
+        )
     with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise EnvironmentFault(
-                f"{folder}: another process is preparing this folder",
-                "wait for it or stop it; or choose another output_dir",
-            ) from None
         yield

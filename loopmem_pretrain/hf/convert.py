@@ -10,7 +10,7 @@ from loopmem_pretrain.config.load import load_config
 from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.data.manifest import load_manifest
 from loopmem_pretrain.data.tokenizer import Tokenizer, load_tokenizer
-from loopmem_pretrain.errors import CheckpointError
+from loopmem_pretrain.errors import CheckpointError, DataError
 from loopmem_pretrain.quiet import prepare_imports
 
 SAMPLE_DOCUMENTS = 8
@@ -30,7 +30,7 @@ def open_checkpoint(path: str | Path) -> Source:
 
     Raises:
         CheckpointError: neither a run folder with a checkpoint nor a checkpoint.
-        DataError: the prepared data that holds the tokenizer is missing.
+        DataError: the prepared data that holds the tokenizer is missing, or holds another one.
     """
     folder = Path(path)
     checkpoint = folder if (folder / "manifest.json").exists() else CheckpointStore(folder).latest()
@@ -38,10 +38,21 @@ def open_checkpoint(path: str | Path) -> Source:
         raise CheckpointError(
             f"{folder} holds no checkpoint", "give a run folder (with checkpoints/ in it) or one checkpoint folder"
         )
-    step = read_manifest(checkpoint)["step"]
+    manifest = read_manifest(checkpoint)
     config = load_config(RunConfig, checkpoint / "config.yaml")
     data_dir = Path(config.data.datasets[0].path)
-    return Source(checkpoint, config, step, data_dir / load_manifest(data_dir).tokenizer.file)
+    if not data_dir.is_dir() and (checkpoint.parent.parent / "config.yaml").exists():
+        # The data moved after this checkpoint: the run folder's own config knows the newer place.
+        data_dir = Path(load_config(RunConfig, checkpoint.parent.parent / "config.yaml").data.datasets[0].path)
+    tokenizer = load_manifest(data_dir).tokenizer
+    trained_with = manifest["tokenizer_sha256"]
+    if tokenizer.sha256 != trained_with:
+        raise DataError(
+            f"the tokenizer of {data_dir} is not the one {checkpoint} was trained with: its hash is "
+            f"{tokenizer.sha256[:12]}..., the run's was {trained_with[:12]}...",
+            "restore the prepared data the run was trained on at that path",
+        )
+    return Source(checkpoint, config, manifest["step"], data_dir / tokenizer.file)
 
 
 def convert_run(

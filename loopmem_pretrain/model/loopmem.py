@@ -70,8 +70,7 @@ class TorchBackend:
     def column_linear(self, in_features: int, out_features: int) -> nn.Module:
         return nn.Linear(in_features, out_features, bias=False)
 
-    def row_linear(self, in_features: int, out_features: int) -> nn.Module:
-        return nn.Linear(in_features, out_features, bias=False)
+    row_linear = column_linear
 
     def replicated_linear(self, in_features: int, out_features: int, bias: bool) -> nn.Linear:
         return nn.Linear(in_features, out_features, bias=bias)
@@ -183,6 +182,12 @@ class FeedForward(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(z)) * self.up_proj(z))
 
 
+def add_scaled(x: Tensor, scale: Tensor, branch: Tensor) -> Tensor:
+    """x + scale * branch in float32 or wider, rounded once; a GPU would else round the 0-dim scale to bf16 first."""
+    precise = wide(x.dtype)
+    return torch.addcmul(x.to(precise), scale, branch.to(precise)).to(x.dtype)
+
+
 class Block(nn.Module):
     """Blk(x, c): attention and feed-forward, each added to the residual stream with scale c."""
 
@@ -195,8 +200,8 @@ class Block(nn.Module):
         self.mlp = FeedForward(config, backend)
 
     def block(self, x: Tensor, scale: Tensor, rotary: Rotary) -> Tensor:
-        u = x + scale * self.self_attn(self.input_layernorm(x), rotary)
-        return u + scale * self.mlp(self.post_attention_layernorm(u))
+        u = add_scaled(x, scale, self.self_attn(self.input_layernorm(x), rotary))
+        return add_scaled(u, scale, self.mlp(self.post_attention_layernorm(u)))
 
     def rotary(self, hidden: Tensor) -> Rotary:
         return rotary_angles(hidden.shape[1], self.self_attn.head_dim, self.rope_theta, hidden)
@@ -224,10 +229,8 @@ class SharedRead(NamedTuple):
 
     query_norm: tuple[Tensor, Tensor]
     key_norm: tuple[Tensor, Tensor]
-    global_keys: Tensor | None
-    """LN_k(K^G), [S_g, D]"""
-    global_values: Tensor | None
-    """V^G, [S_g, D]"""
+    global_keys: Tensor | None  # LN_k(K^G), [S_g, D]
+    global_values: Tensor | None  # V^G, [S_g, D]
 
 
 class SharedMemory(nn.Module):
@@ -241,8 +244,7 @@ class SharedMemory(nn.Module):
         if config.retrieval != "dense":
             raise ValueError(f"retrieval {config.retrieval!r} is not known to this model; valid: 'dense'")
         width = config.hidden_size
-        self.query_norm = nn.LayerNorm(width, config.rms_norm_eps)
-        self.key_norm = nn.LayerNorm(width, config.rms_norm_eps)
+        self.query_norm, self.key_norm = (nn.LayerNorm(width, config.rms_norm_eps) for _ in range(2))
         self.global_keys = self.global_values = None
         if config.global_slots:
             self.global_keys = nn.Parameter(torch.empty(config.global_slots, width))
@@ -265,8 +267,7 @@ class LayerMemory(nn.Module):
     def __init__(self, config: Any, backend: Backend) -> None:
         super().__init__()
         width, slots = config.hidden_size, config.local_slots
-        self.backend = backend
-        self.eps = config.rms_norm_eps
+        self.backend, self.eps = backend, config.rms_norm_eps
         self.norm = nn.LayerNorm(width, config.rms_norm_eps)
         self.has_local = slots > 0
         if self.has_local:
@@ -508,11 +509,10 @@ class LoopMemModel(nn.Module):
         """[B, T] -> (hidden [B, T, D] after the final norm, one LoopStats a looped layer)."""
         hidden = self.embed_tokens(input_ids)
         memory = self.memory() if self.memory is not None else None
-        all_stats = []
+        all_stats: list[LoopStats] = []
         for layer in self.layers:
             hidden, stats = layer(hidden, memory, num_loops)
-            if stats is not None:
-                all_stats.append(stats)
+            all_stats += [] if stats is None else [stats]
         return self.norm(hidden), all_stats
 
 

@@ -76,8 +76,8 @@ def stages(run_dir: str) -> list[tuple[str, list[str]]]:
 
 
 def _ranks() -> int:
-    """One rank a GPU where there are GPUs (a power of two, to divide the batch), else two on the CPU."""
+    """Two ranks, on GPUs or on the CPU (the demo's batch is small); one where there is just one GPU."""
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return 1 << min(1, gpus.bit_length() - 1) if gpus else 2
+    return 1 if gpus == 1 else 2

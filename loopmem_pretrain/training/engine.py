@@ -13,6 +13,7 @@ from typing import Any, cast
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
 from torch import Tensor
 
 from loopmem_pretrain.config.run import RunConfig, gradient_accumulation_steps
@@ -58,7 +59,7 @@ class TrainingEngine:
 
         backend = TorchBackend()
         accumulator = LoopAccumulator(config.model, config.model.num_hidden_layers, device)
-        self.step_context = pipeline.StepContext(config.model, accumulator)
+        self.step_context = pipeline.StepContext(config.model, accumulator, self.accumulation_steps)
         module_type = pipeline.PipelineStage if self.uses_pipeline else pipeline.WholeModel
         with deepspeed_chatter_held_back():
             module = module_type(config.model, backend, backend.cross_entropy, self.step_context)
@@ -152,6 +153,11 @@ class TrainingEngine:
         """Steps DeepSpeed did not apply because a gradient was not finite."""
         return int(self.engine.skipped_steps)
 
+    def forget_timers(self) -> None:
+        """DeepSpeed's pipeline keeps two device events a step until somebody reads them; nobody does."""
+        if self.uses_pipeline:
+            self.engine.timers(TRAIN_BATCH_TIMER).reset()
+
     def step_scales(self) -> list[list[float]]:
         """Raw s_n of every looped layer, [layers][N]; under ZeRO 3 a collective."""
         scales = []
@@ -169,8 +175,7 @@ class TrainingEngine:
         betas = (beta1(step, config.optimizer, config.schedule, steps), config.optimizer.beta2)
         for group in self.engine.optimizer.param_groups:
             group["lr"], group["betas"] = rate, betas
-        weight = ponder_weight(step, config.model.ponder_weight, config.training)
-        self.step_context.ponder_gradient = weight / (config.model.num_hidden_layers * self.accumulation_steps)
+        self.step_context.ponder_weight = ponder_weight(step, config.model.ponder_weight, config.training)
 
     def _to_device(self, batch: tuple[Tensor, Tensor]) -> list[Tensor]:
         return [tensor.to(self.device, non_blocking=True) for tensor in batch]

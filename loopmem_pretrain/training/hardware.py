@@ -1,5 +1,6 @@
 """Device choice and peak arithmetic rates."""
 
+import re
 import time
 
 import torch
@@ -7,12 +8,13 @@ import torch
 from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.errors import EnvironmentFault
 
-# Dense bf16 TFLOP/s from the makers' data sheets; the first name contained in the device's name counts.
+# Dense bf16 TFLOP/s from the makers' data sheets; the first name that is a word of the device's name counts.
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "H200": 989.0,
     "GH200": 989.0,
     "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
     "H100": 989.0,
     "A100": 312.0,
     "L40S": 362.0,
@@ -42,28 +44,28 @@ def choose_device(config: RunConfig, local_rank: int) -> torch.device:
 
 
 def peak_flops(config: RunConfig, device: torch.device) -> tuple[float, str]:
-    """(FLOP/s of one device, where the number is from). On CPU a float32 matmul is timed: 0.3 s, once a start."""
+    """(FLOP/s of one device, where the number is from): the config, a data sheet, or a matmul timed here."""
     if config.logging.peak_tflops:
         return config.logging.peak_tflops * 1e12, "logging.peak_tflops"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for key, tflops in PEAK_TFLOPS.items():
-            if key in name:
+            if re.search(rf"\b{key}\b", name):
                 return tflops * 1e12, f"data sheet of {key}, dense bf16"
-        raise EnvironmentFault(
-            f"no peak rate is known for the GPU '{name}', so MFU cannot be computed",
-            "set logging.peak_tflops to its dense bf16 TFLOP/s",
-        )
-    return _measured_matmul_flops(), "measured float32 matmul on this rank"
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return _measured_matmul_flops(device, dtype), f"measured {str(dtype).removeprefix('torch.')} matmul on this rank"
 
 
-def _measured_matmul_flops() -> float:
-    size = 768
-    left, right = torch.randn(size, size), torch.randn(size, size)
+def _measured_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """The best of many products of two square matrices: 0.3 s, once a start."""
+    size = 8192 if device.type == "cuda" else 768
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = 0.0
     deadline = time.perf_counter() + 0.3
     while time.perf_counter() < deadline:
         start = time.perf_counter()
         left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best

@@ -14,8 +14,7 @@ from loopmem_pretrain.errors import TrainingGaveUp
 from loopmem_pretrain.model.flops import training_flops_per_token
 from loopmem_pretrain.progress import ProgressBar
 from loopmem_pretrain.training.hardware import peak_flops
-from loopmem_pretrain.training.loggers import Metrics, make_loggers
-from loopmem_pretrain.training.metrics import mean_ponder_cost
+from loopmem_pretrain.training.loggers import Logger, Metrics, make_loggers
 from loopmem_pretrain.training.optim import beta1, learning_rate, ponder_weight
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ class Hook(Protocol):
 
 
 def make_hooks(trainer: "Trainer") -> list[Hook]:
-    return [ValidateHook(trainer), LogHook(trainer), CheckpointHook(trainer)]
+    return [ValidateHook(trainer), LogHook(trainer), CheckpointHook()]
 
 
 class ValidateHook:
@@ -70,7 +69,9 @@ class LogHook:
         config = trainer.config
         self.flops_per_token = training_flops_per_token(config.model, config.data.seq_length)
         self.peak, self.peak_source = peak_flops(config, trainer.device)
-        self.loggers = make_loggers(config, trainer.run_dir) if trainer.rank == 0 else []
+        self.loggers: list[Logger] = []
+        first_step = trainer.position.step + 1
+        trainer.on_rank_zero(lambda: self.loggers.extend(make_loggers(config, trainer.run_dir, first_step)))
         self.bar = (
             ProgressBar("train", config.training.train_steps, trainer.position.step) if trainer.rank == 0 else None
         )
@@ -86,9 +87,9 @@ class LogHook:
         if not (due or trainer.pending or trainer.ending):
             return
         metrics = self._measure(trainer)
-        self.alarms.check(metrics)
         for logger in self.loggers:
             logger.log(metrics)
+        self.alarms.check(metrics)
         if self.bar:
             self.bar.update(trainer.position.step, _headline(metrics))
         self._start_interval(trainer)
@@ -110,15 +111,14 @@ class LogHook:
         cross_entropy = float(trainer.loss_sum) / steps
         trainer.loss_sum.zero_()
         loops = trainer.engine.step_context.accumulator.read_and_reset()
+        trainer.engine.forget_timers()
         seconds = time.perf_counter() - self.started - (trainer.pause_seconds - self.paused)
         tokens = steps * config.training.global_batch_size * config.data.seq_length
-        weight = ponder_weight(step, config.model.ponder_weight, config.training)
-        ponder = mean_ponder_cost(loops.get("expected_loops", []), config.model.max_loops)
         train_steps = config.training.train_steps
         metrics: Metrics = {
             "step": position.step,
             "tokens": position.tokens,
-            "loss": cross_entropy + weight * ponder,
+            "loss": cross_entropy + loops.get("ponder_loss", 0.0),
             "cross_entropy": cross_entropy,
             "lr": learning_rate(step, config.optimizer, config.schedule, train_steps),
             "beta1": beta1(step, config.optimizer, config.schedule, train_steps),
@@ -133,22 +133,19 @@ class LogHook:
         if loops:
             scales = trainer.engine.step_scales()
             zeta = [[math.log1p(math.exp(s)) for s in layer] for layer in scales]
-            metrics |= {"ponder_weight": weight, "ponder_cost": ponder, **loops, "step_scales": scales, "zeta": zeta}
+            weight = ponder_weight(step, config.model.ponder_weight, config.training)
+            metrics |= {"ponder_weight": weight, **loops, "step_scales": scales, "zeta": zeta}
         return metrics
 
 
 class CheckpointHook:
     """Every `checkpoint.interval_steps` and at the end."""
 
-    def __init__(self, trainer: "Trainer") -> None:
-        self.saved_at = trainer.position.step if trainer.resumed_from else -1
-
     def after_step(self, trainer: "Trainer") -> None:
         if trainer.position.step % trainer.config.checkpoint.interval_steps and not trainer.ending:
             return
         with trainer.pause():
             save(trainer)
-        self.saved_at = trainer.position.step
 
     def close(self, trainer: "Trainer") -> None: ...
 

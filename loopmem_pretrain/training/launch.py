@@ -25,6 +25,12 @@ def train_here(config_path: str, overrides: Sequence[str], stop_at_step: int | N
     try:
         trainer = Trainer(config, stop_at_step)
         trainer.train()
+    except RuntimeError as error:
+        fault = _lost_rank(error)
+        if fault is None:
+            raise
+        run_folder.write_failure(Path(config.run_dir), fault)
+        raise fault from error
     except LoopMemError as error:
         if os.environ.get("RANK", "0") == "0":
             run_folder.write_failure(Path(config.run_dir), error)
@@ -32,6 +38,19 @@ def train_here(config_path: str, overrides: Sequence[str], stop_at_step: int | N
     if dist.is_initialized():
         dist.destroy_process_group()
     return EXIT_DONE
+
+
+def _lost_rank(error: RuntimeError) -> EnvironmentFault | None:
+    """The named error behind a collective that broke off because another rank is gone, else None."""
+    import torch.distributed as dist
+
+    signs = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")
+    if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in signs):
+        return None
+    return EnvironmentFault(
+        "lost contact with another rank in the middle of a collective",
+        "see that rank's own message; then start the same command to resume from the last checkpoint",
+    )
 
 
 def train_on_ranks(ranks: int, arguments: Sequence[str], run_dir: str) -> int:
@@ -72,6 +91,10 @@ def train_on_ranks(ranks: int, arguments: Sequence[str], run_dir: str) -> int:
             )
             run_folder.write_failure(Path(run_dir), fault)
             raise fault from None
+        status = run_folder.read_status(Path(run_dir)) or {}
+        if status.get("status") == "running" or "lost contact" in status.get("reason", ""):
+            reason = f"rank {rank} ended with exit code {failure.exitcode}; its message is in the log"
+            run_folder.write_status(Path(run_dir), "failed", reason, status.get("step"))
         return int(failure.exitcode)
     except SignalException as error:
         status = run_folder.read_status(Path(run_dir)) or {}

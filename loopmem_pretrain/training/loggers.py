@@ -1,6 +1,7 @@
 """Where metrics go: metrics.jsonl always, TensorBoard and Weights & Biases when asked."""
 
 import json
+import math
 import os
 import secrets
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, Protocol
 
 from loopmem_pretrain.config.load import dump_config
 from loopmem_pretrain.config.run import RunConfig
+from loopmem_pretrain.errors import EnvironmentFault
 
 Metrics = dict[str, Any]
 
@@ -31,7 +33,7 @@ class JsonlLogger:
                 self.file.write(b"\n")  # a crash tore the last line: the next one begins on its own
 
     def log(self, metrics: Metrics) -> None:
-        self.file.write(json.dumps(metrics).encode() + b"\n")
+        self.file.write(json.dumps(_finite(metrics), allow_nan=False).encode() + b"\n")
         self.file.flush()
 
     def close(self) -> None:
@@ -40,12 +42,12 @@ class JsonlLogger:
 
 
 class TensorBoardLogger:
-    """Scalars, per-layer ones as `expected_loops/layer_03`."""
+    """Scalars, per-layer ones as `expected_loops/layer_03`; steps trained again after a resume replace the old."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+        self.writer = SummaryWriter(str(folder), purge_step=first_step)  # type: ignore[no-untyped-call]
 
     def log(self, metrics: Metrics) -> None:
         for name, value in flatten(metrics).items():
@@ -65,16 +67,22 @@ class WandbLogger:
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
-        self.run = wandb.init(
-            project=config.logging.wandb_project,
-            name=run_dir.name,
-            id=id_file.read_text(encoding="utf-8").strip(),
-            resume="allow",
-            mode=config.logging.wandb,  # type: ignore[arg-type]
-            dir=str(run_dir),
-            config=yaml.safe_load(dump_config(config)),
-            settings=wandb.Settings(silent=True),
-        )
+        try:
+            self.run = wandb.init(
+                project=config.logging.wandb_project,
+                name=run_dir.name,
+                id=id_file.read_text(encoding="utf-8").strip(),
+                resume="allow",
+                mode=config.logging.wandb,  # type: ignore[arg-type]
+                dir=str(run_dir),
+                config=yaml.safe_load(dump_config(config)),
+                settings=wandb.Settings(silent=True),
+            )
+        except wandb.errors.Error as error:
+            raise EnvironmentFault(
+                f"Weights & Biases does not start with logging.wandb={config.logging.wandb}: {error}",
+                "run `wandb login` (or set WANDB_API_KEY), or use logging.wandb=offline or off",
+            ) from error
 
     def log(self, metrics: Metrics) -> None:
         self.run.log(flatten(metrics), step=metrics["step"])
@@ -83,14 +91,23 @@ class WandbLogger:
         self.run.finish()
 
 
-def make_loggers(config: RunConfig, run_dir: Path) -> list[Logger]:
-    """The loggers the config asks for."""
+def make_loggers(config: RunConfig, run_dir: Path, first_step: int) -> list[Logger]:
+    """The loggers the config asks for; `first_step` is the first that will be logged."""
     loggers: list[Logger] = [JsonlLogger(run_dir / "metrics.jsonl")]
     if config.logging.tensorboard:
-        loggers.append(TensorBoardLogger(run_dir / "tensorboard"))
+        loggers.append(TensorBoardLogger(run_dir / "tensorboard", first_step))
     if config.logging.wandb != "off":
         loggers.append(WandbLogger(config, run_dir))
     return loggers
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinities: a number that is not finite becomes null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list) else value
 
 
 def flatten(metrics: Metrics) -> dict[str, float]:

@@ -18,10 +18,12 @@ class LoopAccumulator:
     def __init__(self, model: ModelConfig, layers: int, device: torch.device) -> None:
         self.model = model
         self.sums = torch.zeros(layers, len(ROWS), max(1, model.max_loops), device=device)
+        self.ponder = torch.zeros(2, device=device)
+        """Sums of cost and of weight * cost, each a mean over layers"""
         self.count = 0
 
-    def add(self, layer: int, stats: LoopStats) -> None:
-        """Add one visit of local layer `layer`; no host synchronisation."""
+    def add(self, layer: int, stats: LoopStats, cost: Tensor, weight: float) -> None:
+        """Add one visit of local layer `layer`, whose ponder cost had `weight` in its step; no host synchronisation."""
         absent = torch.zeros_like(stats.lambdas)
         rows = [
             stats.lambdas,
@@ -31,19 +33,24 @@ class LoopAccumulator:
             absent if stats.global_gate is None else stats.global_gate,
         ]
         self.sums[layer] += torch.stack(rows)
+        share = cost.detach() / self.model.num_hidden_layers
+        self.ponder[0] += share
+        self.ponder[1] += share * weight
         self.count += layer == 0
 
-    def read_and_reset(self, group: Any = None) -> dict[str, list[Any]]:
-        """Means over micro-batches and data-parallel ranks as nested lists; the one host read of an interval."""
+    def read_and_reset(self) -> dict[str, Any]:
+        """Means over micro-batches and ranks, on the host: the one read of an interval. A collective."""
         if not self.model.max_loops or not self.count:
             return {}
-        means = self.sums / self.count
+        means = torch.cat([self.sums.flatten(), self.ponder]) / self.count
         if dist.is_initialized():
-            dist.all_reduce(means, group=group)
-            means /= dist.get_world_size(group)
+            dist.all_reduce(means)
+            means /= dist.get_world_size()
+        rows, ponder = means[:-2].view_as(self.sums), means[-2:].tolist()
         self.sums.zero_()
+        self.ponder.zero_()
         self.count = 0
-        return describe_means(means, self.model)
+        return {"ponder_cost": ponder[0], "ponder_loss": ponder[1], **describe_means(rows, self.model)}
 
 
 def describe_means(means: Tensor, model: ModelConfig) -> dict[str, list[Any]]:
@@ -62,8 +69,3 @@ def describe_means(means: Tensor, model: ModelConfig) -> dict[str, list[Any]]:
         "cosine": table["cosine"],
         **gates,
     }
-
-
-def mean_ponder_cost(expected_loops: list[float], max_loops: int) -> float:
-    """Mean over layers of (E - 1) / (N - 1); 0 with one loop."""
-    return sum(e - 1 for e in expected_loops) / len(expected_loops) / max(1, max_loops - 1) if expected_loops else 0.0

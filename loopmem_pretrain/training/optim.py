@@ -18,8 +18,8 @@ ROLES: list[tuple[str, str]] = [
     ("bank", r"(local|global)_(keys|values)$"),
     ("norm", r"norm\.(weight|bias)$"),
     ("step_scale", r"step_scales$"),
-    ("router", r"halting\.(weight|bias)$"),
     ("bias", r"\.bias$"),
+    ("router", r"halting\.weight$"),
     ("matrix", r"(_proj|_gate|lm_head)\.weight$"),
 ]
 DECAYED = {
@@ -42,7 +42,7 @@ def role_of(public_name: str) -> str:
 
 def keeps_float32(public_name: str) -> bool:
     """Whether the parameter stays float32 when the working weights are bf16: step scales and routers."""
-    return role_of(public_name) in {"step_scale", "router"}
+    return re.search(r"(step_scales|halting\.(weight|bias))$", public_name) is not None
 
 
 def parameter_groups(

@@ -86,11 +86,12 @@ def public_names(model: ModelConfig, backend: Backend, names: Sequence[str]) -> 
 class StepContext:
     """What the layers of a stage meet in a training step besides the hidden state."""
 
-    def __init__(self, model: ModelConfig, accumulator: LoopAccumulator) -> None:
+    def __init__(self, model: ModelConfig, accumulator: LoopAccumulator, accumulation_steps: int) -> None:
         self.model = model
         self.accumulator = accumulator
-        self.ponder_gradient = 0.0
-        """d(step loss)/d(one layer's ponder cost of one micro-batch): weight / (layers x accumulation steps)."""
+        self.accumulation_steps = accumulation_steps
+        self.ponder_weight = 0.0
+        """Weight of the ponder loss in the current step."""
 
 
 def run_layers(functions: Sequence[Callable[..., Any]], tied: nn.ModuleDict, x: Tensor, step: StepContext) -> Any:
@@ -107,9 +108,10 @@ def run_layers(functions: Sequence[Callable[..., Any]], tied: nn.ModuleDict, x: 
         x, stats = function(x, shared)
         if stats is not None and torch.is_grad_enabled():
             cost = ponder_cost(stats.expected_loops(), step.model.max_loops)
-            if step.ponder_gradient:
-                x = InjectGradient.apply(x, cost, step.ponder_gradient)  # type: ignore[no-untyped-call]
-            step.accumulator.add(index, stats)
+            if step.ponder_weight:
+                gradient = step.ponder_weight / (step.model.num_hidden_layers * step.accumulation_steps)
+                x = InjectGradient.apply(x, cost, gradient)  # type: ignore[no-untyped-call]
+            step.accumulator.add(index, stats, cost, step.ponder_weight)
         index += 1
     return x
 

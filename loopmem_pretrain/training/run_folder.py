@@ -14,13 +14,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from loopmem_pretrain import __version__
 from loopmem_pretrain.checkpoint.store import write_text
 from loopmem_pretrain.config.load import differences, dump_config, load_config
 from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.errors import ConfigError, EnvironmentFault, LoopMemError
+from loopmem_pretrain.lock import take_lock
 
 Status = Literal["running", "done", "interrupted", "failed"]
 
@@ -40,12 +41,14 @@ MAY_CHANGE = (
 VERSIONS_OF = ("torch", "deepspeed", "megatron-core", "transformers", "numpy", "sentencepiece")
 
 
-def prepare(config: RunConfig, run_dir: Path) -> None:
-    """Create the folder, or check that it belongs to this configuration. Rank 0 only.
+def prepare(config: RunConfig, run_dir: Path) -> BinaryIO:
+    """Create the folder, or check that it belongs to this configuration, and lock it. Rank 0 only.
+
+    Returns the lock: keep it for as long as the process writes here.
 
     Raises:
         ConfigError: the folder belongs to another configuration (differences shown).
-        EnvironmentFault: the folder cannot be written.
+        EnvironmentFault: the folder cannot be written, or another process trains in it.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -57,6 +60,8 @@ def prepare(config: RunConfig, run_dir: Path) -> None:
             f"cannot write to the run folder {run_dir}: {error.strerror}",
             "give write permission, free some space, or choose another run_dir",
         ) from None
+    busy = f"another process is training in the run folder {run_dir}"
+    lock = take_lock(run_dir / ".lock", busy, "wait for it, stop it, or choose another run_dir")
     recorded = run_dir / "config.yaml"
     if recorded.exists():
         before, now = (_without_paths(each) for each in (load_config(RunConfig, recorded), config))
@@ -68,6 +73,7 @@ def prepare(config: RunConfig, run_dir: Path) -> None:
             )
     write_text(recorded, dump_config(config))
     write_text(run_dir / "environment.json", json.dumps(environment(), indent=1) + "\n")
+    return lock
 
 
 def _without_paths(config: RunConfig) -> RunConfig:
@@ -93,9 +99,11 @@ def environment() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """Commit of the source tree this package runs from; None for an installed wheel."""
-    folder = Path(__file__).resolve().parent
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
+    """Commit of the source tree this package runs from, `-dirty` with uncommitted changes; None for a wheel."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "setup.py").exists() or not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (FileNotFoundError, subprocess.TimeoutExpired):

@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from loopmem_pretrain.checkpoint.store import CheckpointStore
 from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.data.dataset import open_training, open_validation
 from loopmem_pretrain.data.sampler import train_batches
-from loopmem_pretrain.errors import LoopMemError
+from loopmem_pretrain.errors import EnvironmentFault, LoopMemError
 from loopmem_pretrain.model.flops import parameter_counts
 from loopmem_pretrain.training import run_folder
 from loopmem_pretrain.training.engine import TrainingEngine, init_distributed
@@ -46,7 +46,8 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
             # We read no uninitialised memory; filling DeepSpeed's large buffers each step would cost minutes.
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        self.on_rank_zero(lambda: run_folder.prepare(config, self.run_dir))
+        self.locks: list[Any] = []  # held by rank 0 until its process ends
+        self.on_rank_zero(lambda: self.locks.append(run_folder.prepare(config, self.run_dir)))
         self.dataset = open_training(config.data, config.training.seed, config.model.vocab_size)
         self.validation_dataset = open_validation(config.data, config.validation.num_samples)
         self.engine = TrainingEngine(config, self.device)
@@ -85,13 +86,22 @@ class Trainer:
         except LoopMemError as error:
             reason = error.problem
             raise
+        except OSError as error:  # logs and status files; what else writes has its own, named errors
+            fault = EnvironmentFault(
+                f"cannot write in {self.run_dir}: {error}", "free space or mend permissions, then start again to resume"
+            )
+            reason = fault.problem
+            raise fault from error
         except BaseException as error:
             reason = f"{type(error).__name__}: {error}"
             raise
         finally:
-            for hook in reversed(self.hooks):
-                hook.close(self)
             self.write_status(status, reason)
+            for hook in reversed(self.hooks):
+                try:
+                    hook.close(self)
+                except OSError as error:
+                    log.error("cannot close a log: %s", error)
         return status
 
     def _introduce(self) -> None:
@@ -145,21 +155,31 @@ class Trainer:
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """Time spent inside (validation, saving) does not count as training time."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # or steps still queued would be booked as pause
         start = time.perf_counter()
         yield
         self.pause_seconds += time.perf_counter() - start
 
-    def on_rank_zero(self, action: Any) -> None:
-        """Run `action` on rank 0 and let every rank fail with its named error if it fails there."""
+    def on_rank_zero(self, action: Callable[[], object]) -> None:
+        """Run `action` on rank 0; whatever it raises, no rank is left waiting: all of them raise."""
         failure: list[LoopMemError | None] = [None]
+        cause: Exception | None = None
         if self.rank == 0:
             try:
                 action()
             except LoopMemError as error:
                 failure[0] = error
+            except OSError as error:
+                fix = "free space or mend permissions, then start the same command again"
+                failure[0], cause = EnvironmentFault(f"cannot write in {self.run_dir}: {error}", fix), error
+            except Exception as error:  # noqa: BLE001 - raised again below, after the other ranks know
+                failure[0], cause = EnvironmentFault(f"rank 0 failed: {type(error).__name__}: {error}"), error
         dist.broadcast_object_list(failure, src=0)
         if failure[0] is not None:
-            raise failure[0]
+            if cause is not None and not isinstance(cause, OSError):
+                raise cause
+            raise failure[0] from cause
 
     def write_status(self, status: run_folder.Status, reason: str) -> None:
         if self.rank == 0:

@@ -162,26 +162,29 @@ def test_an_interrupted_setup_is_not_believed(tmp_path):
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     stub = tmp_path / ".venv" / "bin" / "python"
-    stub.write_text("#!/bin/sh\nexit 1\n")  # an environment whose installation broke off
+    stub.write_text("#!/bin/sh\nexit 1\n")  # a virtual environment that broke off before pip was in it
     stub.chmod(0o755)
-    result = subprocess.run(["make", "setup"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    command = ["make", "setup", "TORCH=no-such-package==0 --no-index"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode != 0
-    assert "cannot install torch" in result.stdout and "run make again" in result.stdout
+    assert "cannot install no-such-package" in result.stdout and "run make again" in result.stdout
     assert not (tmp_path / ".venv" / ".complete").exists()
+    repaired = subprocess.run([stub, "-m", "pip", "--version"], capture_output=True, check=False)
+    assert repaired.returncode == 0
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_setup_refuses_an_old_python(tmp_path):
     for name in ("Makefile", "requirements.txt", "setup.py"):
         shutil.copy(ROOT / name, tmp_path / name)
-    old = tmp_path / "python"
-    old.write_text("#!/bin/sh\n[ \"$1\" = -c ] && { echo 'loopmem needs Python 3.11 or newer' >&2; exit 1; }\n")
+    old = tmp_path / "python"  # this Python, which says of itself that it is 3.10
+    lie = "import sys; sys.version_info = (3, 10); sys.version = '3.10.1 x'"
+    old.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{lie}; $2"\n')
     old.chmod(0o755)
-    result = subprocess.run(
-        ["make", "setup", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    command = ["make", "setup", f"PYTHON={old}"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode != 0
-    assert "3.11 or newer" in result.stderr
+    assert "needs Python 3.11 or newer, this is 3.10.1" in result.stderr
     assert not (tmp_path / ".venv").exists()
 
 

@@ -104,13 +104,10 @@ def keys_written() -> set[str]:
             keys |= {key.value for each in dicts for key in each.keys if isinstance(key, ast.Constant)}
         if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "trainer.pending":
             keys.add(ast.literal_eval(node.slice))
-    (describe,) = [
-        node
-        for node in ast.walk(ast.parse(text_of(PACKAGE / "training" / "metrics.py")))
-        if isinstance(node, ast.FunctionDef) and node.name == "describe_means"
-    ]
-    returned = next(node.value for node in ast.walk(describe) if isinstance(node, ast.Return))
-    keys |= {key.value for key in returned.keys if isinstance(key, ast.Constant)}
+    for node in ast.walk(ast.parse(text_of(PACKAGE / "training" / "metrics.py"))):
+        if isinstance(node, ast.FunctionDef) and node.name in ("describe_means", "read_and_reset"):
+            dicts = [inner.value for inner in ast.walk(node) if isinstance(inner, ast.Return)]
+            keys |= {key.value for each in dicts for key in each.keys if isinstance(key, ast.Constant)}
     return keys | {"local_gate", "global_gate"}
 
 

@@ -19,15 +19,16 @@ FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
 # What each package may import of ours. Downhill: errors, config, model and data, parallel, checkpoint, then training
 # and hf, then inference, eval and tools, then cli.
-BASIC = {"errors", "config", "model", "data", "parallel", "checkpoint", "progress", "quiet", PACKAGE}
+BASIC = {"errors", "config", "model", "data", "parallel", "checkpoint", "lock", "progress", "quiet", PACKAGE}
 MAY_IMPORT: dict[str, set[str]] = {
     PACKAGE: set(),
     "errors": set(),
     "quiet": set(),
+    "lock": {"errors"},
     "progress": set(),
     "config": {"errors"},
     "model": {"errors", "config"},
-    "data": {"errors", "config"},
+    "data": {"errors", "config", "lock"},
     "parallel": {"errors", "config", "model"},
     "checkpoint": {"errors", "config", "model", "data", "parallel"},
     "training": BASIC,

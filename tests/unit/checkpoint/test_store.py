@@ -87,3 +87,17 @@ def test_incomplete_checkpoints_are_never_seen(tmp_path):
     assert store.latest() is None and store.steps() == []
     store.discard_incomplete()
     assert list(store.folder.iterdir()) == []
+
+
+def test_going_back_sets_the_later_branch_aside(tmp_path):
+    """`latest` was pointed at an older checkpoint by hand: what came after it no longer counts, and is not lost."""
+    for step in (2000, 2500, 3000):
+        publish(tmp_path, step)
+    store = CheckpointStore(tmp_path)
+    (store.folder / "latest").write_text(store.name(2000))
+    publish(tmp_path, 2100)
+    store.prune(2)
+    assert store.steps() == [2000, 2100]
+    assert store.latest() == store.folder / store.name(2100)
+    aside = sorted(path.name for path in store.folder.glob("abandoned-*"))
+    assert aside == ["abandoned-step_00002500-at-2100", "abandoned-step_00003000-at-2100"]

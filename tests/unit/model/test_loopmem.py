@@ -192,3 +192,16 @@ def test_the_math_file_knows_no_process_groups():
     text = Path(loopmem.__file__).read_text()
     assert "distributed" not in text
     assert LoopedLayer.one_loop.__doc__
+
+
+def test_a_step_scale_is_not_rounded_to_bfloat16_on_the_way():
+    """Two scales within one bf16 step give different outputs, and the scale's gradient is the float32 one."""
+    generator = torch.Generator().manual_seed(0)
+    x, branch = (torch.randn(64, 64, generator=generator, dtype=torch.bfloat16) for _ in range(2))
+    low, high = torch.tensor(1.0, requires_grad=True), torch.tensor(1.003)
+    assert low.bfloat16() == high.bfloat16()
+    assert not torch.equal(loopmem.add_scaled(x * 0, low, branch), loopmem.add_scaled(x * 0, high, branch))
+    exact = (x.float() + high * branch.float()).bfloat16()
+    assert torch.equal(loopmem.add_scaled(x, high, branch), exact)
+    loopmem.add_scaled(x, low, branch).sum().backward()
+    torch.testing.assert_close(low.grad, branch.float().sum(), rtol=1e-3, atol=1e-2)

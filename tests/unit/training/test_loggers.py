@@ -15,6 +15,13 @@ def test_a_torn_line_is_left_alone_and_the_next_begins_on_its_own(tmp_path):
     assert [json.loads(lines[0]), json.loads(lines[2])] == [{"step": 1}, {"step": 2, "loss": 1.5}]
 
 
+def test_infinities_become_null(tmp_path):
+    logger = JsonlLogger(tmp_path / "metrics.jsonl")
+    logger.log({"step": 1, "grad_norm": float("inf"), "lambdas": [[float("nan"), 0.5]]})
+    logger.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "grad_norm": null, "lambdas": [[null, 0.5]]}\n'
+
+
 def test_lines_are_appended(tmp_path):
     for step in (1, 2):
         logger = JsonlLogger(tmp_path / "metrics.jsonl")

@@ -1,0 +1,23 @@
+"""One process at a time in a folder. The system drops the lock when the process ends, however it ends."""
+
+import fcntl
+from pathlib import Path
+from typing import BinaryIO
+
+from loopmem_pretrain.errors import EnvironmentFault
+
+
+def take_lock(path: Path, busy: str, fix: str) -> BinaryIO:
+    """Lock the file (made if absent); held until the returned stream is closed or the process ends.
+
+    Raises:
+        EnvironmentFault: another process holds it; `busy` says what that means and `fix` what to do.
+        OSError: the file cannot be opened.
+    """
+    stream = path.open("ab")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.close()
+        raise EnvironmentFault(busy, fix) from None
+    return stream
