@@ -206,8 +206,8 @@ def refuse_without_gpu(device: str) -> None:
 
     if device == "cuda" and not torch.cuda.is_available():
         sys.stderr.write(
-            f"torch {torch.__version__} sees no GPU\n  what to do: check nvidia-smi, CUDA_VISIBLE_DEVICES and that torch "
-            "was installed for CUDA; --device cpu --tiny tests the script itself\n"
+            f"torch {torch.__version__} sees no GPU\n  what to do: check nvidia-smi, CUDA_VISIBLE_DEVICES "
+            "and that torch was installed for CUDA; --device cpu --tiny tests the script itself\n"
         )
         raise SystemExit(6)
 

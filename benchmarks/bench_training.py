@@ -40,7 +40,7 @@ class Step(NamedTuple):
     """Seconds of one training step."""
 
     backward: float
-    """Forward and backward pass."""
+    """Forward and backward pass; with --engine, all but the waiting for data."""
     rest: float
     """AdamW; with --engine, waiting for data."""
 
@@ -197,10 +197,11 @@ def ratio(ours: list[float], theirs: list[float], work: float) -> str:
     return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def print_times(contestants: dict[str, Contestant], seconds: dict[str, list[Step]], options: Any, rest: str) -> None:
+def print_times(contestants: dict[str, Contestant], seconds: dict[str, list[Step]], options: Any) -> None:
     """Sizes and speed of each contestant."""
     tokens = options.micro_batch_size * options.seq_length
-    print(f"| | parameters | MFLOP/token | pass ms | {rest} ms | tokens/s | GFLOP/s |\n|---|--:|--:|--:|--:|--:|--:|")
+    parts = "all but data ms | data ms" if options.engine else "forward, backward ms | AdamW ms"
+    print(f"| | parameters | MFLOP/token | {parts} | tokens/s | GFLOP/s |\n|---|--:|--:|--:|--:|--:|--:|")
     for name, (model, _) in contestants.items():
         flops = training_flops_per_token(model, options.seq_length)
         passes, rests = ([getattr(s, part) for s in seconds[name]] for part in ("backward", "rest"))
@@ -219,7 +220,8 @@ def print_ratios(contestants: dict[str, Contestant], seconds: dict[str, list[Ste
         for kind in ("eager", "compiled"):
             rows.append((f"FLOP/s of {name} over dense, both {kind}", f"{name}, {kind}", f"dense, {kind}"))
             rows.append((f"{name}, {kind}, over plain eager code", f"{name}, {kind}", f"{name}, reference"))
-    print("\n| ratio of speeds | whole step | forward and backward |\n|---|---|---|")
+    part = "without waiting for data" if options.engine else "forward and backward"
+    print(f"\n| ratio of speeds | whole step | {part} |\n|---|---|---|")
     for title, a, b in sorted(rows):
         if a not in seconds or b not in seconds:
             continue
@@ -299,7 +301,7 @@ def main() -> None:
             made = [bare(models[name], options, clock, kind) for name, kind in jobs]
         contestants = {f"{name}, {kind}": contestant for (name, kind), contestant in zip(jobs, made, strict=True)}
         seconds = race(contestants, options.rounds)
-    print_times(contestants, seconds, options, "data" if options.engine else "AdamW")
+    print_times(contestants, seconds, options)
     print_ratios(contestants, seconds, options)
     if options.engine:
         print_data_share(seconds)

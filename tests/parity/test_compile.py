@@ -19,6 +19,7 @@ from loopmem_pretrain.model.init import initialize
 from loopmem_pretrain.model.loopmem import LoopMemLM, TorchBackend
 from loopmem_pretrain.training.pipeline import wrap_loops
 from tests.configs import tiny_run
+from tests.parity import test_engines
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from eager_reference import EagerReference
@@ -116,6 +117,14 @@ def test_no_compiler_is_a_named_error(monkeypatch, tmp_path):
 def test_generated_code_equals_eager(kind, checkpointing):
     assert_equals_eager(MODELS[kind] | {"num_hidden_layers": 12}, 1e-5, activation_checkpointing=checkpointing)
     assert counters["stats"]["unique_graphs"] == (1 if kind == "plain" else 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["none", "loop"])
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_training_with_compiled_loops_equals_one_process(zero_stage, checkpointing):
+    training = {"compile": "loop", "activation_checkpointing": checkpointing}
+    test_engines.check(tiny_run(parallel={"zero_stage": zero_stage}, training=training), 2)
 
 
 @pytest.mark.parametrize("model", [{}, {"local_slots": 0, "global_slots": 0}], ids=["memory", "no-memory"])
