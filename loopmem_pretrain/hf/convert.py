@@ -1,8 +1,8 @@
 """A run's checkpoint as a Hugging Face folder: weights, tokenizer and sample text are found, then exported."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from loopmem_pretrain.checkpoint.store import CheckpointStore, read_manifest
 from loopmem_pretrain.checkpoint.universal import fp32_weights
@@ -11,7 +11,11 @@ from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.data.manifest import load_manifest
 from loopmem_pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from loopmem_pretrain.errors import CheckpointError, DataError
+from loopmem_pretrain.progress import ProgressBar
 from loopmem_pretrain.quiet import prepare_imports
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SAMPLE_DOCUMENTS = 8
 
@@ -72,7 +76,7 @@ def convert_run(
     tokenizer = load_tokenizer(source.tokenizer_path)
     report = export(
         source.config.model,
-        fp32_weights(source.checkpoint),
+        _shown(fp32_weights(source.checkpoint), len(read_manifest(source.checkpoint)["parameter_names"])),
         source.tokenizer_path,
         out_dir,
         sample_texts=list(sample_texts(source.config, tokenizer)),
@@ -88,6 +92,16 @@ def convert_run(
         f"{match.max_abs_difference:.1e} (allowed {match.tolerance:.1e}), loss {match.exported_loss:.6f} "
         f"against {match.reference_loss:.6f}"
     )
+
+
+def _shown(weights: "Iterable[tuple[str, Tensor]]", total: int) -> "Iterator[tuple[str, Tensor]]":
+    """The same weights, with a progress bar: merging the slices before the first one is most of the wait."""
+    bar = ProgressBar("convert", total, unit="parameter")
+    bar.update(0, "merging ZeRO slices")
+    for done, item in enumerate(weights, start=1):
+        yield item
+        bar.update(done, "read; writing and comparing come next" if done == total else "")
+    bar.close()
 
 
 def sample_texts(config: RunConfig, tokenizer: Tokenizer) -> Iterator[str]:
