@@ -16,6 +16,7 @@ def deepspeed_config(config: RunConfig, accumulation_steps: int) -> dict[str, An
     """
     training, stage = config.training, config.parallel.zero_stage
     bucket = min(500_000_000, parameter_counts(config.model).total)  # DeepSpeed's default, or all there is
+    bucket += bucket % 2  # which DeepSpeed wants even
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if stage == 3:
         # Norms, routers and step scales stay whole: gathering a few numbers costs more than keeping them.

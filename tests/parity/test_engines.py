@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from loopmem_pretrain.model.flops import parameter_counts
 from loopmem_pretrain.model.init import initialize
 from loopmem_pretrain.model.loopmem import LoopMemLM, TorchBackend
 from tests.configs import tiny_run
@@ -140,3 +141,11 @@ def test_bf16_keeps_step_scales_and_routers_in_float32(zero_stage):
     assert names == {"step_scales", "halting.weight", "halting.bias"}
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(reference(config)[0]), rtol=2e-3, atol=0)
     assert all(-7 < s < -6.9 and s * 32 != round(s * 32) for layer in scales for s in layer)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_an_odd_number_of_parameters(zero_stage):
+    """DeepSpeed asserts that its bucket sizes are even."""
+    config = tiny_run(parallel={"zero_stage": zero_stage}, model={"num_hidden_layers": 1})
+    assert parameter_counts(config.model).total % 2 == 1
+    check(config, 2)
