@@ -29,6 +29,7 @@ setup(
         "wandb>=0.26",
         "pyyaml>=6.0",
         "pytest>=8.0",
+        "pytest-timeout>=2.3",
         "numpy>=2.0",
         "pydantic>=2.12",
         "transformers>=5.16,<6",

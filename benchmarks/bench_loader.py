@@ -102,7 +102,7 @@ def microseconds(work: Callable[[int], object], seconds: float) -> float:
 
 
 def measure(data: BlendedDataset, micro_batch_size: int, num_workers: int, seconds: float) -> float:
-    """Microseconds a sample of `train_batches`, its workers started and their queues full at the start."""
+    """Microseconds a sample of `train_batches`, its readers started and ahead at the start."""
     batches = train_batches(
         data,
         micro_batch_size=micro_batch_size,
@@ -139,9 +139,7 @@ def main() -> None:
         ]
         rows += [
             (
-                f"`train_batches`, {workers} worker processes"
-                if workers
-                else "`train_batches`, in the trainer's process",
+                f"`train_batches`, {workers} reading threads" if workers else "`train_batches`, read when asked for",
                 measure(data, arguments.micro_batch_size, workers, arguments.seconds),
             )
             for workers in (0, 1, 2)

@@ -17,16 +17,15 @@ import torch.distributed as dist
 
 from loopmem_pretrain.checkpoint.store import (
     CheckpointStore,
-    fsync_folder,
     hash_files,
     list_files,
     read_manifest,
     verify,
-    write_text,
 )
 from loopmem_pretrain.config.load import dump_config
 from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.data.dataset import BlendedDataset, description_differences
+from loopmem_pretrain.data.files import sync_folder, write_file
 from loopmem_pretrain.errors import CheckpointError, EnvironmentFault
 
 log = logging.getLogger(__name__)
@@ -50,9 +49,9 @@ class Engine(Protocol):
     public_names: dict[str, str]
     parameter_shapes: dict[str, list[int]]
 
-    def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None: ...
+    def save(self, folder: Path, tag: str) -> None: ...
 
-    def load(self, folder: Path, tag: str) -> dict[str, Any]: ...
+    def load(self, folder: Path, tag: str) -> None: ...
 
 
 class Run(Protocol):
@@ -81,7 +80,7 @@ def save(run: Run) -> Path:
     run.on_rank_zero(lambda: _prepare_folder(run))
     folder = store.folder / store.incomplete_name(step)
     try:
-        run.engine.save(store.folder, folder.name, {"position": asdict(run.position)})
+        run.engine.save(store.folder, folder.name)
         dist.barrier()
         files = list_files(folder)
         shares: list[Any] = [None] * run.world_size
@@ -118,11 +117,11 @@ def _publish(run: Run, hashes: dict[str, dict[str, Any]]) -> None:
     try:
         for script in ("zero_to_fp32.py", "zero_to_torch.py"):  # DeepSpeed's; they cannot read pipeline checkpoints
             (store.folder / script).unlink(missing_ok=True)
-        write_text(folder / "config.yaml", dump_config(run.config))
+        write_file(folder / "config.yaml", dump_config(run.config).encode())
         hashes.update(hash_files(folder, ["config.yaml"]))
         store.publish(step, hashes, facts(run))
         store.prune(run.config.checkpoint.keep_last)
-        fsync_folder(store.folder)
+        sync_folder(store.folder)
     except OSError as error:
         raise EnvironmentFault(
             f"cannot publish the checkpoint of step {step} in {store.folder}: {error.strerror}",

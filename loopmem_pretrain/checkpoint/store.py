@@ -8,7 +8,6 @@
 Written to `.incomplete-...`, flushed to disk, renamed, then `latest` moves: a reader never meets half of one.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from loopmem_pretrain.data.files import sha256_file, sync_file, sync_folder, write_file
 from loopmem_pretrain.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -67,16 +67,16 @@ class CheckpointStore:
         """Make the incomplete checkpoint of `step` the newest one; `files` as `hash_files` returned them."""
         source, target = self.folder / self.incomplete_name(step), self.folder / self.name(step)
         manifest = {"format": FORMAT, "version": VERSION, "step": step, **facts, "files": dict(sorted(files.items()))}
-        write_text(source / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        fsync_folder(source)
+        write_file(source / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+        sync_folder(source)
         if target.exists():
             self._remove(target)  # the same step trained again after an older checkpoint was resumed by hand
         for later in self.steps():
             if later > step:  # of a branch that was left by going back; kept, but no longer counted or resumed
                 os.replace(self.folder / self.name(later), self.folder / f"abandoned-{self.name(later)}-at-{step}")
         os.rename(source, target)
-        fsync_folder(self.folder)
-        write_text(self.folder / "latest", target.name + "\n")
+        sync_folder(self.folder)
+        write_file(self.folder / "latest", f"{target.name}\n".encode())
         return target
 
     def prune(self, keep_last: int) -> None:
@@ -101,10 +101,8 @@ def hash_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of each file, which is flushed to disk first."""
     table = {}
     for name in names:
-        with open(folder / name, "rb") as file:
-            os.fsync(file.fileno())
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        table[name] = {"bytes": (folder / name).stat().st_size, "sha256": digest}
+        sync_file(folder / name)
+        table[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
     return table
 
 
@@ -149,22 +147,3 @@ def verify(checkpoint: Path, names: Iterable[str] | None = None) -> None:
             "restore the files, or resume from an older checkpoint by writing its name into "
             f"{checkpoint.parent / 'latest'}",
         )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file atomically and durably."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -22,4 +22,4 @@ class DataConfig(Section):
     seq_length: int = Field(gt=0)
     """T: tokens a sample; documents are packed without a document mask."""
     num_workers: int = Field(default=2, ge=0)
-    """Processes that read samples ahead on each rank; 0 reads in the training process."""
+    """Threads that read samples ahead on each rank; 0 reads when the batch is asked for."""

@@ -3,12 +3,15 @@
 A split is its shards' .bin files one after the other. Each shard is opened through megatron-core's `IndexedDataset`,
 the owner of the format: its class reads the .idx header, so a folder that opens here opens in Megatron too, and a
 change of the format shows up here as an error. What Megatron does not check (that documents follow each other in the
-.bin without gaps, that counts are the manifest's) is checked here once, at opening; after that a read is a copy out of
-a memory map.
+.bin without gaps, that counts are the manifest's) is checked here once, at opening. After that a read is one `preadv`,
+not a memory map: it lets other Python threads run while the disk works, and a file cut short under the run is an error
+with a name instead of a bus error.
 
 The import of megatron.core takes 4-5 s, so it happens when the first stream is opened.
 """
 
+import os
+import weakref
 from bisect import bisect_right
 from hashlib import sha256
 from itertools import accumulate
@@ -26,7 +29,7 @@ _AGAIN = "prepare the folder again with `loopmem prepare-data`, or copy it again
 
 
 class TokenStream:
-    """Random access to the tokens of one split. Picklable and safe to use in forked processes.
+    """Random access to the tokens of one split, from any thread.
 
     Args:
         folder: written by `loopmem prepare-data`.
@@ -53,7 +56,9 @@ class TokenStream:
             )
         verify_shards(self.folder, self.manifest, hashes=False)
         self._item_size = 2 if self.manifest.dtype == "uint16" else 4
-        self._shards = [self._open(shard) for shard in shards]
+        for shard in shards:
+            self._check_index(shard)
+        self._files = [_File(self.folder / f"{shard.prefix}.bin") for shard in shards]
         self._starts = [0, *accumulate(shard.tokens for shard in shards)]  # of each shard in the stream, and the end
 
     def __len__(self) -> int:
@@ -65,6 +70,7 @@ class TokenStream:
 
         Raises:
             IndexError: the range leaves the stream.
+            DataError: a shard has become shorter since it was opened.
         """
         import numpy as np
 
@@ -72,18 +78,17 @@ class TokenStream:
             raise IndexError(
                 f"{self.folder}: tokens {start}...{start + count - 1} of {len(self)} in the {self.split} split"
             )
-        tokens = np.empty(count, dtype=np.int64)
+        tokens = np.empty(count, dtype=self.manifest.dtype)
         shard, done = bisect_right(self._starts, start) - 1, 0
         while done < count:
             offset = start + done - self._starts[shard]
             size = min(count - done, self._starts[shard + 1] - self._starts[shard] - offset)
-            reader, dtype = self._shards[shard].bin_reader, self._shards[shard].index.dtype
-            tokens[done : done + size] = reader.read(dtype=dtype, count=size, offset=offset * self._item_size)
+            self._files[shard].read_into(tokens[done : done + size], offset * self._item_size)
             done += size
             shard += 1
-        return tokens
+        return tokens.astype(np.int64)
 
-    def _open(self, shard: Shard) -> Any:
+    def _check_index(self, shard: Shard) -> None:
         import numpy as np
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
@@ -105,4 +110,24 @@ class TokenStream:
         ):
             if expected != found:
                 raise DataError(f"{prefix}.idx: {what}: expected {expected} (manifest), found {found}", _AGAIN)
-        return opened
+
+
+class _File:
+    """A .bin file, open as long as this object lives."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise DataError(f"{path} cannot be opened: {error.strerror}", "allow reading it, then try again") from error
+        weakref.finalize(self, os.close, self.descriptor)
+
+    def read_into(self, tokens: "NDArray[Any]", position: int) -> None:
+        """Fill `tokens` with the bytes from `position` on."""
+        rest = tokens.data.cast("B")
+        while rest:
+            count = os.preadv(self.descriptor, [rest], position)
+            if not count:
+                raise DataError(f"{self.path} ends at byte {position}: it was cut short after it was opened", _AGAIN)
+            rest, position = rest[count:], position + count

@@ -6,32 +6,27 @@ A step consumes the next `global_batch_size` samples of the run. Micro-batch m o
 
 so a global batch holds the same samples at any data-parallel size, and a resumed run needs one number, the samples
 consumed so far, also when the batch size or the number of ranks has changed in between.
+
+Samples are read ahead by threads, not by the processes of torch's DataLoader: a read lets other Python threads run,
+handing over a batch costs nothing, and there is no process to die with a lock in its hand (a DataLoader whose worker is
+killed can wait for ever), to be forked beside a GPU, or to meet the signals of a job.
 """
 
-import atexit
-import ctypes
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from types import FrameType
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from loopmem_pretrain.data.dataset import BlendedDataset, ValidationDataset
-from loopmem_pretrain.errors import ConfigError, EnvironmentFault
+from loopmem_pretrain.errors import ConfigError
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
-    from numpy.typing import NDArray
 
     Batch = tuple[torch.Tensor, torch.Tensor]
 
-PREFETCH = 4  # micro-batches each worker reads ahead
-
-# Signals that a scheduler or a terminal sends to every process of a job, meant for the trainer alone.
-_JOB_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
+READ_AHEAD = 4  # micro-batches each thread is ahead of the trainer
 
 
 def batch_indices(
@@ -70,12 +65,11 @@ def train_batches(
     """Endless micro-batches of one rank, from sample `consumed_samples` of the run on.
 
     Each item is (input_ids [B, T], labels [B, T]), int64, B = micro_batch_size; labels[b, t] is the token after
-    input_ids[b, t], already shifted. The stream does not depend on `num_workers`. Workers live as long as the
-    iterator; close() it, drop it or leave the program to end them.
+    input_ids[b, t], already shifted. `num_workers` threads read ahead (0: next() reads); they do not change the stream.
 
     Raises:
         ConfigError: the global batch is not a whole number of micro-batches on every rank (at once, not at next()).
-        EnvironmentFault: a worker process died (at next()).
+        DataError: a shard has become shorter than it was (at next()).
     """
     shape = {
         "global_batch_size": global_batch_size,
@@ -91,7 +85,7 @@ def train_batches(
             yield from batch_indices(first, **shape)
             first += global_batch_size
 
-    return _load(dataset, micro_batches, num_workers, pin_memory)
+    return _load(dataset, micro_batches(), num_workers, pin_memory)
 
 
 def validation_samples(dataset: ValidationDataset, *, micro_batch_size: int, dp_size: int) -> int:
@@ -111,8 +105,6 @@ def validation_batches(
 ) -> "Iterator[Batch]":
     """One pass over the validation samples of this rank; items as `train_batches` gives them, equally many a rank.
 
-    Read in the calling process: a validation is short, and starting workers in the midst of training is not.
-
     Raises:
         DataError: the validation splits do not hold enough samples (at once, not at next()).
     """
@@ -120,7 +112,7 @@ def validation_batches(
     indices = batch_indices(
         0, global_batch_size=samples, micro_batch_size=micro_batch_size, dp_rank=dp_rank, dp_size=dp_size
     )
-    return _load(dataset, lambda: iter(indices), 0, pin_memory)
+    return _load(dataset, indices, 1, pin_memory)
 
 
 def _samples_per_pass(micro_batch_size: int, dp_rank: int, dp_size: int) -> int:
@@ -129,100 +121,33 @@ def _samples_per_pass(micro_batch_size: int, dp_rank: int, dp_size: int) -> int:
     return micro_batch_size * dp_size
 
 
-class _BatchSampler:
-    """A DataLoader's batch sampler; `start` begins the stream of index lists."""
-
-    def __init__(self, start: Callable[[], Iterator[list[int]]]) -> None:
-        self.start = start
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self.start()
-
-
-def _load(
-    dataset: Any, micro_batches: Callable[[], Iterator[list[int]]], num_workers: int, pin_memory: bool
-) -> "Iterator[Batch]":
-    import torch
-    from torch.utils.data import DataLoader
-
-    loader: DataLoader[Any] = DataLoader(
-        dataset,
-        batch_sampler=_BatchSampler(micro_batches),  # type: ignore[arg-type]
-        num_workers=num_workers,
-        collate_fn=_collate,
-        pin_memory=pin_memory,
-        worker_init_fn=_WorkerSignals() if num_workers else None,
-        prefetch_factor=PREFETCH if num_workers else None,
-        generator=torch.Generator().manual_seed(0),  # or it would draw from, and so change, the global one
-    )
-    return _checked(_iterate(loader))
-
-
-def _iterate(loader: Any) -> Iterator[Any]:
-    """iter(loader), whose workers take no signal before they are ready for it, and without torch's SIGCHLD handler.
-
-    That handler raises wherever the trainer happens to be when a worker dies, perhaps within a collective or half
-    of a checkpoint. Without it the death is raised by next(), at most five seconds later.
-    """
-    on_main_thread = threading.current_thread() is threading.main_thread()  # torch sets no handler elsewhere
-    on_child_ends = signal.getsignal(signal.SIGCHLD)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _JOB_SIGNALS)  # workers inherit it
-    try:
-        batches: Iterator[Any] = iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if on_main_thread:
-            signal.signal(signal.SIGCHLD, on_child_ends)
-    return batches
-
-
-def _checked(batches: Iterator[Any]) -> "Iterator[Batch]":
-    try:
-        for batch in batches:
-            yield batch[0], batch[1]  # pinning has made the pair a list
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise EnvironmentFault(
-            f"a process that reads training data died: {error}",
-            "look for an out-of-memory kill (dmesg) and for shards changed or removed under the run, then start the "
-            "run again; data.num_workers: 0 reads without extra processes",
-        ) from error
-
-
-def _collate(samples: "list[NDArray[np.int64]]") -> "Batch":
+def _load(dataset: Any, micro_batches: Iterable[list[int]], num_workers: int, pin_memory: bool) -> "Iterator[Batch]":
     import numpy as np
     import torch
 
-    tokens = torch.from_numpy(np.stack(samples))  # [B, T + 1]
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    def read(micro_batch: list[int]) -> "torch.Tensor":
+        return torch.from_numpy(np.stack([dataset[sample] for sample in micro_batch]))  # [B, T + 1]
+
+    for tokens in _read_ahead(read, micro_batches, num_workers) if num_workers else map(read, micro_batches):
+        inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        # Pinned by the caller's thread: another would open a CUDA context on GPU 0, whichever GPU is the rank's.
+        yield (inputs.pin_memory(), labels.pin_memory()) if pin_memory else (inputs, labels)
 
 
-class _WorkerSignals:
-    """Keeps a worker alive through the signals that ask the trainer to save and stop.
-
-    SLURM and a terminal's Ctrl-C signal every process of a job. A worker that died of it would break the very
-    steps and the checkpoint the signal asks for, so workers ignore all of them but one: SIGTERM is also how
-    Python ends its children when the trainer exits, and a worker that ignored that would hang the exit. A byte
-    shared with the trainer, set at its exit, tells the two apart; a trainer that is killed is noticed by the
-    DataLoader's own watchdog within seconds.
-    """
-
-    def __init__(self) -> None:
-        self.exiting = multiprocessing.RawValue(ctypes.c_bool, False)
-        # Registered after multiprocessing's own exit handler, therefore run before it.
-        atexit.register(self._mark_exit, os.getpid())
-
-    def _mark_exit(self, pid: int) -> None:
-        if os.getpid() == pid:
-            self.exiting.value = True
-
-    def __call__(self, worker_id: int) -> None:
-        for number in _JOB_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, self._on_terminate)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _JOB_SIGNALS)
-
-    def _on_terminate(self, number: int, frame: FrameType | None) -> None:
-        if self.exiting.value:
-            os._exit(0)
+def _read_ahead(
+    read: "Callable[[list[int]], torch.Tensor]", micro_batches: Iterable[list[int]], threads: int
+) -> "Iterator[torch.Tensor]":
+    """map(read, micro_batches), in order, with reads under way for the next READ_AHEAD * threads of them."""
+    todo = iter(micro_batches)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="read-samples")
+    ahead: deque[Future[torch.Tensor]] = deque()
+    try:
+        ahead.extend(pool.submit(read, m) for m in islice(todo, READ_AHEAD * threads))
+        while ahead:
+            tokens = ahead.popleft().result()
+            ahead.extend(pool.submit(read, m) for m in islice(todo, 1))
+            yield tokens
+    finally:
+        for future in ahead:
+            future.cancel()
+        pool.shutdown(wait=False)

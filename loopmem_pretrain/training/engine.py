@@ -130,18 +130,17 @@ class TrainingEngine:
                 total += self.engine(*self._to_device(next(batches)))
         return self._mean_over_ranks(total / micro_batches)
 
-    def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
+    def save(self, folder: Path, tag: str) -> None:
         """Write DeepSpeed's files of every rank to `folder/tag`."""
-        self.engine.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
+        self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
 
-    def load(self, folder: Path, tag: str) -> dict[str, Any]:
-        """Restore model, optimizer and engine counters from `folder/tag`; returns the saved client state."""
-        path, client_state = self.engine.load_checkpoint(str(folder), tag=tag)
+    def load(self, folder: Path, tag: str) -> None:
+        """Restore model, optimizer and engine counters from `folder/tag`."""
+        path, _ = self.engine.load_checkpoint(str(folder), tag=tag)
         if path is None:
             raise CheckpointError(
                 f"DeepSpeed found nothing to load in {folder / tag}", "remove that folder or restore it"
             )
-        return cast(dict[str, Any], client_state)
 
     def grad_norm(self) -> float:
         """Global gradient norm of the last step, before clipping."""

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from loopmem_pretrain import __version__
-from loopmem_pretrain.checkpoint.store import write_text
 from loopmem_pretrain.config.load import differences, dump_config, load_config
 from loopmem_pretrain.config.run import RunConfig
+from loopmem_pretrain.data.files import write_file
 from loopmem_pretrain.errors import ConfigError, EnvironmentFault, LoopMemError
 from loopmem_pretrain.lock import take_lock
 
@@ -71,8 +71,8 @@ def prepare(config: RunConfig, run_dir: Path) -> BinaryIO:
                 f"the run folder {run_dir} belongs to another configuration:\n    " + "\n    ".join(changed),
                 "choose another run_dir for this configuration, or take the changes back to continue that run",
             )
-    write_text(recorded, dump_config(config))
-    write_text(run_dir / "environment.json", json.dumps(environment(), indent=1) + "\n")
+    write_file(recorded, dump_config(config).encode())
+    write_file(run_dir / "environment.json", (json.dumps(environment(), indent=1) + "\n").encode())
     return lock
 
 
@@ -114,7 +114,7 @@ def _git_commit() -> str | None:
 def write_status(run_dir: Path, status: Status, reason: str, step: int | None = None) -> None:
     """Record how the run stands. Rank 0 only."""
     record = {"status": status, "reason": reason, "step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    write_text(run_dir / "status.json", json.dumps(record) + "\n")
+    write_file(run_dir / "status.json", (json.dumps(record) + "\n").encode())
 
 
 def write_failure(run_dir: Path, error: LoopMemError) -> None:

@@ -61,7 +61,7 @@ class Trainer:
         self.pending: dict[str, Any] = {}
         """Measurements that wait for the next line of metrics.jsonl, such as a validation loss."""
 
-        self.resumed_from = resume(self)
+        resume(self)
         self._introduce()
         self.hooks: list[Hook] = make_hooks(self)
 

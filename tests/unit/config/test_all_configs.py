@@ -12,30 +12,11 @@ from loopmem_pretrain.config.load import load_config
 from loopmem_pretrain.config.prepare import PrepareConfig, prepare_problems
 from loopmem_pretrain.config.run import RunConfig, gradient_accumulation_steps, run_problems
 from loopmem_pretrain.model.flops import parameter_counts
+from tests.paper_models import PAPER
 
 ROOT = Path(__file__).parents[3]
 RUNS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "run_dir" in yaml.safe_load(p.read_text()))
 RECIPES = sorted((ROOT / "data_prep").glob("*.yaml"))
-
-# Exact parameter counts of the paper's models.
-PAPER = {
-    "base": 162_222_336,
-    "l1": 162_231_588,
-    "l3": 162_231_612,
-    "l5": 162_231_636,
-    "l7": 162_231_660,
-    "l9": 162_231_684,
-    "l3_if": 332_131_584,
-    "l5_if": 502_040_832,
-    "m_b_ip": 211_767_552,
-    "m_b_if": 480_767_232,
-    "m_minus_3": 210_243_900,
-    "m_0": 210_243_900,
-    "m_3": 210_243_900,
-    "l1_1k_512": 210_243_876,
-    "l1_4k_512": 266_866_980,
-    "l5_1k": 210_243_924,
-}
 
 
 def name_of(path: Path) -> str:

@@ -1,7 +1,8 @@
 """Reading a split back: every token, across shard borders, and every kind of damage named."""
 
+import gc
 import json
-import pickle
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,9 +58,21 @@ def test_two_byte_tokens_are_unsigned(write_folder: WriteFolder) -> None:
     np.testing.assert_array_equal(stream.read(0, 2), [65_000, 40_000])
 
 
-def test_pickled_stream_reads_the_same(folder: Path) -> None:
-    stream = pickle.loads(pickle.dumps(TokenStream(folder, "train")))
-    np.testing.assert_array_equal(stream.read(2, 7), np.arange(3, 10))
+def test_a_shard_cut_short_under_the_run_is_named(folder: Path) -> None:
+    stream = TokenStream(folder, "train")
+    os.truncate(folder / "train-00002.bin", 5)
+    np.testing.assert_array_equal(stream.read(5, 3), [6, 7, 8])
+    with pytest.raises(DataError, match=r"train-00002\.bin ends at byte 5: it was cut short after it was opened"):
+        stream.read(5, 5)
+
+
+def test_files_are_closed_with_the_stream(folder: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    stream = TokenStream(folder, "train")
+    assert len(os.listdir("/proc/self/fd")) == before + len(SHARDS)
+    del stream
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize(("start", "count"), [(-1, 2), (0, 13), (12, 1), (3, -1)])

@@ -12,28 +12,10 @@ from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.model.flops import forward_flops_per_token, parameter_counts, training_flops_per_token
 from loopmem_pretrain.model.loopmem import LoopMemLM, TorchBackend
 from tests.configs import TINY_MODEL
+from tests.paper_models import PAPER
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
-# Parameters of every model of the paper, exact.
-PAPER = {
-    "base": 162_222_336,
-    "l3": 162_231_612,
-    "l5": 162_231_636,
-    "l7": 162_231_660,
-    "l9": 162_231_684,
-    "l3_if": 332_131_584,
-    "l5_if": 502_040_832,
-    "m_b_ip": 211_767_552,
-    "m_minus_3": 210_243_900,
-    "m_0": 210_243_900,
-    "m_3": 210_243_900,
-    "m_b_if": 480_767_232,
-    "l1_1k_512": 210_243_876,
-    "l1_4k_512": 266_866_980,
-    "l1": 162_231_588,
-    "l5_1k": 210_243_924,
-}
 VARIANTS = [
     {},
     {"gate": "scalar"},
