@@ -28,9 +28,10 @@ from torch import Tensor
 
 from loopmem_pretrain.config.model import ModelConfig
 from loopmem_pretrain.config.run import RunConfig
+from loopmem_pretrain.model.backend import TorchBackend
 from loopmem_pretrain.model.flops import parameter_counts, training_flops_per_token
 from loopmem_pretrain.model.init import initialize
-from loopmem_pretrain.model.loopmem import LoopMemLM, TorchBackend
+from loopmem_pretrain.model.loopmem import LoopMemLM
 
 PACKAGES = ("torch", "deepspeed", "megatron-core")
 Clock = Callable[[], float]

@@ -27,7 +27,8 @@ from loopmem_pretrain.hf.inline import inline_module
 from loopmem_pretrain.hf.staging import check_destination, staged
 from loopmem_pretrain.hf.tokenizer import check_parity, to_huggingface
 from loopmem_pretrain.hf.verify import Comparison, verify_folder
-from loopmem_pretrain.model.loopmem import LoopMemLM, TorchBackend
+from loopmem_pretrain.model.backend import TorchBackend
+from loopmem_pretrain.model.loopmem import LoopMemLM
 
 DType = Literal["float32", "bfloat16"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

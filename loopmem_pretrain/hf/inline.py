@@ -20,8 +20,7 @@ _CONFIGURATION = f"{_PACKAGE}.hf.configuration_loopmem"
 _CONFIGURATION_BESIDE = ".configuration_loopmem"
 _ALLOWED = frozenset({"torch", "transformers"}) | sys.stdlib_module_names
 INLINED: Mapping[str, Path] = {
-    f"{_PACKAGE}.model.init": _ROOT / "model" / "init.py",
-    f"{_PACKAGE}.model.loopmem": _ROOT / "model" / "loopmem.py",
+    f"{_PACKAGE}.model.{name}": _ROOT / "model" / f"{name}.py" for name in ("init", "backend", "memory", "loopmem")
 }
 """Modules whose text replaces their import."""
 
@@ -71,21 +70,7 @@ def inline_module(modeling_path: str | Path, inlined: Mapping[str, Path] | None 
     known = INLINED if inlined is None else inlined
     main = take_apart(Path(modeling_path))
     parts: dict[str, Source] = {}
-    imports: list[Import] = []
-    for item in main.imports:
-        if item.module is None or item.module not in known:
-            imports.append(_outside(item, main.path))
-            continue
-        if item.module not in parts:
-            parts[item.module] = take_apart(known[item.module])
-        if item.alias is not None or item.name not in parts[item.module].names:
-            raise ConversionError(
-                f"{main.path}: cannot inline `{_line(item)}`: "
-                + ("it renames" if item.alias else f"{known[item.module]} does not define {item.name}"),
-                "import names as the module at the other end defines them",
-            )
-    for part in parts.values():
-        imports += [_outside(item, part.path, relative=False) for item in part.imports]
+    imports = _resolve(main, known, parts, relative=True)
     _refuse_collisions([*parts.values(), main], imports)
     futures = {
         frozenset(item for item in source.imports if item.module == "__future__") for source in (main, *parts.values())
@@ -96,6 +81,29 @@ def inline_module(modeling_path: str | Path, inlined: Mapping[str, Path] | None 
             "give all of them the same",
         )
     return _join(main, list(parts.values()), imports)
+
+
+def _resolve(source: Source, known: Mapping[str, Path], parts: dict[str, Source], relative: bool) -> list[Import]:
+    """Take apart what `source` imports from `known`, into `parts`, each after what it imports itself.
+
+    Returns the imports that stay imports, of `source` and of all it brought in.
+    """
+    imports: list[Import] = []
+    for item in source.imports:
+        if item.module is None or item.module not in known:
+            imports.append(_outside(item, source.path, relative))
+            continue
+        if item.module not in parts:
+            part = take_apart(known[item.module])
+            imports += _resolve(part, known, parts, relative=False)
+            parts[item.module] = part
+        if item.alias is not None or item.name not in parts[item.module].names:
+            raise ConversionError(
+                f"{source.path}: cannot inline `{_line(item)}`: "
+                + ("it renames" if item.alias else f"{known[item.module]} does not define {item.name}"),
+                "import names as the module at the other end defines them",
+            )
+    return imports
 
 
 def take_apart(path: Path) -> Source:

@@ -17,8 +17,9 @@ from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
 from loopmem_pretrain.hf.configuration_loopmem import LoopMemConfig
+from loopmem_pretrain.model.backend import TorchBackend
 from loopmem_pretrain.model.init import initialize
-from loopmem_pretrain.model.loopmem import LoopMemModel, LoopStats, TorchBackend, ponder_cost
+from loopmem_pretrain.model.loopmem import LoopMemModel, LoopStats, ponder_cost
 
 logger = logging.get_logger(__name__)
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loopmem_pretrain.errors import ConversionError, EnvironmentFault
-from loopmem_pretrain.model.loopmem import LoopMemLM, TorchBackend
+from loopmem_pretrain.model.backend import TorchBackend
+from loopmem_pretrain.model.loopmem import LoopMemLM
 
 RELATIVE_TOLERANCE = 1e-5
 _SCRIPT = Path(__file__).with_name("fresh_load.py")

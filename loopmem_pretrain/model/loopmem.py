@@ -20,86 +20,20 @@ V vocabulary, N max_loops. Parameter and config field names are the public Huggi
 
 Precision: halting (lambda, R, p), zeta and the mixture y are float32 under bf16, and never narrower than the model.
 
-A `Backend` makes the layers that are cut over devices; `TorchBackend`, here, is one device. No process group is named
-in this file. It imports torch and the standard library only: the exported Hugging Face model inlines it as text.
+A `Backend` (model/backend.py) makes the layers that are cut over devices; no process group is named in the math. The
+memory is in model/memory.py. Only torch, the standard library and these two are imported: the exported Hugging Face
+model inlines the three files as text.
 """
 
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class Backend(Protocol):
-    """The seams at which a model is cut over devices."""
-
-    def column_linear(self, in_features: int, out_features: int) -> nn.Module:
-        """A linear layer without bias whose outputs may be cut over ranks."""
-
-    def row_linear(self, in_features: int, out_features: int) -> nn.Module:
-        """A linear layer without bias that takes a cut input and returns the whole output."""
-
-    def replicated_linear(self, in_features: int, out_features: int, bias: bool) -> nn.Linear:
-        """A linear layer that every rank holds whole."""
-
-    def embedding(self, vocab_size: int, hidden_size: int) -> nn.Module:
-        """Token embedding, [B, T] -> [B, T, D]; its `weight` may be cut over the vocabulary."""
-
-    def lm_head(self, hidden_size: int, vocab_size: int) -> nn.Module:
-        """[B, T, D] -> logits [B, T, V], or this rank's part of V; its `weight` is laid out as the embedding's."""
-
-    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean next-token cross-entropy in nats, in float32 or wider; `logits` as the head returned them."""
-
-    def replicated(self, weight: Tensor) -> Tensor:
-        """A weight every rank holds whole although each rank sees only a part of its gradient."""
-
-    def read_bank(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Softmax attention of [B, T, D] queries over [S, D] slots; a sharded bank merges its shards here."""
-
-    def local_heads(self, heads: int) -> int:
-        """How many of the heads this rank holds."""
-
-
-class TorchBackend:
-    """One device."""
-
-    def column_linear(self, in_features: int, out_features: int) -> nn.Module:
-        return nn.Linear(in_features, out_features, bias=False)
-
-    row_linear = column_linear
-
-    def replicated_linear(self, in_features: int, out_features: int, bias: bool) -> nn.Linear:
-        return nn.Linear(in_features, out_features, bias=bias)
-
-    def embedding(self, vocab_size: int, hidden_size: int) -> nn.Module:
-        return nn.Embedding(vocab_size, hidden_size)
-
-    def lm_head(self, hidden_size: int, vocab_size: int) -> nn.Module:
-        return nn.Linear(hidden_size, vocab_size, bias=False)
-
-    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits.flatten(0, 1).to(wide(logits.dtype)), labels.flatten())
-
-    def replicated(self, weight: Tensor) -> Tensor:
-        return weight
-
-    def read_bank(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """m = softmax(q K^T / sqrt(D)) V; written out, for one head of width D is too wide for fused attention."""
-        scores = F.linear(query, keys * query.shape[-1] ** -0.5)
-        return scores.softmax(dim=-1) @ values
-
-    def local_heads(self, heads: int) -> int:
-        return heads
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """float32, or the dtype itself where that is wider: what halting, zeta and the mixture are computed in."""
-    return torch.promote_types(dtype, torch.float32)
-
+from loopmem_pretrain.model.backend import Backend, wide
+from loopmem_pretrain.model.memory import LayerMemory, SharedMemory, SharedRead
 
 # ---------------------------------------------------------------------------------------------------- one block
 
@@ -107,15 +41,13 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension."""
 
-    def __init__(self, width: int, eps: float, backend: Backend) -> None:
+    def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
-        self.backend = backend
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.backend.replicated(self.weight)
-        return F.rms_norm(x, weight.shape, weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Rotary(NamedTuple):
@@ -147,14 +79,16 @@ class Attention(nn.Module):
         width, self.head_dim = config.hidden_size, config.hidden_size // config.num_attention_heads
         self.heads = backend.local_heads(config.num_attention_heads)
         self.kv_heads = backend.local_heads(config.num_key_value_heads)
+        self.backend = backend
         self.q_proj = backend.column_linear(width, config.num_attention_heads * self.head_dim)
         self.k_proj = backend.column_linear(width, config.num_key_value_heads * self.head_dim)
         self.v_proj = backend.column_linear(width, config.num_key_value_heads * self.head_dim)
         self.o_proj = backend.row_linear(config.num_attention_heads * self.head_dim, width)
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps, backend)
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps, backend)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        x = self.backend.enter(x)
         q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
         k = self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
@@ -174,11 +108,13 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: Any, backend: Backend) -> None:
         super().__init__()
+        self.backend = backend
         self.gate_proj = backend.column_linear(config.hidden_size, config.intermediate_size)
         self.up_proj = backend.column_linear(config.hidden_size, config.intermediate_size)
         self.down_proj = backend.row_linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, z: Tensor) -> Tensor:
+        z = self.backend.enter(z)
         return self.down_proj(F.silu(self.gate_proj(z)) * self.up_proj(z))
 
 
@@ -193,10 +129,11 @@ class Block(nn.Module):
 
     def __init__(self, config: Any, backend: Backend) -> None:
         super().__init__()
+        self.backend = backend
         self.rope_theta = config.rope_theta
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, backend)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FeedForward(config, backend)
 
     def block(self, x: Tensor, scale: Tensor, rotary: Rotary) -> Tensor:
@@ -204,7 +141,8 @@ class Block(nn.Module):
         return add_scaled(u, scale, self.mlp(self.post_attention_layernorm(u)))
 
     def rotary(self, hidden: Tensor) -> Rotary:
-        return rotary_angles(hidden.shape[1], self.self_attn.head_dim, self.rope_theta, hidden)
+        tokens = self.backend.whole_length(hidden.shape[1])
+        return rotary_angles(tokens, self.self_attn.head_dim, self.rope_theta, hidden)
 
 
 class PlainLayer(Block):
@@ -219,121 +157,6 @@ class PlainLayer(Block):
         """[B, T, D] -> ([B, T, D], None); memory and num_loops are for looped layers."""
         scale = torch.full((), self.scale, device=hidden.device, dtype=wide(hidden.dtype))  # a tensor: compiled once
         return self.run(hidden, scale, self.rotary(hidden)), None
-
-
-# ------------------------------------------------------------------------------------------------------- memory
-
-
-class SharedRead(NamedTuple):
-    """What every layer needs of the memory the layers share; made once a forward pass by SharedMemory."""
-
-    query_norm: tuple[Tensor, Tensor]
-    key_norm: tuple[Tensor, Tensor]
-    global_keys: Tensor | None  # LN_k(K^G), [S_g, D]
-    global_values: Tensor | None  # V^G, [S_g, D]
-
-
-class SharedMemory(nn.Module):
-    """The global bank, and the two LayerNorms (LN_q, LN_k) that all layers and both banks share."""
-
-    global_keys: nn.Parameter | None
-    global_values: nn.Parameter | None
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        if config.retrieval != "dense":
-            raise ValueError(f"retrieval {config.retrieval!r} is not known to this model; valid: 'dense'")
-        width = config.hidden_size
-        self.query_norm, self.key_norm = (nn.LayerNorm(width, config.rms_norm_eps) for _ in range(2))
-        self.global_keys = self.global_values = None
-        if config.global_slots:
-            self.global_keys = nn.Parameter(torch.empty(config.global_slots, width))
-            self.global_values = nn.Parameter(torch.empty(config.global_slots, width))
-
-    def forward(self) -> SharedRead:
-        q_norm, k_norm = self.query_norm, self.key_norm
-        keys = None if self.global_keys is None else k_norm(self.global_keys)
-        return SharedRead((q_norm.weight, q_norm.bias), (k_norm.weight, k_norm.bias), keys, self.global_values)
-
-
-class LayerMemory(nn.Module):
-    """One layer's local bank, and its gates and projections for both banks; a bank without slots has none of them."""
-
-    local_gate: nn.Module
-    local_proj: nn.Module
-    global_gate: nn.Module
-    global_proj: nn.Module
-
-    def __init__(self, config: Any, backend: Backend) -> None:
-        super().__init__()
-        width, slots = config.hidden_size, config.local_slots
-        self.backend, self.eps = backend, config.rms_norm_eps
-        self.norm = nn.LayerNorm(width, config.rms_norm_eps)
-        self.has_local = slots > 0
-        if self.has_local:
-            self.local_keys = nn.Parameter(torch.empty(slots, width))
-            self.local_values = nn.Parameter(torch.empty(slots, width))
-            self.local_gate = make_gate(config, backend)
-            self.local_proj = backend.replicated_linear(width, width, bias=False)
-        if config.global_slots:
-            self.global_gate = make_gate(config, backend)
-            self.global_proj = backend.replicated_linear(width, width, bias=False)
-
-    def normed_local_keys(self, shared: SharedRead) -> Tensor | None:
-        """LN_k(K^l), [S_l, D]: once a visit, not once a loop."""
-        if not self.has_local:
-            return None
-        return F.layer_norm(self.local_keys, self.local_keys.shape[-1:], *shared.key_norm, eps=self.eps)
-
-    def forward(
-        self, hidden: Tensor, shared: SharedRead, local_keys: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """inject(h): [B, T, D] -> ([B, T, D], local gate [B, T, D | 1] or None, global gate or None)."""
-        query = F.layer_norm(self.norm(hidden), hidden.shape[-1:], *shared.query_norm, eps=self.eps)
-        injected, local_gate, global_gate = hidden, None, None
-        if local_keys is not None:
-            local_gate = self.local_gate(hidden)
-            read = self.backend.read_bank(query, local_keys, self.local_values)
-            injected = injected + local_gate * self.local_proj(read)
-        if shared.global_keys is not None and shared.global_values is not None:
-            global_gate = self.global_gate(hidden)
-            read = self.backend.read_bank(query, shared.global_keys, shared.global_values)
-            injected = injected + global_gate * self.global_proj(read)
-        return injected, local_gate, global_gate
-
-
-class LinearGate(nn.Module):
-    """sigmoid(A h + a) in (0, 1): one gate a channel (vector) or one a token (scalar); h is not normalised."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return torch.sigmoid(F.linear(hidden, self.weight, self.bias))
-
-
-class ConstantGate(nn.Module):
-    """sigmoid(g0), for ever: no parameters."""
-
-    def __init__(self, gate_init_bias: float) -> None:
-        super().__init__()
-        self.value = 1 / (1 + math.exp(-gate_init_bias))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return torch.full_like(hidden[..., :1], self.value)
-
-
-def make_gate(config: Any, backend: Backend) -> nn.Module:
-    """The gate of `config.gate`: a new kind of gate is a new line here."""
-    makers: dict[str, Callable[[], nn.Module]] = {
-        "vector": lambda: LinearGate(backend.replicated_linear(config.hidden_size, config.hidden_size, bias=True)),
-        "scalar": lambda: LinearGate(backend.replicated_linear(config.hidden_size, 1, bias=True)),
-        "constant": lambda: ConstantGate(config.gate_init_bias),
-    }
-    if config.gate not in makers:
-        raise ValueError(f"gate {config.gate!r} is not known; valid: {', '.join(makers)}")
-    return makers[config.gate]()
 
 
 # ------------------------------------------------------------------------------------------- looping and halting
@@ -502,8 +325,8 @@ class LoopMemModel(nn.Module):
         super().__init__()
         self.embed_tokens = backend.embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(make_layer(config, backend, index) for index in range(config.num_hidden_layers))
-        self.memory = SharedMemory(config) if config.local_slots or config.global_slots else None
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend)
+        self.memory = SharedMemory(config, backend) if config.local_slots or config.global_slots else None
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: Tensor, num_loops: int | None = None) -> tuple[Tensor, list[LoopStats]]:
         """[B, T] -> (hidden [B, T, D] after the final norm, one LoopStats a looped layer)."""

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from loopmem_pretrain.config.run import RunConfig, gradient_accumulation_steps
 from loopmem_pretrain.errors import CheckpointError
-from loopmem_pretrain.model.loopmem import LoopedLayer, PlainLayer, SharedMemory, SharedRead, TorchBackend
+from loopmem_pretrain.model.backend import TorchBackend
+from loopmem_pretrain.model.loopmem import LoopedLayer, PlainLayer
+from loopmem_pretrain.model.memory import SharedMemory, SharedRead
 from loopmem_pretrain.quiet import deepspeed_chatter_held_back
 from loopmem_pretrain.training import pipeline
 from loopmem_pretrain.training.ds_config import deepspeed_config

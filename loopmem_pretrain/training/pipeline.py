@@ -22,17 +22,10 @@ from torch.utils.checkpoint import checkpoint
 from loopmem_pretrain.config.model import ModelConfig
 from loopmem_pretrain.config.training import TrainingConfig
 from loopmem_pretrain.errors import EnvironmentFault
+from loopmem_pretrain.model.backend import Backend
 from loopmem_pretrain.model.init import initialize
-from loopmem_pretrain.model.loopmem import (
-    Backend,
-    LoopedLayer,
-    PlainLayer,
-    RMSNorm,
-    SharedMemory,
-    SharedRead,
-    make_layer,
-    ponder_cost,
-)
+from loopmem_pretrain.model.loopmem import LoopedLayer, PlainLayer, RMSNorm, make_layer, ponder_cost
+from loopmem_pretrain.model.memory import SharedMemory, SharedRead
 from loopmem_pretrain.training.metrics import LoopAccumulator
 
 MEMORY_KEY, EMBEDDING_KEY = "memory", "embedding"
@@ -56,13 +49,13 @@ def layer_list(model: ModelConfig, backend: Backend) -> list[Entry]:
     embedding = Entry(
         partial(backend.embedding, model.vocab_size, model.hidden_size), "model.embed_tokens.", tied_key=tied_head
     )
-    memory = Entry(partial(SharedMemory, model), "model.memory.", tied_key=MEMORY_KEY)
+    memory = Entry(partial(SharedMemory, model, backend), "model.memory.", tied_key=MEMORY_KEY)
     entries = [embedding]
     for index in range(model.num_hidden_layers):
         if model.local_slots or model.global_slots:
             entries.append(memory)
         entries.append(Entry(partial(make_layer, model, backend, index), f"model.layers.{index}."))
-    entries.append(Entry(partial(RMSNorm, model.hidden_size, model.rms_norm_eps, backend), "model.norm."))
+    entries.append(Entry(partial(RMSNorm, model.hidden_size, model.rms_norm_eps), "model.norm."))
     if tied_head:
         entries.append(embedding._replace(forward=lambda module, hidden: F.linear(hidden, cast(Tensor, module.weight))))
     else:

@@ -15,8 +15,9 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 
 from loopmem_pretrain.errors import EnvironmentFault
+from loopmem_pretrain.model.backend import TorchBackend
 from loopmem_pretrain.model.init import initialize
-from loopmem_pretrain.model.loopmem import LoopMemLM, TorchBackend
+from loopmem_pretrain.model.loopmem import LoopMemLM
 from loopmem_pretrain.training.pipeline import wrap_loops
 from tests.configs import tiny_run
 from tests.parity import test_engines

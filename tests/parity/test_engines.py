@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from loopmem_pretrain.model.backend import TorchBackend
 from loopmem_pretrain.model.flops import parameter_counts
 from loopmem_pretrain.model.init import initialize
-from loopmem_pretrain.model.loopmem import LoopMemLM, TorchBackend
+from loopmem_pretrain.model.loopmem import LoopMemLM
 from tests.configs import tiny_run
 from tests.distributed import run_ranks
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from loopmem_pretrain.model.loopmem import LoopMemLM, TorchBackend
+from loopmem_pretrain.model.backend import TorchBackend
+from loopmem_pretrain.model.loopmem import LoopMemLM
 from tests.golden_vectors import NAMES, as_config, load_golden
 
 

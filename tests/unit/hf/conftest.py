@@ -6,8 +6,9 @@ import torch
 from loopmem_pretrain.config.model import ModelConfig
 from loopmem_pretrain.config.prepare import TrainTokenizerConfig
 from loopmem_pretrain.data.tokenizer import load_tokenizer, train_sentencepiece
+from loopmem_pretrain.model.backend import TorchBackend
 from loopmem_pretrain.model.init import initialize
-from loopmem_pretrain.model.loopmem import LoopMemLM, TorchBackend
+from loopmem_pretrain.model.loopmem import LoopMemLM
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind.\n\nIt was  spring.",

@@ -8,8 +8,9 @@ import torch
 
 from loopmem_pretrain.hf.configuration_loopmem import LoopMemConfig
 from loopmem_pretrain.hf.modeling_loopmem import LoopMemForCausalLM
+from loopmem_pretrain.model.backend import TorchBackend
 from loopmem_pretrain.model.init import initialize
-from loopmem_pretrain.model.loopmem import LoopMemLM, TorchBackend
+from loopmem_pretrain.model.loopmem import LoopMemLM
 from tests.unit.hf.conftest import SIZES, VARIANTS, model_config, native_model
 
 IDS = torch.arange(2 * 12).view(2, 12) * 7 % 500

@@ -9,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from loopmem_pretrain.config.load import load_config
 from loopmem_pretrain.config.model import ModelConfig
 from loopmem_pretrain.config.run import RunConfig
+from loopmem_pretrain.model.backend import TorchBackend
 from loopmem_pretrain.model.flops import forward_flops_per_token, parameter_counts, training_flops_per_token
-from loopmem_pretrain.model.loopmem import LoopMemLM, TorchBackend
+from loopmem_pretrain.model.loopmem import LoopMemLM
 from tests.configs import TINY_MODEL
 from tests.paper_models import PAPER
 
@@ -54,13 +55,6 @@ def test_parameter_formula(changes):
     assert parameter_counts(model).total == sum(parameter.numel() for parameter in built.parameters())
 
 
-class ExplicitAttention(TorchBackend):
-    """Reads banks with matmuls: torch counts nothing for scaled_dot_product_attention on CPUs."""
-
-    def read_bank(self, query, keys, values):
-        return torch.softmax(query @ keys.T, dim=-1) @ values
-
-
 def explicit_attention(q, k, v, is_causal, enable_gqa):
     if enable_gqa:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
@@ -72,7 +66,7 @@ def test_flops_against_torch(changes, monkeypatch):
     sizes = {"hidden_size": 64, "intermediate_size": 160, "local_slots": 24, "global_slots": 16}
     model = ModelConfig(**{**TINY_MODEL, **sizes, **changes})
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", explicit_attention)
-    built = LoopMemLM(model, ExplicitAttention())
+    built = LoopMemLM(model, TorchBackend())
     tokens = torch.randint(0, 96, (2, 32))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         built(tokens)

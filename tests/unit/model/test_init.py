@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from loopmem_pretrain.config.model import ModelConfig
+from loopmem_pretrain.model.backend import TorchBackend
 from loopmem_pretrain.model.init import initialize
-from loopmem_pretrain.model.loopmem import LoopMemLM, TorchBackend
+from loopmem_pretrain.model.loopmem import LoopMemLM
 from tests.configs import TINY_MODEL
 
 MODEL = {**TINY_MODEL, "hidden_size": 128, "intermediate_size": 256, "vocab_size": 512, "local_slots": 64}

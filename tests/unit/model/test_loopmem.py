@@ -9,8 +9,10 @@ import torch.nn.functional as F
 
 from loopmem_pretrain.config.model import ModelConfig
 from loopmem_pretrain.model import loopmem
+from loopmem_pretrain.model.backend import TorchBackend
 from loopmem_pretrain.model.init import initialize
-from loopmem_pretrain.model.loopmem import LoopedLayer, LoopMemLM, TorchBackend, rotary_angles, rotate
+from loopmem_pretrain.model.loopmem import LoopedLayer, LoopMemLM, rotary_angles, rotate
+from loopmem_pretrain.model.memory import dense_read
 from tests.configs import TINY_MODEL
 
 
@@ -94,7 +96,8 @@ def test_the_router_learns_from_cross_entropy_alone():
 def test_bank_read_is_a_softmax_over_slots():
     query, keys, values = torch.randn(2, 3, 8), torch.randn(5, 8), torch.randn(5, 8)
     expected = torch.softmax(query @ keys.T / math.sqrt(8), dim=-1) @ values
-    torch.testing.assert_close(TorchBackend().read_bank(query, keys, values), expected)
+    (read,) = TorchBackend().softmax_reads([dense_read(query, keys, values)])
+    torch.testing.assert_close(read, expected)
 
 
 @pytest.mark.parametrize(("bias", "gate"), [(-3.0, 0.047426), (0.0, 0.5), (3.0, 0.952574)])

@@ -8,7 +8,8 @@ import torch
 
 from loopmem_pretrain.config.model import ModelConfig
 from loopmem_pretrain.config.training import OptimizerConfig, ScheduleConfig, TrainingConfig
-from loopmem_pretrain.model.loopmem import LoopMemLM, TorchBackend
+from loopmem_pretrain.model.backend import TorchBackend
+from loopmem_pretrain.model.loopmem import LoopMemLM
 from loopmem_pretrain.training.optim import beta1, learning_rate, parameter_groups, ponder_weight, role_of
 from tests.configs import TINY_MODEL
 
