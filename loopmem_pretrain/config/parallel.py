@@ -1,8 +1,9 @@
 """How a run is spread over ranks."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from loopmem_pretrain.config.base import Section
 
@@ -21,6 +22,23 @@ class ParallelConfig(Section):
     """How memory banks lie on tensor-parallel ranks: `replicated`, or `sharded` over slots, reads merged exactly."""
     zero_stage: Literal[1, 2, 3] = 1
     """DeepSpeed ZeRO: 1 shards optimizer states (pipeline engine), 2 gradients too, 3 parameters too (plain engine).
-    Stage 0 is not offered: DeepSpeed 0.19.8 makes a phantom optimizer step with it in bf16."""
+    Stage 0 is not offered: DeepSpeed 0.19.8 computes it wrongly."""
     check_replicas_interval: int = Field(default=0, ge=0)
     """Steps between checks that parameters held by several ranks are identical on them; 0 never checks."""
+    join_timeout_seconds: int = Field(default=600, gt=0)
+    """How long a start waits for ranks that have not joined before it ends and names them."""
+    collective_timeout_seconds: int = Field(default=1800, gt=0)
+    """How long a rank waits in a collective for ranks that hang; longer than any save or validation takes."""
+
+    @field_validator("zero_stage", mode="before")
+    @classmethod
+    def _stage_0_has_a_reason(cls, stage: Any) -> Any:
+        """A generic "must be 1, 2 or 3" would leave open why the stage that DeepSpeed documents is missing."""
+        if stage == 0 and isinstance(stage, int):
+            raise PydanticCustomError(
+                "zero_stage_0",
+                "must be 1, 2 or 3: stage 0 is not offered because DeepSpeed 0.19.8 computes it wrongly (a phantom "
+                "optimizer step in bf16; weights tied across pipeline stages counted twice in the gradient norm); "
+                "stage 1 trains the same model with less memory",
+            )
+        return stage

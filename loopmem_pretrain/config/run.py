@@ -6,6 +6,7 @@ from loopmem_pretrain.config.base import Section
 from loopmem_pretrain.config.data import DataConfig
 from loopmem_pretrain.config.model import ModelConfig, model_problems
 from loopmem_pretrain.config.parallel import ParallelConfig
+from loopmem_pretrain.config.preflight import Problem, parallel_problems, tensor_parallel_sizes
 from loopmem_pretrain.config.training import (
     AlarmConfig,
     CheckpointConfig,
@@ -16,8 +17,6 @@ from loopmem_pretrain.config.training import (
     ValidationConfig,
 )
 from loopmem_pretrain.errors import ConfigError
-
-Problem = tuple[tuple[str, ...], str]
 
 
 class RunConfig(Section):
@@ -83,14 +82,7 @@ def run_problems(config: RunConfig) -> list[Problem]:
                 f"'{training.ponder_schedule}' modulates model.ponder_weight, which is 0",
             )
         )
-    if training.compile == "loop" and config.parallel.zero_stage == 3:
-        problems.append(
-            (
-                ("training", "compile"),
-                "'loop' does not work with zero_stage 3, whose parameters come and go while a "
-                "compiled loop expects them in place; use zero_stage 1 or 2, or compile: none",
-            )
-        )
+    problems += parallel_problems(config.model, config.data, config.parallel, training)
     return problems
 
 
@@ -110,3 +102,43 @@ def gradient_accumulation_steps(training: TrainingConfig, data_parallel_size: in
             "or change micro_batch_size or the number of ranks",
         )
     return training.global_batch_size // per_pass
+
+
+def check_topology(config: RunConfig, world_size: int) -> None:
+    """Refuse a number of ranks that the configuration cannot be spread over, before anything is started.
+
+    Raises:
+        ConfigError: ranks, batch and pipeline stages do not fit together; says which numbers would.
+    """
+    parallel, training = config.parallel, config.training
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if world_size % (tp * pp):
+        raise ConfigError(
+            f"{world_size} ranks are not a multiple of parallel.tensor_model_parallel_size {tp} x "
+            f"pipeline_model_parallel_size {pp} = {tp * pp}, the ranks that hold one copy of the model",
+            f"start {tp * pp}, {2 * tp * pp}, {3 * tp * pp}, ... ranks, or with {world_size} ranks take "
+            f"{_factorizations(config, world_size)}",
+        )
+    data_parallel_size = world_size // (tp * pp)
+    per_pass = training.micro_batch_size * data_parallel_size
+    if pp > 1 and training.global_batch_size < per_pass * pp:
+        raise ConfigError(
+            f"training.global_batch_size {training.global_batch_size} makes "
+            f"{training.global_batch_size // per_pass} micro-batches of {training.micro_batch_size} on each of "
+            f"{data_parallel_size} data-parallel ranks, fewer than the {pp} pipeline stages, which would never all "
+            "work at once",
+            f"set training.global_batch_size to {per_pass * pp} or a larger multiple of {per_pass}, or lower "
+            "micro_batch_size",
+        )
+    gradient_accumulation_steps(training, data_parallel_size)
+
+
+def _factorizations(config: RunConfig, world_size: int) -> str:
+    """Every (TP, PP) that this model and number of ranks allow, in words."""
+    stages = config.model.num_hidden_layers if config.parallel.zero_stage == 1 else 1
+    each = []
+    for tp in tensor_parallel_sizes(config.model):
+        pps = [pp for pp in range(1, stages + 1) if world_size % (tp * pp) == 0]
+        if pps:
+            each.append(f"TP {tp} with PP {', '.join(map(str, pps))}")
+    return "; ".join(each)
