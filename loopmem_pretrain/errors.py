@@ -5,7 +5,7 @@ and exits with its code; anything else that escapes is a bug and keeps its trace
 
     0 done, or stopped cleanly on request     5 conversion mismatch
     1 a bug in this package                   6 environment: device, lost rank, disk, permissions
-    2 config or usage                         7 training gave up: non-finite loss, spikes
+    2 config or usage                         7 training gave up: non-finite loss, spikes, drifting replicas
     3 data                                    8 hang
     4 checkpoint                              130 interrupted from the keyboard (training stops cleanly instead: 0)
 """
@@ -68,7 +68,7 @@ class EnvironmentFault(LoopMemError):
 
 
 class TrainingGaveUp(LoopMemError):
-    """Training stopped itself: the loss is not finite, or keeps spiking."""
+    """Training stopped itself: the loss is not finite or keeps spiking, or replicas have drifted apart."""
 
     exit_code = 7
 
