@@ -47,7 +47,7 @@ class Engine(Protocol):
     """What saving needs of a training engine."""
 
     public_names: dict[str, str]
-    parameter_shapes: dict[str, list[int]]
+    whole_shapes: dict[str, list[int]]
 
     def save(self, folder: Path, tag: str) -> None: ...
 
@@ -134,12 +134,23 @@ def facts(run: Run) -> dict[str, Any]:
     names = run.engine.public_names
     return {
         "position": asdict(run.position),
-        "world_size": run.world_size,
-        "zero_stage": run.config.parallel.zero_stage,
+        **layout(run),
         "data": run.dataset.describe(),
         "tokenizer_sha256": run.dataset.datasets[0].stream.manifest.tokenizer.sha256,
         "parameter_names": names,
-        "parameter_shapes": {names[name]: shape for name, shape in run.engine.parameter_shapes.items()},
+        "parameter_shapes": run.engine.whole_shapes,
+    }
+
+
+def layout(run: Run) -> dict[str, Any]:
+    """What DeepSpeed's files depend on; a resumed run must agree with all of it."""
+    parallel = run.config.parallel
+    return {
+        "world_size": run.world_size,
+        "zero_stage": parallel.zero_stage,
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "memory_placement": parallel.memory_placement,
     }
 
 
@@ -153,7 +164,7 @@ def resume(run: Run) -> Path | None:
     if checkpoint is None:
         return None
     manifest = read_manifest(checkpoint)
-    for key, current in (("world_size", run.world_size), ("zero_stage", run.config.parallel.zero_stage)):
+    for key, current in layout(run).items():
         if manifest[key] != current:
             raise CheckpointError(
                 f"{checkpoint} was saved with {key} {manifest[key]}, this start has {current}",

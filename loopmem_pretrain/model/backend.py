@@ -25,7 +25,7 @@ class SlotRead(NamedTuple):
     """A read of one bank before its softmax, over the candidate slots that this rank holds."""
 
     scores: Tensor
-    """q k / sqrt(D), [B, T, C]; -inf where a candidate does not count"""
+    """q k / sqrt(D), [B, T, C]; -inf where a candidate does not count, on some ranks perhaps all of a token's"""
     mix: Callable[[Tensor], Tensor]
     """weights [B, T, C] -> weighted sum of the candidates' values [B, T, D]"""
 
@@ -45,6 +45,9 @@ class Backend(Protocol):
     def lm_head(self, hidden_size: int, vocab_size: int) -> nn.Module:
         """[B, T', D] -> logits [B, T, V], or this rank's part of V; its `weight` is laid out as the embedding's."""
 
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """What the head does, with the given weight: a tied head takes the embedding's."""
+
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean next-token cross-entropy in nats, in float32 or wider; `logits` as the head returned them."""
 
@@ -55,10 +58,16 @@ class Backend(Protocol):
         """The same for queries, where ranks hold different slots; the query itself where each holds all of them."""
 
     def softmax_reads(self, reads: Sequence[SlotRead]) -> list[Tensor]:
-        """m = softmax(scores) V of each read, over the candidates of all ranks: [B, T', D] each."""
+        """m = softmax(scores) V of each read, over the candidates of all ranks: [B, T', D] each.
+
+        A rank's own candidates may all be -inf: only the maximum of all ranks may be subtracted.
+        """
 
     def top_candidates(self, scores: Tensor, k: int) -> Tensor:
-        """Which of this rank's candidates [B, T, C] are among the k best of all ranks': bool [B, T, C]."""
+        """Which of this rank's candidates [B, T, C] are among the k best of all ranks': bool [B, T, C].
+
+        `scores` come without gradient; they are this rank's C best, C = min(k, slots it holds), and all of them finite.
+        """
 
     def slot_range(self, slots: int) -> range:
         """The slots of a bank of `slots` slots that this rank holds."""
@@ -83,6 +92,9 @@ class TorchBackend:
 
     def lm_head(self, hidden_size: int, vocab_size: int) -> nn.Module:
         return nn.Linear(hidden_size, vocab_size, bias=False)
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(hidden, weight)
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits.flatten(0, 1).to(wide(logits.dtype)), labels.flatten())

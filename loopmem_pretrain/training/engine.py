@@ -6,7 +6,8 @@ ZeRO 2 and 3 run in the plain engine. The trainer sees `train_batch`, `evaluate`
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,11 +17,18 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
 from torch import Tensor
 
+from loopmem_pretrain.config.model import ModelConfig
+from loopmem_pretrain.config.parallel import ParallelConfig
 from loopmem_pretrain.config.run import RunConfig, gradient_accumulation_steps
 from loopmem_pretrain.errors import CheckpointError
-from loopmem_pretrain.model.backend import TorchBackend
+from loopmem_pretrain.model.backend import Backend, TorchBackend
+from loopmem_pretrain.model.init import initialize
 from loopmem_pretrain.model.loopmem import LoopedLayer, PlainLayer
 from loopmem_pretrain.model.memory import SharedMemory, SharedRead
+from loopmem_pretrain.parallel.collectives import all_reduced
+from loopmem_pretrain.parallel.placement import Part, part_of, placement, whole_shape
+from loopmem_pretrain.parallel.stages import stage_bounds
+from loopmem_pretrain.parallel.topology import Topology
 from loopmem_pretrain.quiet import deepspeed_chatter_held_back
 from loopmem_pretrain.training import pipeline
 from loopmem_pretrain.training.ds_config import deepspeed_config
@@ -54,33 +62,54 @@ def init_distributed(device: torch.device) -> None:
 class TrainingEngine:
     """A model being trained by DeepSpeed on this rank."""
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
-        self.config, self.device = config, device
-        self.accumulation_steps = gradient_accumulation_steps(config.training, dist.get_world_size())
+    def __init__(self, config: RunConfig, device: torch.device, topology: Topology) -> None:
+        self.config, self.device, self.topology = config, device, topology
+        self.accumulation_steps = gradient_accumulation_steps(config.training, topology.data_size)
         self.uses_pipeline = config.parallel.zero_stage == 1
 
-        backend = TorchBackend()
-        accumulator = LoopAccumulator(config.model, config.model.num_hidden_layers, device)
-        self.step_context = pipeline.StepContext(config.model, accumulator, self.accumulation_steps)
-        module_type = pipeline.PipelineStage if self.uses_pipeline else pipeline.WholeModel
+        model, parallel = config.model, config.parallel
+        backend = make_backend(model, parallel, topology)
+        layers = model.num_hidden_layers
+        self.step_context = pipeline.StepContext(
+            model,
+            LoopAccumulator(model, layers, device, ranks_per_layer=topology.world_size // topology.pipeline_size),
+            self.accumulation_steps,
+            token_parts=topology.tensor_size if parallel.sequence_parallel else 1,
+        )
+        table = pipeline.parameter_table(model, backend)
+        self.public_names = {name: row.public_name for name, row in table.items()}
+        self.whole_shapes = {
+            row.public_name: whole_shape(row.public_name, row.shape, parallel, model.vocab_size)
+            for row in table.values()
+        }
         with deepspeed_chatter_held_back():
-            module = module_type(config.model, backend, backend.cross_entropy, self.step_context)
-        pipeline.initialize_weights(module, config.model, backend, config.training.seed)
+            if self.uses_pipeline:
+                bounds = stage_bounds(model, config.data.seq_length, topology.pipeline_size)
+                arguments = (model, backend, backend.cross_entropy, self.step_context)
+                module: Any = pipeline.PipelineStage(*arguments, topology, bounds)
+            else:
+                module = pipeline.WholeModel(model, backend, backend.cross_entropy, self.step_context)
+        module.universal_checkpoint_info = pipeline.universal_checkpoint_info(table, model, parallel)
+        named = [(self.public_names[name], parameter) for name, parameter in module.named_parameters()]
+        initialize(named, model, config.training.seed, self._part_of)
         pipeline.wrap_loops(module, config.training)
         module.to(device)
-
-        parameters = dict(module.named_parameters())
-        self.public_names = pipeline.public_names(config.model, backend, list(parameters))
-        self.parameter_shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
-        named = [(self.public_names[name], parameter) for name, parameter in parameters.items()]
-        if config.parallel.zero_stage == 3:
+        prepare_parameters(named, parallel, topology)
+        if parallel.zero_stage == 3:
             _prepare_for_zero3(module)
         with deepspeed_chatter_held_back():
             self.engine, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=self._make_optimizer(named),
                 config=deepspeed_config(config, self.accumulation_steps),
+                mpu=None if self.uses_pipeline or topology.tensor_size == 1 else topology,
             )
+
+    def _part_of(self, public_name: str, parameter: Tensor) -> Part | None:
+        config = self.config
+        return part_of(
+            public_name, parameter.shape, config.parallel, self.topology.tensor_rank, config.model.vocab_size
+        )
 
     def _make_optimizer(self, named: list[tuple[str, torch.nn.Parameter]]) -> Callable[[Any], torch.optim.Optimizer]:
         """A factory: DeepSpeed calls it after it has cast every parameter to bf16.
@@ -160,14 +189,19 @@ class TrainingEngine:
             self.engine.timers(TRAIN_BATCH_TIMER).reset()
 
     def step_scales(self) -> list[list[float]]:
-        """Raw s_n of every looped layer, [layers][N]; under ZeRO 3 a collective."""
-        scales = []
+        """Raw s_n of every looped layer of the model, [layers][N]; a collective."""
+        model = self.config.model
+        if not model.max_loops:
+            return []
+        scales = torch.zeros(model.num_hidden_layers, model.max_loops, device=self.device)
         partitioned = self.config.parallel.zero_stage == 3
-        for layer in self.engine.module.modules():
-            if isinstance(layer, LoopedLayer):
-                with deepspeed.zero.GatheredParameters([layer.step_scales], enabled=partitioned):
-                    scales.append(layer.step_scales.detach().float().tolist())
-        return scales
+        local = [layer for layer in self.engine.module.modules() if isinstance(layer, LoopedLayer)]
+        for index, layer in enumerate(local, self.step_context.first_layer):
+            with deepspeed.zero.GatheredParameters([layer.step_scales], enabled=partitioned):
+                scales[index] = layer.step_scales.detach().float()
+        if self.topology.pipeline_size > 1:
+            dist.all_reduce(scales, group=self.topology.groups["pipeline"])
+        return cast(list[list[float]], scales.tolist())
 
     def _set_schedules(self, step: int) -> None:
         config = self.config
@@ -184,6 +218,29 @@ class TrainingEngine:
     def _mean_over_ranks(self, value: Tensor) -> Tensor:
         dist.all_reduce(value)
         return value / dist.get_world_size()
+
+
+def make_backend(model: ModelConfig, parallel: ParallelConfig, topology: Topology) -> Backend:
+    """One device's layers, or megatron-core's where tensor-parallel ranks share them."""
+    if topology.tensor_size == 1:
+        return TorchBackend()
+    from loopmem_pretrain.parallel.megatron import MegatronBackend  # the import takes seconds
+
+    return MegatronBackend(parallel, topology, model.vocab_size)
+
+
+def prepare_parameters(
+    named: Iterable[tuple[str, torch.nn.Parameter]], parallel: ParallelConfig, topology: Topology
+) -> None:
+    """Tell DeepSpeed which parameters are cut, for the gradient norm, and add up gradients that are partial on a rank.
+
+    A hook on the parameter sees the sum over all its uses: one collective a backward pass, however many loops.
+    """
+    for name, parameter in named:
+        where = placement(name, parallel)
+        parameter.tensor_model_parallel = where.cut is not None  # type: ignore[attr-defined]
+        if where.partial:
+            parameter.register_hook(partial(all_reduced, group=topology.groups["tensor"]))  # type: ignore[no-untyped-call]
 
 
 def _prepare_for_zero3(module: torch.nn.Module) -> None:

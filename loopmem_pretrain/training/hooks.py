@@ -42,7 +42,7 @@ class ValidateHook:
 
     def __init__(self, trainer: "Trainer") -> None:
         training = trainer.config.training
-        sizes = {"micro_batch_size": training.micro_batch_size, "dp_size": trainer.world_size}
+        sizes = {"micro_batch_size": training.micro_batch_size, "dp_size": trainer.topology.data_size}
         self.samples = validation_samples(trainer.validation_dataset, **sizes)
         self.sizes = sizes
 
@@ -52,7 +52,7 @@ class ValidateHook:
         with trainer.pause():
             batches = validation_batches(
                 trainer.validation_dataset,
-                dp_rank=trainer.rank,
+                dp_rank=trainer.topology.data_rank,
                 pin_memory=trainer.device.type == "cuda",
                 **self.sizes,
             )

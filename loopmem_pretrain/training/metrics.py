@@ -15,15 +15,20 @@ ROWS = ("lambdas", "halting_probs", "cosine", "local_gate", "global_gate")
 class LoopAccumulator:
     """Sums of each layer's statistics, [layers, 5 rows, N], over micro-batches since the last read."""
 
-    def __init__(self, model: ModelConfig, layers: int, device: torch.device) -> None:
+    def __init__(self, model: ModelConfig, layers: int, device: torch.device, ranks_per_layer: int = 1) -> None:
         self.model = model
+        self.ranks_per_layer = ranks_per_layer
+        """Ranks that see each layer: all those of its pipeline stage."""
         self.sums = torch.zeros(layers, len(ROWS), max(1, model.max_loops), device=device)
         self.ponder = torch.zeros(2, device=device)
         """Sums of cost and of weight * cost, each a mean over layers"""
         self.count = 0
 
-    def add(self, layer: int, stats: LoopStats, cost: Tensor, weight: float) -> None:
-        """Add one visit of local layer `layer`, whose ponder cost had `weight` in its step; no host synchronisation."""
+    def add(self, layer: int, stats: LoopStats, cost: Tensor, weight: float, first: bool) -> None:
+        """Add one visit of layer `layer` of the model, `first` on this rank; no host synchronisation.
+
+        `weight` is that of the ponder cost in this step.
+        """
         absent = torch.zeros_like(stats.lambdas)
         rows = [
             stats.lambdas,
@@ -36,7 +41,7 @@ class LoopAccumulator:
         share = cost.detach() / self.model.num_hidden_layers
         self.ponder[0] += share
         self.ponder[1] += share * weight
-        self.count += layer == 0
+        self.count += first
 
     def read_and_reset(self) -> dict[str, Any]:
         """Means over micro-batches and ranks, on the host: the one read of an interval. A collective."""
@@ -44,8 +49,8 @@ class LoopAccumulator:
             return {}
         means = torch.cat([self.sums.flatten(), self.ponder]) / self.count
         if dist.is_initialized():
-            dist.all_reduce(means)
-            means /= dist.get_world_size()
+            dist.all_reduce(means)  # other stages add zeros
+            means /= self.ranks_per_layer
         rows, ponder = means[:-2].view_as(self.sums), means[-2:].tolist()
         self.sums.zero_()
         self.ponder.zero_()

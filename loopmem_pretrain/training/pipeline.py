@@ -3,29 +3,32 @@
 The list is embedding, then for each layer [the shared memory, a pass-through that ties it to every stage] and the
 layer, then the final norm and the head. `PipelineStage` gives it to the pipeline engine; `WholeModel` gives the same
 list, under the same positional names (`2.self_attn.q_proj.weight`, `tied_modules.memory.global_keys`), to the plain
-engine. `public_names` translates positional names to the Hugging Face ones; it is built from the same list.
+engine. `parameter_table` translates positional names to the Hugging Face ones; it is built from the same list.
 
 A looped layer returns its LoopStats; here they meet the training step: the ponder gradient is injected on the stage
 that owns the layer, and detached means go to the stage's accumulator, outside any recomputed region.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from loopmem_pretrain.config.model import ModelConfig
+from loopmem_pretrain.config.parallel import ParallelConfig
 from loopmem_pretrain.config.training import TrainingConfig
 from loopmem_pretrain.errors import EnvironmentFault
 from loopmem_pretrain.model.backend import Backend
-from loopmem_pretrain.model.init import initialize
 from loopmem_pretrain.model.loopmem import LoopedLayer, PlainLayer, RMSNorm, make_layer, ponder_cost
 from loopmem_pretrain.model.memory import SharedMemory, SharedRead
+from loopmem_pretrain.parallel.placement import padded_size, placement
+from loopmem_pretrain.parallel.topology import Topology
 from loopmem_pretrain.training.metrics import LoopAccumulator
 
 MEMORY_KEY, EMBEDDING_KEY = "memory", "embedding"
@@ -57,32 +60,47 @@ def layer_list(model: ModelConfig, backend: Backend) -> list[Entry]:
         entries.append(Entry(partial(make_layer, model, backend, index), f"model.layers.{index}."))
     entries.append(Entry(partial(RMSNorm, model.hidden_size, model.rms_norm_eps), "model.norm."))
     if tied_head:
-        entries.append(embedding._replace(forward=lambda module, hidden: F.linear(hidden, cast(Tensor, module.weight))))
+        entries.append(
+            embedding._replace(forward=lambda module, hidden: backend.logits(hidden, cast(Tensor, module.weight)))
+        )
     else:
         entries.append(Entry(partial(backend.lm_head, model.hidden_size, model.vocab_size), "lm_head."))
     return entries
 
 
-def public_names(model: ModelConfig, backend: Backend, names: Sequence[str]) -> dict[str, str]:
-    """Positional parameter name -> public name, for the given positional names."""
-    prefixes = {}
+class ParameterRow(NamedTuple):
+    """One parameter of the whole model, whichever stage holds it."""
+
+    public_name: str
+    shape: list[int]
+    """Of the part that a tensor-parallel rank holds."""
+
+
+def parameter_table(model: ModelConfig, backend: Backend) -> dict[str, ParameterRow]:
+    """Positional name -> public name and shape, of all parameters in the order of the list; allocates nothing."""
+    table = {}
     for position, entry in enumerate(layer_list(model, backend)):
         key = f"tied_modules.{entry.tied_key}." if entry.tied_key else f"{position}."
-        prefixes[key] = entry.public_prefix
-    table = {}
-    for name in names:
-        prefix = next(prefix for prefix in prefixes if name.startswith(prefix))
-        table[name] = prefixes[prefix] + name.removeprefix(prefix)
+        with torch.device("meta"):
+            module = entry.make()
+        for name, parameter in module.named_parameters():
+            table[key + name] = ParameterRow(entry.public_prefix + name, list(parameter.shape))
     return table
 
 
 class StepContext:
     """What the layers of a stage meet in a training step besides the hidden state."""
 
-    def __init__(self, model: ModelConfig, accumulator: LoopAccumulator, accumulation_steps: int) -> None:
+    def __init__(
+        self, model: ModelConfig, accumulator: LoopAccumulator, accumulation_steps: int, token_parts: int = 1
+    ) -> None:
         self.model = model
         self.accumulator = accumulator
         self.accumulation_steps = accumulation_steps
+        self.token_parts = token_parts
+        """Ranks over which sequence parallelism cuts the tokens that a cost is a mean of."""
+        self.first_layer = 0
+        """Number, in the whole model, of the first layer of this stage."""
         self.ponder_weight = 0.0
         """Weight of the ponder loss in the current step."""
 
@@ -91,7 +109,7 @@ def run_layers(functions: Sequence[Callable[..., Any]], tied: nn.ModuleDict, x: 
     """Put one micro-batch through a run of the list: tokens or hidden state in, hidden state or logits out."""
     memory = tied[MEMORY_KEY] if MEMORY_KEY in tied else None  # noqa: SIM401 - a ModuleDict has no get()
     shared: SharedRead | None = memory() if memory is not None else None
-    index = 0
+    index = step.first_layer
     for function in functions:
         if function is memory:
             continue
@@ -102,9 +120,10 @@ def run_layers(functions: Sequence[Callable[..., Any]], tied: nn.ModuleDict, x: 
         if stats is not None and torch.is_grad_enabled():
             cost = ponder_cost(stats.expected_loops(), step.model.max_loops)
             if step.ponder_weight:
-                gradient = step.ponder_weight / (step.model.num_hidden_layers * step.accumulation_steps)
+                means = step.model.num_hidden_layers * step.accumulation_steps * step.token_parts
+                gradient = step.ponder_weight / means
                 x = InjectGradient.apply(x, cost, gradient)  # type: ignore[no-untyped-call]
-            step.accumulator.add(index, stats, cost, step.ponder_weight)
+            step.accumulator.add(index, stats, cost, step.ponder_weight, first=index == step.first_layer)
         index += 1
     return x
 
@@ -129,11 +148,32 @@ class InjectGradient(torch.autograd.Function):
 class PipelineStage(PipelineModule):  # type: ignore[misc]
     """This rank's run of the list, for DeepSpeed's pipeline engine (ZeRO 1)."""
 
-    def __init__(self, model: ModelConfig, backend: Backend, loss_fn: Callable[..., Tensor], step: StepContext) -> None:
-        specs = [_spec(entry) for entry in layer_list(model, backend)]
-        super().__init__(layers=specs, num_stages=1, loss_fn=loss_fn, partition_method="uniform")
+    def __init__(
+        self,
+        model: ModelConfig,
+        backend: Backend,
+        loss_fn: Callable[..., Tensor],
+        step: StepContext,
+        topology: Topology,
+        bounds: Sequence[int],
+    ) -> None:
+        self.bounds = list(bounds)
+        entries = layer_list(model, backend)
+        axes = PipeModelDataParallelTopology(
+            num_pp=topology.pipeline_size, num_mp=topology.tensor_size, num_dp=topology.data_size
+        )
+        super().__init__(
+            layers=[_spec(entry) for entry in entries], topology=axes, loss_fn=loss_fn, partition_method="ours"
+        )
+        before = entries[: self.bounds[topology.pipeline_rank]]
+        step.first_layer = sum(entry.public_prefix.startswith("model.layers.") for entry in before)
         self.step_context = step
-        self.universal_checkpoint_info = universal_checkpoint_info(model)
+
+    def _partition_layers(self, method: str = "ours") -> None:
+        """Cut the list at `bounds`; DeepSpeed's own cuts know nothing of loops, nor that memory goes with its layer."""
+        self.parts = self.bounds
+        stage = self.stage_id
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
 
     def forward(self, inputs: Tensor) -> Any:
         return run_layers(self.forward_funcs, self.tied_modules, inputs, self.step_context)
@@ -144,7 +184,8 @@ def _spec(entry: Entry) -> LayerSpec:
     if entry.tied_key is None:
         spec = LayerSpec(nn.Module)
     else:
-        attributes = [name for name, _ in entry.make().named_parameters()]
+        with torch.device("meta"):
+            attributes = [name for name, _ in entry.make().named_parameters()]
         spec = TiedLayerSpec(entry.tied_key, nn.Module, forward_fn=entry.forward, tied_weight_attr=attributes)
     spec.build = lambda log=False: entry.make()
     return spec
@@ -168,7 +209,6 @@ class WholeModel(nn.Module):
             self.functions.append(partial(entry.forward, module) if entry.forward else module)
         self.loss_fn = loss_fn
         self.step_context = step
-        self.universal_checkpoint_info = universal_checkpoint_info(model)
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         """[B, T] and [B, T] -> mean cross-entropy of the micro-batch."""
@@ -176,20 +216,31 @@ class WholeModel(nn.Module):
         return self.loss_fn(logits, labels)
 
 
-def universal_checkpoint_info(model: ModelConfig) -> dict[str, Any]:
-    """What DeepSpeed's converter to the universal form asks for; nothing is cut or padded on one model rank."""
+def universal_checkpoint_info(
+    table: Mapping[str, ParameterRow], model: ModelConfig, parallel: ParallelConfig
+) -> dict[str, Any]:
+    """What DeepSpeed's converter to the universal form asks for: how the parts of each parameter are merged.
+
+    Each parameter is in exactly one list, under its full name: DeepSpeed concatenates silently what no list names.
+    """
+    lists: dict[str, list[str]] = {}
+    for name, row in table.items():
+        where = placement(row.public_name, parallel)
+        if where.cut is None:
+            key = "tp_replicated_parameter_patterns"
+        elif where.padded:
+            key = "vocabulary_parameter_patterns"
+        elif where.cut == 1:
+            key = "parameter_with_row_parallelism_patterns"
+        else:
+            continue  # cut along dimension 0, what DeepSpeed does with the rest
+        lists.setdefault(key, []).append(f"{re.escape(name)}$")
     return {
         "universal_checkpoint_version": 0.2,
         "original_vocab_size": model.vocab_size,
-        "padded_vocab_size": model.vocab_size,
+        "padded_vocab_size": padded_size(model.vocab_size, parallel.tensor_model_parallel_size),
+        **lists,
     }
-
-
-def initialize_weights(module: nn.Module, model: ModelConfig, backend: Backend, seed: int) -> None:
-    """Fill the parameters of a stage or of the whole model; the same values whatever the cut."""
-    parameters = dict(module.named_parameters())
-    names = public_names(model, backend, list(parameters))
-    initialize(((names[name], parameter) for name, parameter in parameters.items()), model, seed)
 
 
 def wrap_loops(module: nn.Module, training: TrainingConfig) -> None:

@@ -20,6 +20,7 @@ from loopmem_pretrain.data.dataset import open_training, open_validation
 from loopmem_pretrain.data.sampler import train_batches
 from loopmem_pretrain.errors import EnvironmentFault, LoopMemError
 from loopmem_pretrain.model.flops import parameter_counts
+from loopmem_pretrain.parallel.topology import Topology
 from loopmem_pretrain.training import run_folder
 from loopmem_pretrain.training.engine import TrainingEngine, init_distributed
 from loopmem_pretrain.training.hardware import choose_device
@@ -40,7 +41,8 @@ class Trainer:
         self.rank = int(os.environ.get("RANK", "0"))
         self.device = choose_device(config, int(os.environ.get("LOCAL_RANK", "0")))
         init_distributed(self.device)
-        self.world_size = dist.get_world_size()
+        self.topology = Topology.join(config.parallel)
+        self.world_size = self.topology.world_size
         if config.training.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
@@ -50,7 +52,7 @@ class Trainer:
         self.on_rank_zero(lambda: self.locks.append(run_folder.prepare(config, self.run_dir)))
         self.dataset = open_training(config.data, config.training.seed, config.model.vocab_size)
         self.validation_dataset = open_validation(config.data, config.validation.num_samples)
-        self.engine = TrainingEngine(config, self.device)
+        self.engine = TrainingEngine(config, self.device, self.topology)
         self.store = CheckpointStore(config.run_dir)
         self.position = Position()
         self.stop_at_step = min(stop_at_step or config.training.train_steps, config.training.train_steps)
@@ -107,9 +109,10 @@ class Trainer:
     def _introduce(self) -> None:
         training, steps = self.config.training, self.engine.accumulation_steps
         log.info(
-            "%s parameters; %d ranks x %d samples x %d accumulated = %d samples (%s tokens) a step; step %s of %s",
+            "%s parameters; %s; %d data x %d samples x %d accumulated = %d samples (%s tokens) a step; step %s of %s",
             f"{parameter_counts(self.config.model).total:,}",
-            self.world_size,
+            self.topology.describe(),
+            self.topology.data_size,
             training.micro_batch_size,
             steps,
             training.global_batch_size,
@@ -126,8 +129,8 @@ class Trainer:
             self.dataset,
             micro_batch_size=training.micro_batch_size,
             global_batch_size=training.global_batch_size,
-            dp_rank=self.rank,
-            dp_size=self.world_size,
+            dp_rank=self.topology.data_rank,
+            dp_size=self.topology.data_size,
             consumed_samples=self.position.samples,
             num_workers=data.num_workers,
             pin_memory=self.device.type == "cuda",

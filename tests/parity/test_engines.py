@@ -31,6 +31,7 @@ def reference(config):
         parameter_groups(model.named_parameters(), config.optimizer), betas=(0.9, 0.95), eps=config.optimizer.eps
     )
     losses, norms, expected_loops = [], [], []
+    first_gradients = {}
     for step in range(STEPS):
         micro_batches = batches(config, step)
         weight = ponder_weight(step, config.model.ponder_weight, config.training)
@@ -42,34 +43,44 @@ def reference(config):
             total += output.cross_entropy.item() / len(micro_batches)
             if step == STEPS - 1:
                 expected_loops.append([stats.expected_loops().mean().item() for stats in output.stats])
+        if step == 0:
+            first_gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clipping).item())
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config.optimizer, config.schedule, config.training.train_steps)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
-    return losses, norms, torch.tensor(expected_loops).mean(0), dict(model.state_dict())
+    return losses, norms, torch.tensor(expected_loops).mean(0), dict(model.state_dict()), first_gradients
 
 
-def train_on_rank(rank, world_size, config):
+def make_engine(config):
+    from loopmem_pretrain.parallel.topology import Topology
     from loopmem_pretrain.training.engine import TrainingEngine, init_distributed
 
     init_distributed(torch.device("cpu"))
-    engine = TrainingEngine(config, torch.device("cpu"))
+    return TrainingEngine(config, torch.device("cpu"), Topology.join(config.parallel))
+
+
+def train_on_rank(rank, world_size, config):
+    engine = make_engine(config)
+    rank, size = engine.topology.data_rank, engine.topology.data_size
     losses, norms = [], []
     for step in range(STEPS):
         engine.step_context.accumulator.read_and_reset()
-        losses.append(float(engine.train_batch(iter(batches(config, step)[rank::world_size]), step)))
+        losses.append(float(engine.train_batch(iter(batches(config, step)[rank::size]), step)))
         norms.append(engine.grad_norm())
     stats = engine.step_context.accumulator.read_and_reset()
-    validation = float(engine.evaluate(iter(batches(config, 99)[rank::world_size]), 8 // (2 * world_size)))
+    micro_batches = batches(config, 99)[rank::size]
+    validation = float(engine.evaluate(iter(micro_batches), len(micro_batches)))
     import deepspeed
 
     parameters = {}
     for name, parameter in engine.engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=config.parallel.zero_stage == 3):
             parameters[engine.public_names[name]] = parameter.detach().clone()
-    assert [len(scales) for scales in engine.step_scales()] == [config.model.max_loops] * len(engine.step_scales())
+    looped = config.model.num_hidden_layers if config.model.max_loops else 0
+    assert [len(scales) for scales in engine.step_scales()] == [config.model.max_loops] * looped
     return losses, norms, stats, parameters, validation
 
 
@@ -105,7 +116,7 @@ def test_ponder_schedule_reaches_the_gradient():
 
 
 def check(config, world_size):
-    losses, norms, expected_loops, parameters = reference(config)
+    losses, norms, expected_loops, parameters, _ = reference(config)
     results = run_ranks("tests.parity.test_engines:train_on_rank", world_size, config)
     for rank_losses, rank_norms, stats, rank_parameters, validation in results:
         torch.testing.assert_close(torch.tensor(rank_losses), torch.tensor(losses), rtol=1e-5, atol=0)
@@ -122,10 +133,7 @@ def check(config, world_size):
 
 
 def working_dtypes(rank, world_size, config):
-    from loopmem_pretrain.training.engine import TrainingEngine, init_distributed
-
-    init_distributed(torch.device("cpu"))
-    engine = TrainingEngine(config, torch.device("cpu"))
+    engine = make_engine(config)
     losses = [float(engine.train_batch(iter(batches(config, step)[rank::world_size]), step)) for step in range(STEPS)]
     dtypes = {}
     for name, parameter in engine.engine.module.named_parameters():
