@@ -1,5 +1,6 @@
 """The model's sizes and variants. Field names are the public ones of the Hugging Face config."""
 
+import math
 from typing import Literal
 
 from pydantic import Field
@@ -34,8 +35,11 @@ class ModelConfig(Section):
     """What opens the memory: a gate per channel, one number per token, or sigmoid(gate_init_bias) for ever."""
     gate_init_bias: float = Field(default=-3.0, ge=-50, le=50)
     """g0: the gate's bias at the start; sigmoid(-3) = 0.047, 0 gives 0.5, +3 gives 0.953."""
-    retrieval: Literal["dense"] = "dense"
-    """How slots are read: `dense` softmax over all of them."""
+    retrieval: Literal["dense", "topk", "product_keys"] = "dense"
+    """How the global bank is read: softmax over all slots (`dense`), over the retrieval_topk best of all (`topk`), or
+    over the best found by product keys, cheap at millions of slots. Local banks are always read densely."""
+    retrieval_topk: int = Field(default=32, gt=0)
+    """k: slots of the global bank that a token reads with retrieval `topk` or `product_keys`."""
     rope_theta: float = Field(default=500000.0, gt=0)
     """Base of the rotary position embedding."""
     rms_norm_eps: float = Field(default=1e-5, gt=0)
@@ -87,7 +91,32 @@ def model_problems(model: ModelConfig) -> list[tuple[tuple[str, ...], str]]:
         say(key, "memory is read at every loop, so it needs max_loops >= 1 (1 for memory without looping)")
     if model.max_loops <= 1 and model.ponder_weight:
         say("ponder_weight", f"{model.ponder_weight} has no effect with max_loops {model.max_loops}; set it to 0")
+    problems += _retrieval_problems(model)
     return problems
+
+
+def _retrieval_problems(model: ModelConfig) -> list[tuple[tuple[str, ...], str]]:
+    """How the global bank is read, and whether it can be."""
+    slots, k, side = model.global_slots, model.retrieval_topk, math.isqrt(model.global_slots)
+    key, message = "", ""
+    if model.retrieval == "dense":
+        if k != ModelConfig.model_fields["retrieval_topk"].default:
+            key = "retrieval_topk"
+            message = f"{k} has no effect with retrieval 'dense'; leave it out, or set retrieval: topk or product_keys"
+    elif not slots:
+        key, message = "retrieval", f"'{model.retrieval}' reads the global bank, and there is none; set global_slots"
+    elif model.retrieval == "product_keys" and side * side != slots:
+        key = "global_slots"
+        message = (
+            f"{slots} is no square, and product_keys makes the keys of n x n slots from 2 x n half-keys; "
+            f"nearest valid: {side**2} or {(side + 1) ** 2}"
+        )
+    elif model.retrieval == "product_keys" and k > side:
+        key = "retrieval_topk"
+        message = f"{k} is more than the {side} half-keys of a side of {slots} slots; valid: 1 to {side}"
+    elif k > slots:
+        key, message = "retrieval_topk", f"{k} is more than global_slots {slots}; valid: 1 to {slots}"
+    return [(("model", key), message)] if key else []
 
 
 def _nearest_divisors(number: int, wanted: int, even_quotient: bool = False) -> str:

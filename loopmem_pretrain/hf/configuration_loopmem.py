@@ -14,8 +14,9 @@ from transformers import PretrainedConfig
 _CHOICES = {
     "residual_scale": ("learned", "one", "inverse_depth"),
     "gate": ("vector", "scalar", "constant"),
-    "retrieval": ("dense",),
+    "retrieval": ("dense", "topk", "product_keys"),
 }
+_TOPK = 32
 _POSITIVE = (
     "vocab_size",
     "hidden_size",
@@ -23,6 +24,7 @@ _POSITIVE = (
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
+    "retrieval_topk",
 )
 
 
@@ -62,7 +64,9 @@ class LoopMemConfig(PretrainedConfig):
     gate_init_bias: float = -3.0
     """g0: the gate's bias at the start; the value of a constant gate is sigmoid(g0)."""
     retrieval: str = "dense"
-    """How slots are read."""
+    """How the global bank is read: all slots (`dense`), or the best ones (`topk`, `product_keys`)."""
+    retrieval_topk: int = _TOPK
+    """k: slots of the global bank that a token reads, where it does not read all."""
     rope_theta: float = 500000.0
     """Base of the rotary position embedding."""
     rms_norm_eps: float = 1e-5
@@ -166,4 +170,19 @@ def _cross_problems(config: Any) -> list[str]:
             f"{key}: {getattr(config, key)} with max_loops 0; valid: 0, since memory is read at every loop "
             "(max_loops 1 is memory without looping)"
         )
-    return problems
+    return problems + _retrieval_problems(config)
+
+
+def _retrieval_problems(config: Any) -> list[str]:
+    """How the global bank is read, and whether it can be."""
+    slots, k, side = config.global_slots, config.retrieval_topk, math.isqrt(config.global_slots)
+    if config.retrieval == "dense":
+        return [] if k == _TOPK else [f"retrieval_topk: {k} has no effect with retrieval 'dense'; valid: {_TOPK}"]
+    if not slots:
+        return [f"retrieval: {config.retrieval!r} reads the global bank, and there is none; valid: 'dense'"]
+    if config.retrieval == "product_keys" and side * side != slots:
+        return [f"global_slots: {slots} is not valid with retrieval 'product_keys'; valid: a square number"]
+    most = side if config.retrieval == "product_keys" else slots
+    if k > most:
+        return [f"retrieval_topk: {k} with {slots} global_slots and retrieval {config.retrieval!r}; valid: 1 to {most}"]
+    return []

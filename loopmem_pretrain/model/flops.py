@@ -1,9 +1,11 @@
-"""Parameters and FLOPs of a config, by formula and without torch. A multiply-add counts 2; training is 3x forward.
+"""Parameters and FLOPs of a config, by formula and without torch. A multiply-add counts 2; training is 3x forward,
+but for a search of slots, which has no backward pass.
 
 Attention is causal: a token sees T/2 keys on average. Recomputation (activation checkpointing) comes on top and is
 not counted in MFU. `tests/unit/model/test_flops.py` holds these formulas against torch's own counters.
 """
 
+import math
 from typing import Any, NamedTuple
 
 
@@ -31,6 +33,8 @@ class ForwardFlops(NamedTuple):
     routers: int
     local_reads: int
     global_reads: int
+    slot_search: int
+    """Finding the best slots of the global bank (`retrieval: topk`): has no backward pass."""
     head: int
 
     @property
@@ -52,6 +56,8 @@ def parameter_counts(config: Any) -> ParameterCounts:
         banks = bool(config.local_slots) + bool(config.global_slots)
         memory += layers * banks * (gate + width * width)
         memory += 2 * width * (layers * config.local_slots + config.global_slots)
+        if config.retrieval == "product_keys":  # 2 n half-keys for n^2 slots
+            memory -= width * (config.global_slots - math.isqrt(config.global_slots))
     head = 0 if config.tie_word_embeddings else vocab * width
     return ParameterCounts(vocab * width, head, layers * block + width, looping, memory)
 
@@ -73,24 +79,37 @@ def forward_flops_per_token(
     return ForwardFlops(
         blocks=round(visits * block),
         routers=visits * 2 * (width + 1) if config.max_loops else 0,
-        local_reads=visits * _read_flops(config, config.local_slots),
-        global_reads=visits * _read_flops(config, config.global_slots),
+        local_reads=visits * _read_flops(config, config.local_slots, 4 * config.local_slots * width),
+        global_reads=visits * _read_flops(config, config.global_slots, _global_lookup_flops(config)),
+        slot_search=visits * 2 * config.global_slots * width if config.retrieval == "topk" else 0,
         head=2 * width * vocab,
     )
 
 
-def training_flops_per_token(config: Any, seq_length: int) -> int:
+def training_flops_per_token(config: Any, seq_length: int, causal: bool = True) -> int:
     """Forward and backward, all loops, no recomputation: what MFU is measured against."""
-    return 3 * forward_flops_per_token(config, seq_length).total
+    forward = forward_flops_per_token(config, seq_length, causal=causal)
+    return 3 * forward.total - 2 * forward.slot_search
 
 
-def _read_flops(config: Any, slots: int) -> int:
-    """One read of one bank: scores and mixture, projection, gate."""
+def _global_lookup_flops(config: Any) -> int:
+    """Scores and mixture of one read of the global bank, the search of `topk` not counted."""
+    width, slots = config.hidden_size, config.global_slots
+    if config.retrieval == "dense":
+        return 4 * slots * width
+    mixture = 2 * config.retrieval_topk * width
+    if config.retrieval == "topk":
+        return mixture + 2 * config.retrieval_topk * width
+    return mixture + 2 * math.isqrt(slots) * width  # product keys: n scores of each half
+
+
+def _read_flops(config: Any, slots: int, lookup: int) -> int:
+    """One read of one bank: scores and mixture (`lookup`), projection, gate."""
     if not slots:
         return 0
     width = config.hidden_size
     gate = {"vector": 2 * width * width, "scalar": 2 * width, "constant": 0}[config.gate]
-    return 4 * slots * width + 2 * width * width + gate
+    return lookup + 2 * width * width + gate
 
 
 def _sizes(config: Any) -> tuple[int, int, int, int]:

@@ -5,13 +5,14 @@
     g_x       = sigmoid(A_x h + a_x)                           gate
     inject(h) = h + sum over x of g_x * (P_x m_x)              what the block of this loop starts from
 
-`LayerMemory` is what a layer owns, `SharedMemory` what all layers share. Where ranks hold different slots of a bank,
-the backend merges their softmaxes (model/backend.py). Imports torch and model/backend.py only: the exported Hugging
-Face model inlines this file as text.
+`LayerMemory` is what a layer owns, `SharedMemory` what all layers share. A large global bank is read through its k
+best slots only (`RETRIEVALS`); local banks are small and read whole. Where ranks hold different slots of a bank, the
+backend merges their softmaxes (model/backend.py), so a retrieval returns scores and never normalises them itself.
+Imports torch and model/backend.py only: the exported Hugging Face model inlines this file as text.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -20,37 +21,54 @@ from torch import Tensor, nn
 
 from loopmem_pretrain.model.backend import Backend, SlotRead
 
+SEARCH_BYTES = 2**28
+"""What the scores of one chunk of slots may take while the best slots of a large bank are searched."""
+
 
 class SharedRead(NamedTuple):
     """What every layer needs of the memory the layers share; made once a forward pass by SharedMemory."""
 
     query_norm: tuple[Tensor, Tensor]
     key_norm: tuple[Tensor, Tensor]
-    global_keys: Tensor | None  # LN_k(K^G), [S_g, D] or this rank's slots of it
-    global_values: Tensor | None  # V^G, likewise
+    global_keys: Tensor | None  # LN_k(K^G), [S_g, D] or this rank's slots of it; product keys: both halves, [2, n, D/2]
+    global_values: Tensor | None  # V^G, [S_g, D] or this rank's slots of it
 
 
 class SharedMemory(nn.Module):
-    """The global bank, and the two LayerNorms (LN_q, LN_k) that all layers and both banks share."""
+    """The global bank, and the two LayerNorms (LN_q, LN_k) that all layers and both banks share.
+
+    With product keys, n^2 = S_g, the bank has `global_subkeys` [2, n, D/2] in place of `global_keys` [S_g, D]; every
+    rank holds all of them, of the values its own slots.
+    """
 
     global_keys: nn.Parameter | None
+    global_subkeys: nn.Parameter | None
     global_values: nn.Parameter | None
 
     def __init__(self, config: Any, backend: Backend) -> None:
         super().__init__()
-        if config.retrieval != "dense":
-            raise ValueError(f"retrieval {config.retrieval!r} is not known to this model; valid: 'dense'")
         width = config.hidden_size
         self.query_norm, self.key_norm = (nn.LayerNorm(width, config.rms_norm_eps) for _ in range(2))
-        self.global_keys = self.global_values = None
+        self.global_keys = self.global_subkeys = self.global_values = None
         if config.global_slots:
             slots = len(backend.slot_range(config.global_slots))
-            self.global_keys = nn.Parameter(torch.empty(slots, width))
+            if config.retrieval == "product_keys":
+                self.global_subkeys = nn.Parameter(torch.empty(2, math.isqrt(config.global_slots), width // 2))
+            else:
+                self.global_keys = nn.Parameter(torch.empty(slots, width))
             self.global_values = nn.Parameter(torch.empty(slots, width))
 
     def forward(self) -> SharedRead:
+        """Normalise the keys once for all reads of a forward pass: one more copy of them, and of their gradient."""
         q_norm, k_norm = self.query_norm, self.key_norm
-        keys = None if self.global_keys is None else k_norm(self.global_keys)
+        keys = None
+        if self.global_keys is not None:
+            keys = k_norm(self.global_keys)
+        elif self.global_subkeys is not None:
+            # Each half-key by itself, with its half of LN_k's weight and bias: the norm of a whole key would mix its
+            # halves, and its scores would no longer be sums of two.
+            normed = F.layer_norm(self.global_subkeys, self.global_subkeys.shape[-1:], eps=k_norm.eps)
+            keys = normed * k_norm.weight.view(2, 1, -1) + k_norm.bias.view(2, 1, -1)
         return SharedRead((q_norm.weight, q_norm.bias), (k_norm.weight, k_norm.bias), keys, self.global_values)
 
 
@@ -74,6 +92,11 @@ class LayerMemory(nn.Module):
             self.local_gate = make_gate(config)
             self.local_proj = nn.Linear(width, width, bias=False)
         if config.global_slots:
+            if config.retrieval not in RETRIEVALS:
+                raise ValueError(f"retrieval {config.retrieval!r} is not known; valid: {', '.join(RETRIEVALS)}")
+            self.read_global = RETRIEVALS[config.retrieval]
+            k = config.global_slots if config.retrieval == "dense" else config.retrieval_topk
+            self.lookup = Lookup(k, backend.slot_range(config.global_slots), backend)
             self.global_gate = make_gate(config)
             self.global_proj = nn.Linear(width, width, bias=False)
 
@@ -93,7 +116,7 @@ class LayerMemory(nn.Module):
         if local_keys is not None:
             reads.append(dense_read(query, local_keys, self.local_values))
         if shared.global_keys is not None and shared.global_values is not None:
-            reads.append(dense_read(query, shared.global_keys, shared.global_values))
+            reads.append(self.read_global(query, shared.global_keys, shared.global_values, self.lookup))
         mixed = iter(self.backend.softmax_reads(reads))
 
         injected, local_gate, global_gate = hidden, None, None
@@ -110,6 +133,87 @@ def dense_read(query: Tensor, keys: Tensor, values: Tensor) -> SlotRead:
     """All [S, D] slots are candidates; written out, for one head of width D is too wide for fused attention."""
     scores = F.linear(query, keys * query.shape[-1] ** -0.5)
     return SlotRead(scores, lambda weights: weights @ values)
+
+
+class Lookup(NamedTuple):
+    """What a retrieval needs to know besides query, keys and values."""
+
+    k: int
+    """slots that a token reads, of all ranks"""
+    slots: range
+    """the slots of the bank that this rank holds"""
+    backend: Backend
+
+
+def topk_read(query: Tensor, keys: Tensor, values: Tensor, lookup: Lookup) -> SlotRead:
+    """The k slots with the largest scores, found exactly: all [S, D] keys are scored, without gradient.
+
+    Costs memory: the selected keys, [B, T, k, D], are kept for the backward pass of each read (recomputing loops frees
+    them), and there each read makes a gradient of the size of the keys and one of the size of the values.
+    """
+    query = query * query.shape[-1] ** -0.5
+    slots = best_slots(query, keys, lookup.k)
+    scores = (F.embedding(slots, keys) @ query.unsqueeze(-1)).squeeze(-1)
+    counts = lookup.backend.top_candidates(scores.detach(), lookup.k)
+    return SlotRead(scores.masked_fill(~counts, -math.inf), mixture_of(slots, values))
+
+
+def best_slots(query: Tensor, keys: Tensor, k: int) -> Tensor:
+    """The min(k, S) slots of [S, D] keys with the largest q . k, best first: [B, T, k], without gradient.
+
+    Scores are made for a chunk of slots at a time, SEARCH_BYTES of them; [B, T, S] never exists. They have the query's
+    dtype; which of several slots with equal scores are taken is torch.topk's choice.
+    """
+    chunk = max(k, SEARCH_BYTES // (query[..., 0].numel() * query.element_size()))
+    with torch.no_grad():
+        best, found = query[..., :0], query[..., :0].long()
+        for start in range(0, len(keys), chunk):
+            part = keys[start : start + chunk]
+            scores, slots = F.linear(query, part).topk(min(k, len(part)), dim=-1)
+            best, found = torch.cat((best, scores), dim=-1), torch.cat((found, slots + start), dim=-1)
+            best, order = best.topk(min(k, best.shape[-1]), dim=-1)
+            found = found.gather(-1, order)
+    return found
+
+
+def product_key_read(query: Tensor, subkeys: Tensor, values: Tensor, lookup: Lookup) -> SlotRead:
+    """The k slots with the largest scores, by product keys (Lample et al., 2019, arXiv 1907.05242).
+
+    Slot i n + j has the key [subkeys[0, i]; subkeys[1, j]], so its score is the sum of one score of each half of the
+    query, and the k best slots are among the k x k sums of the k best of each half. `subkeys` [2, n, D/2] are the same
+    on all ranks, `values` [S, D] are this rank's slots: every rank finds the same k and counts those it holds.
+    """
+    first, second = (query * query.shape[-1] ** -0.5).chunk(2, dim=-1)
+    rows, columns = F.linear(first, subkeys[0]), F.linear(second, subkeys[1])
+    with torch.no_grad():
+        best_rows, i = rows.topk(lookup.k, dim=-1)
+        best_columns, j = columns.topk(lookup.k, dim=-1)
+        sums = (best_rows.unsqueeze(-1) + best_columns.unsqueeze(-2)).flatten(-2)
+        pairs = sums.topk(lookup.k, dim=-1).indices
+        i, j = i.gather(-1, pairs // lookup.k), j.gather(-1, pairs % lookup.k)
+        slots = i * subkeys.shape[1] + j - lookup.slots.start
+        held = (slots >= 0) & (slots < len(values))
+        slots = slots % len(values)  # slots that others hold have weight 0: any row will do, but not one for all
+    scores = rows.gather(-1, i) + columns.gather(-1, j)
+    return SlotRead(scores.masked_fill(~held, -math.inf), mixture_of(slots, values))
+
+
+def mixture_of(slots: Tensor, values: Tensor) -> Callable[[Tensor], Tensor]:
+    """weights [B, T, C] -> sum over c of weights[c] values[slots[c]], [B, T, D]; no [B, T, C, D] is made."""
+
+    def mix(weights: Tensor) -> Tensor:
+        mixed = F.embedding_bag(slots.flatten(0, 1), values, per_sample_weights=weights.flatten(0, 1), mode="sum")
+        return mixed.view(*slots.shape[:2], -1)
+
+    return mix
+
+
+RETRIEVALS: Mapping[str, Callable[[Tensor, Tensor, Tensor, Lookup], SlotRead]] = {
+    "dense": lambda query, keys, values, lookup: dense_read(query, keys, values),
+    "topk": topk_read,
+    "product_keys": product_key_read,
+}
+"""How the global bank is read, by `retrieval`: a new way is a new function and a line here."""
 
 
 class LinearGate(nn.Module):

@@ -15,7 +15,7 @@ from loopmem_pretrain.config.training import OptimizerConfig, ScheduleConfig, Tr
 # Role of a parameter by its public name; first match wins and every parameter must match.
 ROLES: list[tuple[str, str]] = [
     ("embedding", r"embed_tokens\.weight$"),
-    ("bank", r"(local|global)_(keys|values)$"),
+    ("bank", r"(local|global)_(keys|subkeys|values)$"),
     ("norm", r"norm\.(weight|bias)$"),
     ("step_scale", r"step_scales$"),
     ("bias", r"\.bias$"),

@@ -65,7 +65,46 @@ def test_unknown_gate(files):
 
 
 def test_unknown_retrieval(files):
-    assert "model.retrieval: must be dense (got 'topk')" in files.problems(GOOD, "model.retrieval=topk")
+    said = files.problems(GOOD, "model.retrieval=hash")
+    assert "model.retrieval: must be dense, topk or product_keys (got 'hash')" in said
+
+
+@pytest.mark.parametrize("retrieval", ["topk", "product_keys"])
+def test_retrieval_without_a_global_bank(files, retrieval):
+    said = files.problems(GOOD, f"model.retrieval={retrieval}")
+    assert f"model.retrieval: '{retrieval}' reads the global bank, and there is none; set global_slots" in said
+
+
+def test_topk_without_effect(files):
+    said = files.problems(GOOD, "model.global_slots=64", "model.retrieval_topk=16")
+    assert "model.retrieval_topk: 16 has no effect with retrieval 'dense'; leave it out, or set retrieval" in said
+
+
+def test_more_than_all_slots(files):
+    said = files.problems(GOOD, "model.global_slots=31", "model.retrieval=topk")
+    assert "model.retrieval_topk: 32 is more than global_slots 31; valid: 1 to 31" in said
+
+
+@pytest.mark.parametrize(("slots", "nearest"), [(1000, "961 or 1024"), (2, "1 or 4")])
+def test_product_keys_of_slots_that_are_no_square(files, slots, nearest):
+    said = files.problems(GOOD, "model.retrieval=product_keys", f"model.global_slots={slots}")
+    assert f"model.global_slots: {slots} is no square" in said and said.endswith(f"nearest valid: {nearest}")
+
+
+def test_more_than_the_half_keys(files):
+    said = files.problems(GOOD, "model.retrieval=product_keys", "model.global_slots=256")
+    assert "model.retrieval_topk: 32 is more than the 16 half-keys of a side of 256 slots; valid: 1 to 16" in said
+
+
+def test_read_of_no_slot(files):
+    said = files.problems(GOOD, "model.retrieval=topk", "model.global_slots=64", "model.retrieval_topk=0")
+    assert "model.retrieval_topk: must be " in said
+
+
+@pytest.mark.parametrize("retrieval", ["topk", "product_keys"])
+def test_a_million_slots_are_fine(files, retrieval):
+    model = files.load(GOOD, f"model.retrieval={retrieval}", "model.global_slots=1048576").model
+    assert (model.retrieval, model.retrieval_topk) == (retrieval, 32)
 
 
 @pytest.mark.parametrize("scale", ["one", "inverse_depth"])

@@ -29,6 +29,8 @@ VARIANTS = {
     "loop": {"max_loops": 3},
     "scalar": {"max_loops": 2, "local_slots": 8, "gate": "scalar"},
     "constant": {"max_loops": 1, "local_slots": 8, "gate": "constant", "gate_init_bias": 0.5},
+    "topk": {"max_loops": 2, "local_slots": 8, "global_slots": 24, "retrieval": "topk", "retrieval_topk": 5},
+    "product_keys": {"max_loops": 2, "global_slots": 36, "retrieval": "product_keys", "retrieval_topk": 4},
     "plain": {"max_loops": 0, "residual_scale": "inverse_depth"},
 }
 

@@ -24,6 +24,8 @@ VARIANTS = [
     {"local_slots": 0},
     {"global_slots": 0},
     {"local_slots": 0, "global_slots": 0},
+    {"global_slots": 256, "retrieval": "topk", "retrieval_topk": 16},
+    {"global_slots": 256, "retrieval": "product_keys", "retrieval_topk": 16},
     {"num_key_value_heads": 4},
     {"tie_word_embeddings": True},
     {"max_loops": 1, "ponder_weight": 0.0},
@@ -61,11 +63,17 @@ def explicit_attention(q, k, v, is_causal, enable_gqa):
     return torch.softmax(q @ k.transpose(-1, -2), dim=-1) @ v
 
 
+def explicit_bag(slots, values, per_sample_weights, mode):
+    """The same sums as a matrix product, which torch's counter sees."""
+    return (per_sample_weights.unsqueeze(1) @ values[slots]).squeeze(1)
+
+
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_flops_against_torch(changes, monkeypatch):
     sizes = {"hidden_size": 64, "intermediate_size": 160, "local_slots": 24, "global_slots": 16}
     model = ModelConfig(**{**TINY_MODEL, **sizes, **changes})
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", explicit_attention)
+    monkeypatch.setattr(torch.nn.functional, "embedding_bag", explicit_bag)
     built = LoopMemLM(model, TorchBackend())
     tokens = torch.randint(0, 96, (2, 32))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -75,7 +83,8 @@ def test_flops_against_torch(changes, monkeypatch):
     with FlopCounterMode(display=False) as counter:
         built(tokens, labels=tokens).loss.backward()
     # Backward is twice forward, but for gradients nobody needs: those of the input embedding's input.
-    assert 3 * ours == pytest.approx(counter.get_total_flops(), rel=0.01)
+    ours = training_flops_per_token(model, 32, causal=False) * tokens.numel()
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 def test_causal_correction_by_hand():
@@ -84,6 +93,20 @@ def test_causal_correction_by_hand():
     full = forward_flops_per_token(model, 4096, causal=False).total
     causal = forward_flops_per_token(model, 4096).total
     assert full - causal == 12 * 3 * 4 * 768 * 2048
+
+
+def test_a_million_slots_by_hand():
+    """S = 2^20, k = 32, D = 768: a search scores all slots, product keys 2 x 1,024 halves."""
+    sizes = {"max_loops": 1, "num_hidden_layers": 1, "global_slots": 2**20, "hidden_size": 768, "ponder_weight": 0.0}
+    projection_and_gate = 4 * 768 * 768
+    topk, product = (
+        forward_flops_per_token(ModelConfig(**{**TINY_MODEL, **sizes, "retrieval": kind}), 4096)
+        for kind in ("topk", "product_keys")
+    )
+    assert topk.slot_search == 2 * 2**20 * 768
+    assert topk.global_reads - projection_and_gate == 4 * 32 * 768
+    assert product.slot_search == 0
+    assert product.global_reads - projection_and_gate == 2 * 1024 * 768 + 2 * 32 * 768
 
 
 def test_known_rate_of_the_authors():
