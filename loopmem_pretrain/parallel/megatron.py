@@ -130,6 +130,10 @@ class _WithoutExtraState(nn.Module):
     get_extra_state = nn.Module.get_extra_state
     set_extra_state = nn.Module.set_extra_state
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._load_state_dict_pre_hooks.clear()  # megatron's, which puts it into what is loaded
+
 
 class ColumnLinear(_WithoutExtraState, ColumnParallelLinear):  # type: ignore[misc]
     """[B, T, D], entered -> [B, T, out / ranks]."""

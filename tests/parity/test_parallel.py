@@ -1,10 +1,14 @@
 """Every mix of tensor, pipeline, data and sequence parallelism against one plain process, in float32.
 
 Five optimizer steps: losses, gradient norms, the gradients of the first step, parameters and statistics. `make test`
-runs a covering subset of the matrix, `make test-all` the full product.
+runs a subset of the matrix in which every pair of choices occurs; `make test-all` every combination of the parallel
+choices, the model's choices spread over them. The full product of both is some thousand runs, and nobody's default.
 """
 
+import itertools
+import math
 from functools import lru_cache
+from typing import Any
 
 import pytest
 import torch
@@ -111,33 +115,122 @@ def close(value, whole, part, limit, what):
     torch.testing.assert_close(value, whole, rtol=0, atol=limit, msg=lambda m: f"{what}: {m}")
 
 
-def run(tp=1, pp=1, dp=1, zero=1, sp=False, banks="replicated", accumulation=2, **model):
-    """The tiny model of four layers on tp x pp x dp ranks."""
-    layers = {"num_hidden_layers": 4}
-    parallel = {
-        "tensor_model_parallel_size": tp,
-        "pipeline_model_parallel_size": pp,
-        "zero_stage": zero,
-        "sequence_parallel": sp,
-        "memory_placement": banks,
-    }
-    training = {"global_batch_size": 2 * dp * accumulation, "micro_batch_size": 2}
-    return tiny_run(parallel=parallel, training=training, model=layers | model)
+# ---- the matrix ------------------------------------------------------------------------------------------------------
 
-
-CASES = {
-    "tp2": {"tp": 2},
-    "tp2-sharded": {"tp": 2, "banks": "sharded"},
-    "tp2-sp": {"tp": 2, "sp": True},
-    "tp2-sp-sharded": {"tp": 2, "sp": True, "banks": "sharded"},
-    "pp2": {"pp": 2},
-    "tp2-pp2": {"tp": 2, "pp": 2},
+LAYOUTS = {  # tensor, pipeline, data-parallel size
+    "tp2": (2, 1, 1),
+    "tp4": (4, 1, 1),
+    "pp2": (1, 2, 1),
+    "pp4": (1, 4, 1),
+    "tp2-pp2": (2, 2, 1),
+    "tp2-dp2": (2, 1, 2),
+    "pp2-dp2": (1, 2, 2),
+    "tp2-pp2-dp2": (2, 2, 2),
+    "dp3": (1, 1, 3),
 }
+PARALLEL_AXES = {"layout": list(LAYOUTS), "zero": [1, 2, 3], "sp": [False, True], "banks": ["replicated", "sharded"]}
+MODEL_AXES = {
+    "retrieval": ["dense", "topk", "product_keys"],
+    "kv_heads": [4, 2],
+    "loops": [3, 1],
+    "accumulation": [4, 1],
+    "vocab": [96, 97],
+    "tied": [False, True],
+}
+Case = dict[str, Any]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_equals_one_process(case):
-    settings = CASES[case]
-    config = run(**settings)
-    world_size = settings.get("tp", 1) * settings.get("pp", 1) * settings.get("dp", 1)
-    check(config, world_size)
+def is_offered(case: Case) -> bool:
+    """What the preflight lets pass, and no value twice under two names."""
+    tensor, pipeline, _ = LAYOUTS[case["layout"]]
+    return (
+        (case["zero"] == 1 or pipeline == 1)
+        and (tensor > 1 or not (case["sp"] or case["banks"] == "sharded"))
+        and case.get("kv_heads", 4) % tensor == 0
+        and case.get("accumulation", 4) >= pipeline
+    )
+
+
+def product(axes: dict[str, list[Any]]) -> list[Case]:
+    """Every combination that is offered."""
+    cases = (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
+    return [case for case in cases if is_offered(case)]
+
+
+def pairs(case: Case) -> set[tuple[Any, ...]]:
+    return set(itertools.combinations(case.items(), 2))
+
+
+def covering(cases: list[Case]) -> list[Case]:
+    """A small subset in which every pair of values that occurs in `cases` occurs; greedy, always the same."""
+    table = [(pairs(case), case) for case in cases]
+    open_pairs = set().union(*(found for found, _ in table))
+    chosen = []
+    while open_pairs:
+        found, best = max(table, key=lambda entry: len(entry[0] & open_pairs))
+        chosen.append(best)
+        open_pairs -= found
+    return chosen
+
+
+def spread(cases: list[Case]) -> list[Case]:
+    """Each parallel case with a row of the model's covering table, row after row."""
+    rows = covering([case | {"layout": "tp2", "zero": 1, "sp": False, "banks": "replicated"} for case in MODELS])
+    result = []
+    for number, case in enumerate(cases):
+        turn = (rows[(number + shift) % len(rows)] | case for shift in range(len(rows)))
+        result.append(next(candidate for candidate in turn if is_offered(candidate)))
+    return result
+
+
+MODELS = [dict(zip(MODEL_AXES, values, strict=True)) for values in itertools.product(*MODEL_AXES.values())]
+COVERING = covering(product(PARALLEL_AXES | MODEL_AXES))
+ALL_LAYOUTS = spread(product(PARALLEL_AXES))
+
+
+def run_of(case: Case):
+    tensor, pipeline, data = LAYOUTS[case["layout"]]
+    parallel = {
+        "tensor_model_parallel_size": tensor,
+        "pipeline_model_parallel_size": pipeline,
+        "zero_stage": case["zero"],
+        "sequence_parallel": case["sp"],
+        "memory_placement": case["banks"],
+    }
+    model = {
+        "num_hidden_layers": 4,
+        "num_key_value_heads": case["kv_heads"],
+        "max_loops": case["loops"],
+        "ponder_weight": 0.05 if case["loops"] > 1 else 0.0,
+        "vocab_size": case["vocab"],
+        "tie_word_embeddings": case["tied"],
+        "retrieval": case["retrieval"],
+        "global_slots": 16,
+    }
+    if case["retrieval"] != "dense":
+        model["retrieval_topk"] = 3
+    training = {"global_batch_size": 2 * data * case["accumulation"], "micro_batch_size": 2}
+    return tiny_run(parallel=parallel, training=training, model=model)
+
+
+def name_of(case: Case) -> str:
+    return " ".join(str(case[key]) if isinstance(case[key], str) else f"{key}={case[key]}" for key in case)
+
+
+@pytest.mark.parametrize("case", COVERING, ids=name_of)
+def test_every_pair_of_choices(case):
+    check(run_of(case), math.prod(LAYOUTS[case["layout"]]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ALL_LAYOUTS, ids=name_of)
+def test_every_layout(case):
+    check(run_of(case), math.prod(LAYOUTS[case["layout"]]))
+
+
+def test_the_covering_cases_use_every_value_with_every_other():
+    for axis, values in (PARALLEL_AXES | MODEL_AXES).items():
+        assert {case[axis] for case in COVERING} == set(values), axis
+    everything = product(PARALLEL_AXES | MODEL_AXES)
+    assert set().union(*map(pairs, COVERING)) == set().union(*map(pairs, everything))
+    assert len(COVERING) < 40 < len(ALL_LAYOUTS) < len(everything)
