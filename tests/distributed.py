@@ -59,6 +59,9 @@ def _serve(pipe: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
+    # What ranks need, so that none of them imports it; nothing here joins a group or opens a device.
+    import loopmem_pretrain.parallel.megatron
+    import loopmem_pretrain.training.trainer  # noqa: F401
     while True:
         try:
             request = pipe.recv()

@@ -5,7 +5,6 @@ ZeRO 2 and 3 run in the plain engine. The trainer sees `train_batch`, `evaluate`
 """
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -25,9 +24,11 @@ from loopmem_pretrain.model.backend import Backend, TorchBackend
 from loopmem_pretrain.model.init import initialize
 from loopmem_pretrain.model.loopmem import LoopedLayer, PlainLayer
 from loopmem_pretrain.model.memory import SharedMemory, SharedRead
+from loopmem_pretrain.parallel.checks import replica_differences
 from loopmem_pretrain.parallel.collectives import all_reduced
 from loopmem_pretrain.parallel.placement import Part, part_of, placement, whole_shape
 from loopmem_pretrain.parallel.stages import stage_bounds
+from loopmem_pretrain.parallel.start import join_process_group
 from loopmem_pretrain.parallel.topology import Topology
 from loopmem_pretrain.quiet import deepspeed_chatter_held_back
 from loopmem_pretrain.training import pipeline
@@ -40,22 +41,18 @@ log = logging.getLogger(__name__)
 Batches = Iterator[tuple[Tensor, Tensor]]
 
 
-def init_distributed(device: torch.device) -> None:
-    """Join the process group; a process started alone becomes a group of one."""
-    alone = "RANK" not in os.environ
-    if alone:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-    os.environ.setdefault("LOCAL_RANK", "0")
+def init_distributed(device: torch.device, parallel: ParallelConfig) -> None:
+    """Join the process group, DeepSpeed's view of it included; a process started alone becomes a group of one.
+
+    Raises:
+        EnvironmentFault: ranks are missing (see parallel/start.py).
+    """
     if device.type == "cpu":
         # DeepSpeed would compile its shared-memory communication here (70 s) although gloo does the work.
         from deepspeed.ops import __compatible_ops__
 
         __compatible_ops__["deepspeed_shm_comm"] = False
-    if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        store = torch.distributed.HashStore() if alone else None  # type: ignore[attr-defined]
-        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    join_process_group("nccl" if device.type == "cuda" else "gloo", parallel)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
 
 
@@ -202,6 +199,30 @@ class TrainingEngine:
         if self.topology.pipeline_size > 1:
             dist.all_reduce(scales, group=self.topology.groups["pipeline"])
         return cast(list[list[float]], scales.tolist())
+
+    def replica_differences(self) -> list[str]:
+        """Working weights that should be the same bits on several ranks and are not, in words; a collective.
+
+        Compared over data-parallel ranks (below ZeRO 3, which shards them), over tensor-parallel ranks where they are
+        whole on each, and over the pipeline stages that share a tied module.
+        """
+        parallel, topology = self.config.parallel, self.topology
+        named = [(self.public_names[name], weight) for name, weight in self.engine.module.named_parameters()]
+        found: list[str] = []
+        if parallel.zero_stage < 3:
+            found += replica_differences(named, topology.groups["data"], "data-parallel")
+            whole = [(name, weight) for name, weight in named if placement(name, parallel).cut is None]
+            found += replica_differences(whole, topology.groups["tensor"], "tensor-parallel")
+        if topology.pipeline_size > 1:
+            for key, tied in self.engine.module.tied_comms.items():
+                prefix = f"tied_modules.{key}."
+                weights = [
+                    (self.public_names[prefix + name], weight) for name, weight in tied["module"].named_parameters()
+                ]
+                found += replica_differences(weights, tied["group"], "pipeline")
+        everywhere: list[Any] = [None] * topology.world_size
+        dist.all_gather_object(everywhere, found)
+        return sorted({line for lines in everywhere for line in lines})
 
     def _set_schedules(self, step: int) -> None:
         config = self.config

@@ -1,6 +1,7 @@
 """What happens beside the training step: validation, logs, alarms, checkpoints, stopping.
 
-The order in `make_hooks` is the order after each step: validate, log (with the validation's result), save.
+The order in `make_hooks` is the order after each step: validate, log (with the validation's result), compare replicas,
+save. So what the alarms or the comparison refuse is never saved.
 """
 
 import logging
@@ -12,6 +13,7 @@ from loopmem_pretrain.checkpoint.state import save
 from loopmem_pretrain.data.sampler import validation_batches, validation_samples
 from loopmem_pretrain.errors import TrainingGaveUp
 from loopmem_pretrain.model.flops import training_flops_per_token
+from loopmem_pretrain.parallel.checks import replicas_differ
 from loopmem_pretrain.progress import ProgressBar
 from loopmem_pretrain.training.hardware import peak_flops
 from loopmem_pretrain.training.loggers import Logger, Metrics, make_loggers
@@ -34,7 +36,7 @@ class Hook(Protocol):
 
 
 def make_hooks(trainer: "Trainer") -> list[Hook]:
-    return [ValidateHook(trainer), LogHook(trainer), CheckpointHook()]
+    return [ValidateHook(trainer), LogHook(trainer), ReplicaHook(), CheckpointHook()]
 
 
 class ValidateHook:
@@ -93,7 +95,7 @@ class LogHook:
         if self.bar:
             self.bar.update(trainer.position.step, _headline(metrics))
         self._start_interval(trainer)
-        trainer.agree_to_stop()
+        trainer.agree()
 
     def close(self, trainer: "Trainer") -> None:
         for logger in self.loggers:
@@ -136,6 +138,24 @@ class LogHook:
             weight = ponder_weight(step, config.model.ponder_weight, config.training)
             metrics |= {"ponder_weight": weight, **loops, "step_scales": scales, "zeta": zeta}
         return metrics
+
+
+class ReplicaHook:
+    """Every `parallel.check_replicas_interval` steps and when asked by SIGUSR2: are copies of weights still equal?"""
+
+    def after_step(self, trainer: "Trainer") -> None:
+        interval, step = trainer.config.parallel.check_replicas_interval, trainer.position.step
+        if not trainer.check_replicas and (not interval or step % interval):
+            return
+        trainer.check_replicas = False
+        with trainer.pause():
+            differences = trainer.engine.replica_differences()
+        if differences:
+            raise replicas_differ(differences, step)
+        if trainer.rank == 0:
+            log.info("replicas are identical at step %d", step)
+
+    def close(self, trainer: "Trainer") -> None: ...
 
 
 class CheckpointHook:

@@ -20,6 +20,7 @@ from loopmem_pretrain.data.dataset import open_training, open_validation
 from loopmem_pretrain.data.sampler import train_batches
 from loopmem_pretrain.errors import EnvironmentFault, LoopMemError
 from loopmem_pretrain.model.flops import parameter_counts
+from loopmem_pretrain.parallel.start import place_from_environment
 from loopmem_pretrain.parallel.topology import Topology
 from loopmem_pretrain.training import run_folder
 from loopmem_pretrain.training.engine import TrainingEngine, init_distributed
@@ -38,9 +39,10 @@ class Trainer:
         `stop_at_step` ends this start, not the run: a checkpoint is written and the same command continues.
         """
         self.config, self.run_dir = config, Path(config.run_dir)
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.device = choose_device(config, int(os.environ.get("LOCAL_RANK", "0")))
-        init_distributed(self.device)
+        place = place_from_environment()
+        self.rank = place.rank
+        self.device = choose_device(config, place.local_rank)
+        init_distributed(self.device, config.parallel)
         self.topology = Topology.join(config.parallel)
         self.world_size = self.topology.world_size
         if config.training.deterministic:
@@ -58,6 +60,8 @@ class Trainer:
         self.stop_at_step = min(stop_at_step or config.training.train_steps, config.training.train_steps)
         self.stop_reason: str | None = None
         self.signal: str | None = None
+        self.check_asked = self.check_replicas = False
+        """Whether this rank was asked by SIGUSR2 to compare replicas, and whether all ranks have agreed to."""
         self.pause_seconds = 0.0
         self.loss_sum = torch.zeros((), device=self.device)
         self.pending: dict[str, Any] = {}
@@ -147,13 +151,16 @@ class Trainer:
         """Whether the step just done is the last of this start."""
         return self.position.step >= self.stop_at_step or self.stop_reason is not None
 
-    def agree_to_stop(self) -> None:
-        """If any rank was asked to stop, all ranks stop here. A collective, called where the host waits anyway."""
+    def agree(self) -> None:
+        """What any rank was asked by a signal, all ranks do now. A collective, called where the host waits anyway."""
         names = ("SIGTERM", "SIGINT", "SIGUSR1")
-        code = torch.tensor(names.index(self.signal) + 1 if self.signal else 0, device=self.device)
-        dist.all_reduce(code, op=dist.ReduceOp.MAX)
-        if int(code):
-            self.stop_reason = f"stopped by {names[int(code) - 1]}"
+        stop = names.index(self.signal) + 1 if self.signal else 0
+        asked = torch.tensor([stop, int(self.check_asked)], device=self.device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        stop, check = asked.tolist()
+        if stop:
+            self.stop_reason = f"stopped by {names[stop - 1]}"
+        self.check_replicas, self.check_asked = bool(check), False
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -190,16 +197,21 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM, SIGINT and SIGUSR1 ask for a clean stop at the next log interval; a second SIGINT is immediate."""
+        """SIGTERM, SIGINT and SIGUSR1 ask for a clean stop at the next log interval; a second SIGINT is immediate.
+
+        SIGUSR2 asks for a comparison of replicas there.
+        """
 
         def remember(number: int, frame: Any) -> None:
             if self.signal == "SIGINT" and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self.signal = signal.Signals(number).name
+            if number == signal.SIGUSR2:
+                self.check_asked = True
+            else:
+                self.signal = signal.Signals(number).name
 
-        previous = {
-            number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-        }
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+        previous = {number: signal.signal(number, remember) for number in numbers}
         try:
             yield
         finally:

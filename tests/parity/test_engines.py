@@ -58,7 +58,7 @@ def make_engine(config):
     from loopmem_pretrain.parallel.topology import Topology
     from loopmem_pretrain.training.engine import TrainingEngine, init_distributed
 
-    init_distributed(torch.device("cpu"))
+    init_distributed(torch.device("cpu"), config.parallel)
     return TrainingEngine(config, torch.device("cpu"), Topology.join(config.parallel))
 
 
