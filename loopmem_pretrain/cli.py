@@ -135,7 +135,7 @@ def prepare_data(options: Any) -> int:
 
 def train(options: Any) -> int:
     from loopmem_pretrain.config.load import load_config
-    from loopmem_pretrain.config.run import RunConfig, run_problems
+    from loopmem_pretrain.config.run import RunConfig, check_topology, run_problems
     from loopmem_pretrain.training.launch import train_here, train_on_ranks
 
     if options.stop_at_step is not None and options.stop_at_step < 1:
@@ -145,6 +145,7 @@ def train(options: Any) -> int:
     if options.ranks < 1:
         raise ConfigError(f"--ranks {options.ranks} is not valid", "give 1 or more")
     config = load_config(RunConfig, options.config, options.overrides, run_problems)  # complain once, not on every rank
+    check_topology(config, options.ranks)
     stop = ["--stop-at-step", str(options.stop_at_step)] if options.stop_at_step else []
     return train_on_ranks(options.ranks, ["--config", options.config, *stop, *options.overrides], config.run_dir)
 

@@ -65,11 +65,14 @@ _PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 def join_process_group(backend: str, parallel: ParallelConfig) -> None:
     """Join the default process group over `backend` (nccl or gloo); a process started alone becomes a group of one.
 
+    Collectives of this and of all groups made later give up after `parallel.collective_timeout_seconds`.
+
     Raises:
         EnvironmentFault: ranks are missing after `parallel.join_timeout_seconds` (it names them), or the store cannot
             be opened or reached.
     """
     import torch.distributed as dist
+    from torch.distributed import distributed_c10d as c10d
 
     if dist.is_initialized():
         return
@@ -80,26 +83,17 @@ def join_process_group(backend: str, parallel: ParallelConfig) -> None:
         _meet(store, place, parallel.join_timeout_seconds)
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
-        os.environ.update({name: str(value) for name, value in zip(_PLACE, place, strict=True)})  # for DeepSpeed
+    os.environ.update({name: str(value) for name, value in zip(_PLACE, place, strict=True)})  # DeepSpeed reads them
+    limit = timedelta(seconds=parallel.collective_timeout_seconds)
+    # DeepSpeed makes groups without a limit of their own; torch gives them these, not that of the default group.
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = limit  # type: ignore[attr-defined]
     dist.init_process_group(
         backend,
         store=dist.PrefixStore("process-group", store),  # type: ignore[attr-defined]
         rank=place.rank,
         world_size=place.world_size,
-        timeout=timedelta(seconds=parallel.collective_timeout_seconds),
+        timeout=limit,
     )
-
-
-def limit_collectives(parallel: ParallelConfig) -> None:
-    """Give every process group that exists now `parallel.collective_timeout_seconds`.
-
-    Groups that DeepSpeed and megatron-core make do not inherit the limit of the default group. Call it once, when all
-    groups are made; ranks may call it at different times.
-    """
-    from torch.distributed import distributed_c10d as c10d
-
-    for group in list(c10d._world.pg_map):
-        c10d._set_pg_timeout(timedelta(seconds=parallel.collective_timeout_seconds), group)
 
 
 def ranks_in_words(ranks: list[int]) -> str:

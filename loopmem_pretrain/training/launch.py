@@ -6,17 +6,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from loopmem_pretrain.errors import EXIT_DONE, EnvironmentFault, LoopMemError
+from loopmem_pretrain.errors import EXIT_DONE, EnvironmentFault, HangDetected, LoopMemError
 from loopmem_pretrain.quiet import prepare_imports
 
 
 def train_here(config_path: str, overrides: Sequence[str], stop_at_step: int | None) -> int:
     """Train as the rank that the environment (RANK, WORLD_SIZE, ...) says, or alone. Returns the exit code."""
     from loopmem_pretrain.config.load import load_config
-    from loopmem_pretrain.config.run import RunConfig, run_problems
+    from loopmem_pretrain.config.run import RunConfig, check_topology, run_problems
+    from loopmem_pretrain.parallel.start import place_from_environment
     from loopmem_pretrain.training import run_folder
 
     config = load_config(RunConfig, config_path, overrides, run_problems)
+    check_topology(config, place_from_environment().world_size)
     prepare_imports(config.training.device)
     import torch.distributed as dist
 
@@ -40,17 +42,29 @@ def train_here(config_path: str, overrides: Sequence[str], stop_at_step: int | N
     return EXIT_DONE
 
 
-def _lost_rank(error: RuntimeError) -> EnvironmentFault | None:
-    """The named error behind a collective that broke off because another rank is gone, else None."""
+# In what gloo (its source path) and NCCL say of a rank that is gone; torch's store raises errors of its own kind.
+_LOST = ("gloo/transport", "Gloo connectFullMesh", "NCCL")
+# What gloo says of a rank that is there but does not come to a collective.
+_HANGING = ("Timed out waiting", "Application timeout")
+
+
+def _lost_rank(error: RuntimeError) -> LoopMemError | None:
+    """The named error behind a collective that broke off because another rank is gone or hangs, else None."""
     import torch.distributed as dist
 
-    signs = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")
-    if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in signs):
-        return None
-    return EnvironmentFault(
-        "lost contact with another rank in the middle of a collective",
-        "see that rank's own message; then start the same command to resume from the last checkpoint",
-    )
+    said = str(error)
+    if any(sign in said for sign in _HANGING):
+        return HangDetected(
+            "another rank did not come to a collective within parallel.collective_timeout_seconds",
+            "see what that rank says or does (py-spy dump --pid PID); if it only was slow, raise "
+            "parallel.collective_timeout_seconds; the same command resumes from the last checkpoint",
+        )
+    if isinstance(error, dist.DistError) or any(sign in said for sign in _LOST):
+        return EnvironmentFault(
+            "lost contact with another rank in the middle of a collective",
+            "see that rank's own message; then start the same command to resume from the last checkpoint",
+        )
+    return None
 
 
 def train_on_ranks(ranks: int, arguments: Sequence[str], run_dir: str) -> int:

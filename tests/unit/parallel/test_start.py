@@ -19,7 +19,7 @@ def join_on_rank(rank, world_size, absent=(), seconds=3, late=(), environment=No
     import torch.distributed as dist
 
     from loopmem_pretrain.config.parallel import ParallelConfig
-    from loopmem_pretrain.parallel.start import join_process_group, limit_collectives
+    from loopmem_pretrain.parallel.start import join_process_group
 
     os.environ.update(environment or {})
     if rank in absent:
@@ -30,8 +30,8 @@ def join_on_rank(rank, world_size, absent=(), seconds=3, late=(), environment=No
     parallel = ParallelConfig(join_timeout_seconds=seconds, collective_timeout_seconds=5)
     try:
         join_process_group("gloo", parallel)
-        dist.new_group(list(range(world_size)))
-        limit_collectives(parallel)
+        later = dist.new_group(list(range(world_size)))
+        assert later._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 5
         value = torch.tensor(float(rank))
         dist.all_reduce(value)
         dist.barrier()
