@@ -89,7 +89,11 @@ def build_parser() -> argparse.ArgumentParser:
     report_ = command("report", report, "Write a run's report.html.")
     report_.add_argument("run_dir", metavar="RUN")
     report_.add_argument("--out", metavar="FILE", help="default: RUN/report.html")
-    with_config(command("estimate", estimate, "Parameters, FLOPs and batch arithmetic of a config, without torch."))
+    help_ = "Parameters, FLOPs, memory and traffic of a config, plans that fit, step times on a cluster; without torch."
+    estimate_ = with_config(command("estimate", estimate, help_))
+    estimate_.add_argument("--ranks", type=int, metavar="N", help="GPUs of the run; also lists the plans that fit them")
+    estimate_.add_argument("--gpu-memory", type=float, metavar="GB", help="of one GPU (default: the cluster's, or 80)")
+    estimate_.add_argument("--cluster", metavar="FILE", help="simulate step times, such as configs/cluster/h100.yaml")
     demo_ = command("demo", demo, "The whole job on real text, command by command (what `make demo` runs).")
     demo_.add_argument("--run-dir", default="runs/demo", metavar="RUN", help="default: runs/demo")
     return parser
@@ -201,11 +205,14 @@ def report(options: Any) -> int:
 
 
 def estimate(options: Any) -> int:
+    from loopmem_pretrain.config.cluster import ClusterConfig
     from loopmem_pretrain.config.load import load_config
     from loopmem_pretrain.config.run import RunConfig, run_problems
     from loopmem_pretrain.tools.estimate import describe
 
-    print(describe(load_config(RunConfig, options.config, options.overrides, run_problems)))
+    config = load_config(RunConfig, options.config, options.overrides, run_problems)
+    cluster = load_config(ClusterConfig, options.cluster) if options.cluster else None
+    print(describe(config, options.ranks, options.gpu_memory, cluster))
     return EXIT_DONE
 
 

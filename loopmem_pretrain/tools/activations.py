@@ -1,10 +1,10 @@
 """Bytes that autograd keeps between forward and backward pass, by formula; all for one micro-batch and one rank.
 
-Each term is a tensor of model/loopmem.py or model/memory.py, in the order of its operations. Measured, within a few
-percent, by tests/unit/tools/test_activations.py in float32 and bf16.
+Each term is a tensor of model/loopmem.py or model/memory.py, in the order of its operations.
+tests/unit/tools/test_activations.py holds the sums against the tensors that are alive after a forward pass.
 
-Letters: n tokens of the micro-batch, n' those of the part of the residual stream that this rank holds (n, or n / TP with
-sequence parallelism), a bytes of one activation, t = TP.
+Letters: n tokens of the micro-batch, n' those of the part of the residual stream that this rank holds (n, or n / TP
+with sequence parallelism), a bytes of one activation, t = TP.
 
 On a GPU an RMSNorm is one kernel that keeps its input; on a CPU it keeps its input and its normalised input, both in
 float32 (`fused_norms=False`): what is printed is for a GPU, what tests measure is a CPU. Attention keeps q, k, v, its

@@ -14,18 +14,19 @@ from loopmem_pretrain.parallel.stages import layers_of_stage
 
 
 class Weight(NamedTuple):
-    """One parameter of the whole model."""
+    """One parameter, or the same one of several layers."""
 
     name: str
     """Public name."""
     shape: tuple[int, ...]
+    copies: int = 1
+    """Layers that have one of this shape."""
 
     @property
     def kind(self) -> str:
         """What it is part of, in the words of the print-out."""
-        if any(f"memory.{bank}_" in self.name for bank in ("local", "global")) and not self.name.endswith("weight"):
-            if self.name.endswith(("keys", "values")):
-                return "memory banks"
+        if "memory." in self.name and self.name.endswith(("keys", "values")):
+            return "memory banks"
         if "memory." in self.name:
             return "gates, projections"
         return "embedding, head" if self.name.startswith(("model.embed", "lm_head")) else "layers"
@@ -80,10 +81,11 @@ def shared_weights(model: ModelConfig) -> list[Weight]:
 
 
 def stage_weights(model: ModelConfig, bounds: Sequence[int], stage: int) -> list[Weight]:
-    """The parameters of one pipeline stage of the cut `bounds` (parallel/stages.py)."""
+    """The parameters of one pipeline stage of the cut `bounds` (parallel/stages.py); those of layers named once."""
     last = len(bounds) - 2
     embedding = Weight("model.embed_tokens.weight", (model.vocab_size, model.hidden_size))
-    weights = [weight for layer in layers_of_stage(model, bounds, stage) for weight in layer_weights(model, layer)]
+    layers = layers_of_stage(model, bounds, stage)
+    weights = [weight._replace(copies=len(layers)) for weight in layer_weights(model, layers[0])]
     weights += shared_weights(model)
     if stage == 0 or (stage == last and model.tie_word_embeddings):
         weights.append(embedding)
@@ -95,9 +97,9 @@ def stage_weights(model: ModelConfig, bounds: Sequence[int], stage: int) -> list
 
 
 def local_numel(weight: Weight, parallel: ParallelConfig) -> int:
-    """Elements of the parameter that one tensor-parallel rank holds, padding of the vocabulary included."""
+    """Elements of all copies that one tensor-parallel rank holds, padding of the vocabulary included."""
     where, ranks = placement(weight.name, parallel), parallel.tensor_model_parallel_size
     if where.cut is None:
-        return math.prod(weight.shape)
+        return weight.copies * math.prod(weight.shape)
     size = weight.shape[where.cut]
-    return math.prod(weight.shape) // size * (padded_size(size, ranks) // ranks)
+    return weight.copies * math.prod(weight.shape) // size * (padded_size(size, ranks) // ranks)

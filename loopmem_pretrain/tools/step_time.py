@@ -1,0 +1,110 @@
+"""Time of a training step on a cluster, from FLOPs, volumes, latencies and bandwidths: a simulation, not a measurement.
+
+What it assumes is ASSUMPTIONS, which the print-out repeats.
+"""
+
+import math
+from typing import NamedTuple
+
+from loopmem_pretrain.config.cluster import ClusterConfig
+from loopmem_pretrain.model.flops import forward_flops_per_token, training_flops_per_token
+from loopmem_pretrain.parallel.stages import layers_of_stage
+from loopmem_pretrain.tools.activations import WIDE, Sizes
+from loopmem_pretrain.tools.communication import Traffic, data_parallel, pipeline, tensor_parallel, tied
+from loopmem_pretrain.tools.memory_plan import Layout
+
+ASSUMPTIONS = (
+    "all kernels are equally efficient, whatever their size and whether compiled; every layer runs all its loops",
+    "nothing overlaps: communication waits for computation, and computation for communication",
+    "a group whose ranks do not fit into one node runs at a GPU's share of the network, which is never congested",
+    "a collective of g ranks takes 2 log2(g) latencies, a message to a neighbour one",
+    "the slowest pipeline stage sets the pace, and filling and draining cost P - 1 of its micro-batches",
+    "loading data, checkpoints, logging, slow or failing nodes cost nothing",
+)
+
+
+class StepTime(NamedTuple):
+    """Seconds of one step, by what the slowest stage does."""
+
+    compute: float
+    tensor: float
+    pipeline: float
+    bubble: float
+    """waiting for the pipeline to fill and drain"""
+    data: float
+    """data-parallel reduction and gathering, tied weights"""
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def bubble_fraction(stages: int, micro_batches: int) -> float:
+    """Share of the pipeline's time in which a stage waits: (P - 1) / (M + P - 1)."""
+    return (stages - 1) / (micro_batches + stages - 1)
+
+
+def transfer_time(traffic: Traffic, group: int, spans_nodes: bool, cluster: ClusterConfig) -> float:
+    """Seconds for the messages of a group of `group` ranks (2 and `messages` times one latency: neighbours)."""
+    if spans_nodes:
+        bandwidth, latency = cluster.inter_node_gb_per_s, cluster.inter_node_latency_us
+    else:
+        bandwidth, latency = cluster.intra_node_gb_per_s, cluster.intra_node_latency_us
+    hops = 2 * math.ceil(math.log2(group)) if group > 2 else 1
+    return traffic.bytes / (bandwidth * 1e9 * cluster.bandwidth_fraction) + traffic.messages * hops * latency * 1e-6
+
+
+def stage_flops(layout: Layout, stage: int) -> float:
+    """Forward and backward FLOPs of one micro-batch on one rank of `stage`, recomputation included.
+
+    Without sequence parallelism every tensor-parallel rank computes router, gates, projections and reads of replicated
+    banks for all tokens: only blocks, head and sharded banks are cut.
+    """
+    s, model = Sizes.of(layout.config), layout.config.model
+    forward = forward_flops_per_token(model, layout.config.data.seq_length)
+    layers, passes = len(layers_of_stage(model, layout.bounds, stage)), 4 if s.recompute else 3
+    reads = forward.local_reads + forward.global_reads
+    gate = {"vector": 2 * model.hidden_size**2, "scalar": 2 * model.hidden_size, "constant": 0}[model.gate]
+    banks = bool(model.local_slots) + bool(model.global_slots)
+    projected = banks * (2 * model.hidden_size**2 + gate) * model.num_hidden_layers * max(1, model.max_loops)
+    cut_reads = reads - projected if s.sharded else 0
+    search = forward.slot_search * (s.tokens / s.tensor_ranks if s.sharded else s.stream)
+    everywhere = (forward.routers + reads - cut_reads) * s.stream
+    of_layers = (forward.blocks + cut_reads) * s.tokens / s.tensor_ranks + everywhere
+    head = 3 * forward.head * s.tokens / s.tensor_ranks if stage == layout.stages - 1 else 0.0
+    return layers / model.num_hidden_layers * (passes * of_layers + (passes - 2) * search) + head
+
+
+def step_time(layout: Layout, cluster: ClusterConfig) -> StepTime:
+    """The step as its slowest stage sees it."""
+    return max((_stage_time(layout, stage, cluster) for stage in range(layout.stages)), key=lambda time: time.total)
+
+
+def _stage_time(layout: Layout, stage: int, cluster: ClusterConfig) -> StepTime:
+    parallel, micro_batches, stages = layout.config.parallel, layout.micro_batches, layout.stages
+    ranks = parallel.tensor_model_parallel_size
+    node = cluster.gpus_per_node
+    compute = micro_batches * stage_flops(layout, stage) / (cluster.peak_tflops * 1e12 * cluster.achievable_fraction)
+    tensor = transfer_time(tensor_parallel(layout, stage), ranks, ranks > node, cluster)
+    # Ranks are numbered TP fastest, then DP, then PP: a neighbour in the pipeline is TP x DP ranks away.
+    far_stages = layout.ranks > node
+    passing = transfer_time(pipeline(layout, stage), 2, far_stages, cluster)
+    busy = compute + tensor + passing
+    far_data = ranks * layout.data_ranks > node
+    data = transfer_time(data_parallel(layout, stage), layout.data_ranks, far_data, cluster)
+    data += transfer_time(tied(layout, stage), stages, far_stages, cluster)
+    # AdamW reads gradient, master weight and moments and writes all but the gradient, in float32.
+    own = layout.parameters(stage) / layout.data_ranks
+    optimizer = 7 * WIDE * own / (cluster.memory_gb_per_s * 1e9)
+    return StepTime(compute, tensor, passing, busy * (stages - 1) / micro_batches, data, optimizer)
+
+
+def tokens_per_step(layout: Layout) -> int:
+    return layout.config.training.global_batch_size * layout.config.data.seq_length
+
+
+def mfu(layout: Layout, seconds: float, cluster: ClusterConfig) -> float:
+    """Model FLOPs utilisation: 3 x forward of all loops, recomputation not counted, of the peak of all GPUs."""
+    flops = training_flops_per_token(layout.config.model, layout.config.data.seq_length) * tokens_per_step(layout)
+    return flops / (seconds * layout.ranks * cluster.peak_tflops * 1e12)
