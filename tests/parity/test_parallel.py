@@ -85,13 +85,18 @@ def expected(config_json):
 def check(config, world_size):
     plain = config.model_copy(update={"parallel": tiny_run().parallel})
     losses, norms, expected_loops, parameters, gradients = expected(plain.model_dump_json())
+    # Which slots are read is a jump: once rounding has moved weights, a slot that is nearly the k-th best may be chosen
+    # on one side only. The first step, its gradients included, has no such excuse.
+    dense = config.model.retrieval == "dense"
+    later, drift = (1e-5, 2e-4) if dense else (1e-3, 5e-3)
     seen = set()
     for result in run_ranks("tests.parity.test_parallel:train_on_rank", world_size, config):
-        torch.testing.assert_close(torch.tensor(result["losses"]), torch.tensor(losses), rtol=1e-5, atol=0)
-        torch.testing.assert_close(torch.tensor(result["norms"]), torch.tensor(norms), rtol=1e-5, atol=0)
+        for seen_values, values in ((result["losses"], losses), (result["norms"], norms)):
+            assert seen_values[0] == pytest.approx(values[0], rel=1e-5)
+            assert seen_values == pytest.approx(values, rel=later)
         if config.model.max_loops:
             torch.testing.assert_close(
-                torch.tensor(result["stats"]["expected_loops"]), expected_loops, rtol=1e-5, atol=1e-6
+                torch.tensor(result["stats"]["expected_loops"]), expected_loops, rtol=later, atol=1e-6
             )
         for name, value in result["parameters"].items():
             seen.add(name)
@@ -100,7 +105,7 @@ def check(config, world_size):
             # A gradient that is zero in theory (LN_k's bias) is rounding noise, judged against the whole norm.
             limit = 1e-5 * max(largest, 1e-3 * norms[0])
             close(result["gradients"][name], gradients[name], part, limit, f"gradient of {name}")
-            limit = STEPS * config.optimizer.lr if name.endswith("key_norm.bias") else 2e-4
+            limit = STEPS * config.optimizer.lr if name.endswith("key_norm.bias") else drift
             close(value, parameters[name], part, limit, name)
     assert seen == set(gradients)
 
