@@ -1,0 +1,72 @@
+"""Bytes and collectives by formula against those that real engines ask torch.distributed for."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from loopmem_pretrain.tools.communication import all_reduce, data_parallel, gather_or_scatter, tensor_parallel, traffic
+from loopmem_pretrain.tools.memory_plan import Layout
+from tests.configs import tiny_run
+from tests.distributed import run_ranks
+from tests.parity.test_engines import batches
+
+
+def count_traffic(rank, world_size, config, axis):
+    """(bytes, collectives) that this rank sends over the groups of `axis` in one training step; rings."""
+    from loopmem_pretrain.parallel import collectives
+    from loopmem_pretrain.parallel.topology import Topology
+    from loopmem_pretrain.training.engine import TrainingEngine, init_distributed
+
+    init_distributed(torch.device("cpu"), config.parallel)
+    topology = Topology.join(config.parallel)
+    engine = TrainingEngine(config, torch.device("cpu"), topology)
+    mine = next(ranks for ranks in topology.rank_lists(axis) if rank in ranks)
+    sent = []
+
+    def counted(function, whole, share):
+        def call(*args, **kwargs):
+            group = kwargs.get("group")
+            members = dist.get_process_group_ranks(group or dist.group.WORLD)
+            tensor = args[whole] if len(args) > whole else kwargs["tensor"]
+            if members == mine and tensor.numel() > 4:  # not the flags and norms of single numbers
+                sent.append(tensor.numel() * tensor.element_size() * share * (len(mine) - 1) / len(mine))
+            return function(*args, **kwargs)
+
+        return call
+
+    dist.all_reduce = counted(dist.all_reduce, 0, 2)
+    collectives._all_gather = counted(collectives._all_gather, 0, 1)
+    collectives._reduce_scatter = counted(collectives._reduce_scatter, 1, 1)
+    engine.train_batch(iter(batches(config, 0)[topology.data_rank :: topology.data_size]), 0)
+    return sum(sent), len(sent)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "loop"])
+@pytest.mark.parametrize("placement", ["replicated", "sharded"])
+@pytest.mark.parametrize("sequence", [False, True], ids=["whole stream", "sequence parallel"])
+def test_tensor_parallel_traffic(sequence, placement, checkpointing):
+    parallel = {"tensor_model_parallel_size": 2, "sequence_parallel": sequence, "memory_placement": placement}
+    config = tiny_run(parallel=parallel, training={"activation_checkpointing": checkpointing})
+    expected = tensor_parallel(Layout.of(config, 2), 0)
+    counted = run_ranks("tests.unit.tools.test_communication:count_traffic", 2, config, "tensor")
+    for size, messages in counted:
+        assert expected.bytes == pytest.approx(size, rel=0.02)
+        assert expected.messages == pytest.approx(messages, rel=0.05)
+
+
+def test_an_all_reduce_is_a_reduce_scatter_and_an_all_gather():
+    assert all_reduce(1000, 4) == (1500, 1)
+    assert gather_or_scatter(1000, 4) == (750, 1)
+    assert all_reduce(1000, 1) == gather_or_scatter(1000, 1) == (0, 0)
+
+
+def test_zero_stages_differ_in_what_they_send():
+    """Of 4 micro-batches: one float32 sum and one gather; 4 sums and 1 gather; 4 sums and 8 gathers."""
+    sent = [data_parallel(Layout.of(tiny_run(parallel={"zero_stage": z}), 2), 0).bytes for z in (1, 2, 3)]
+    half = Layout.of(tiny_run(), 2).parameters(0) * 4 / 2  # bytes of a reduce-scatter or all-gather over 2 ranks
+    micro_batches = Layout.of(tiny_run(), 2).micro_batches
+    assert sent == [3 * half, (micro_batches + 1) * half, 3 * micro_batches * half]
+
+
+def test_a_rank_alone_sends_nothing():
+    assert all(kind == (0, 0) for kind in traffic(Layout.of(tiny_run(), 1), 0).values())

@@ -1,0 +1,71 @@
+"""The simulation: its formulas on numbers that can be checked by hand."""
+
+from pathlib import Path
+
+import pytest
+
+from loopmem_pretrain.config.cluster import ClusterConfig
+from loopmem_pretrain.config.load import load_config
+from loopmem_pretrain.errors import ConfigError
+from loopmem_pretrain.model.flops import forward_flops_per_token
+from loopmem_pretrain.tools.communication import Traffic
+from loopmem_pretrain.tools.memory_plan import Layout
+from loopmem_pretrain.tools.step_time import bubble_fraction, mfu, stage_flops, step_time, transfer_time
+from tests.configs import tiny_run
+
+H100 = load_config(ClusterConfig, "configs/cluster/h100.yaml")
+
+
+def test_bubble():
+    assert bubble_fraction(1, 8) == 0
+    assert bubble_fraction(4, 8) == 3 / 11
+    layout = Layout.of(tiny_run(parallel={"pipeline_model_parallel_size": 2}), 2)
+    time = step_time(layout, H100)
+    busy = time.compute + time.tensor + time.pipeline
+    assert time.bubble / (busy + time.bubble) == pytest.approx(bubble_fraction(2, layout.micro_batches))
+
+
+def test_transfers():
+    """1 GB over 450 GB/s x 0.8, 10 collectives of 8 ranks at 2 x 3 latencies of 5 us; between nodes 50 GB/s, 15 us."""
+    assert transfer_time(Traffic(1e9, 10), 8, False, H100) == pytest.approx(1 / 360 + 10 * 6 * 5e-6)
+    assert transfer_time(Traffic(1e9, 10), 8, True, H100) == pytest.approx(1 / 40 + 10 * 6 * 15e-6)
+    assert transfer_time(Traffic(0, 1), 2, False, H100) == pytest.approx(5e-6)
+
+
+def test_flops_of_one_rank_are_those_of_the_model():
+    config = tiny_run()
+    tokens = config.training.micro_batch_size * config.data.seq_length
+    forward = forward_flops_per_token(config.model, config.data.seq_length)
+    assert stage_flops(Layout.of(config, 1), 0) == pytest.approx(3 * forward.total * tokens)
+    again = tiny_run(training={"activation_checkpointing": "loop"})
+    recomputed = (forward.total - forward.head) * tokens
+    assert stage_flops(Layout.of(again, 1), 0) == pytest.approx(3 * forward.total * tokens + recomputed)
+
+
+def test_all_ranks_together_compute_the_model_where_nothing_is_replicated():
+    sizes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}
+    whole = stage_flops(Layout.of(tiny_run(), 1), 0)
+    layout = Layout.of(tiny_run(parallel=sizes), 4)
+    assert 2 * sum(stage_flops(layout, stage) for stage in range(2)) == pytest.approx(whole)
+    without = Layout.of(tiny_run(parallel={**sizes, "sequence_parallel": False}), 4)
+    assert 2 * sum(stage_flops(without, stage) for stage in range(2)) > 1.2 * whole
+
+
+def test_more_ranks_never_exceed_what_kernels_reach():
+    layout = Layout.of(tiny_run(), 4)
+    assert 0 < mfu(layout, step_time(layout, H100).total, H100) < H100.achievable_fraction
+
+
+def test_bad_cluster_files(tmp_path):
+    file = tmp_path / "cluster.yaml"
+    text = Path("configs/cluster/h100.yaml").read_text()
+    file.write_text(text.replace("peak_tflops", "peak_tflop") + "racks: 4\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(ClusterConfig, file)
+    said = str(error.value)
+    assert (
+        "peak_tflop: unknown key; did you mean peak_tflops?" in said and "racks: unknown key; valid keys: name" in said
+    )
+    file.write_text(text.replace("0.45", "45"))
+    with pytest.raises(ConfigError, match="achievable_fraction: must be less than or equal to 1"):
+        load_config(ClusterConfig, file)
