@@ -42,7 +42,7 @@ LABELS = {
 
 def _scaling(layout: Layout, cluster: ClusterConfig) -> list[str]:
     """More and more ranks with the same TP and PP: the batch grows with them, or stays."""
-    titles = ["GPUs", "DP", "samples", "step", "tokens/s", "MFU", "computing", "TP", "PP", "DP", "step", "MFU"]
+    titles = ["GPUs", "DP", "samples", "step", "tokens/s", "MFU", "computing", "in TP", "in PP", "in DP", "step", "MFU"]
     rows = [["batch grows with the GPUs", *[""] * 9, "batch stays", ""], titles]
     ranks = layout.ranks
     while ranks <= LARGEST:
