@@ -84,7 +84,7 @@ SIZES = {"data": {}, "tensor": {"tensor_model_parallel_size": 2}, "pipeline": {"
     ("world_size", "sizes", "victim"),
     [
         (2, "tensor", 0),  # rank 0 also holds the store
-        (2, "pipeline", 1),
+        pytest.param(2, "pipeline", 1, marks=pytest.mark.slow),
         pytest.param(3, "data", 1, marks=pytest.mark.slow),
         pytest.param(4, "pipeline", 0, marks=pytest.mark.slow),  # the third rank shares no group with it but the world
     ],
@@ -102,7 +102,7 @@ def test_a_rank_that_is_killed_ends_the_others(ranks, world_size, sizes, victim)
 
 
 def test_a_rank_that_hangs_ends_the_others(ranks):
-    job = ranks(2, [0, 1], parallel={"collective_timeout_seconds": 8, "tensor_model_parallel_size": 2})
+    job = ranks(2, [0, 1], parallel={"collective_timeout_seconds": 10, "tensor_model_parallel_size": 2})
     job.wait_for_steps()
     job.processes[1].send_signal(signal.SIGSTOP)
     code, errors = job.end(but=1)[0]
@@ -110,7 +110,7 @@ def test_a_rank_that_hangs_ends_the_others(ranks):
     assert "collective_timeout_seconds" in errors
 
 
-@pytest.mark.parametrize("missing", [0, 1])
+@pytest.mark.parametrize("missing", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_is_missing_is_named(ranks, missing):
     job = ranks(2, [1 - missing], parallel={"join_timeout_seconds": 3})
     code, errors = job.end()[1 - missing]
