@@ -92,7 +92,7 @@ def test_model_states_before_the_optimizers_step(ranks, parallel, precision):
 
 @pytest.mark.parametrize("checkpointing", ["none", "loop"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["loops and memory", "no memory", "plain", "large vocabulary", "topk", "product keys"])
 def test_peak_of_forward_and_backward(name, precision, checkpointing):
     """Many tokens, so that the gradients of parameters, which model_states counts, are next to nothing here."""
     config = run_of(MODELS[name], precision, checkpointing, samples=8, seq_length=128)
