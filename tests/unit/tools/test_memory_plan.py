@@ -60,7 +60,7 @@ def wide_run(precision, **parallel):
     )
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 @pytest.mark.parametrize(
     ("ranks", "parallel"),
     [
