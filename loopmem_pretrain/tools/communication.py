@@ -85,12 +85,15 @@ def tensor_parallel(layout: Layout, stage: int) -> Traffic:
     if stage == layout.stages - 1:  # head, and three numbers a token of the cross-entropy
         total += once.times(2) if sequence else all_reduce(hidden, ranks)
         total += all_reduce(WIDE * s.tokens, ranks).times(3)
+    # Gradients that each rank sees a part of: summed in float32 once a step by the pipeline engine, else in the
+    # working type once a backward pass.
+    once_a_step = config.parallel.zero_stage == 1
+    partial = NOTHING
     for weight in layout.weights(stage):
-        if placement(weight.name, config.parallel).partial:  # gradients that each rank sees a part of
-            total += all_reduce(s.bytes * local_numel(weight, config.parallel) // weight.copies, ranks).times(
-                weight.copies
-            )
-    return total.times(layout.micro_batches)
+        if placement(weight.name, config.parallel).partial:
+            elements = local_numel(weight, config.parallel) // weight.copies
+            partial += all_reduce((WIDE if once_a_step else s.bytes) * elements, ranks).times(weight.copies)
+    return total.times(layout.micro_batches) + partial.times(1 if once_a_step else layout.micro_batches)
 
 
 def pipeline(layout: Layout, stage: int) -> Traffic:

@@ -5,7 +5,7 @@ ZeRO 2 and 3 run in the plain engine. The trainer sees `train_batch`, `evaluate`
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -91,7 +91,7 @@ class TrainingEngine:
         initialize(named, model, config.training.seed, self._part_of)
         pipeline.wrap_loops(module, config.training)
         module.to(device)
-        prepare_parameters(named, parallel, topology)
+        prepare_parameters(module, self.public_names, parallel, topology.groups["tensor"])
         if parallel.zero_stage == 3:
             _prepare_for_zero3(module)
         with deepspeed_chatter_held_back():
@@ -250,18 +250,21 @@ def make_backend(model: ModelConfig, parallel: ParallelConfig, topology: Topolog
     return MegatronBackend(parallel, topology, model.vocab_size)
 
 
-def prepare_parameters(
-    named: Iterable[tuple[str, torch.nn.Parameter]], parallel: ParallelConfig, topology: Topology
-) -> None:
-    """Tell DeepSpeed which parameters are cut, for the gradient norm, and add up gradients that are partial on a rank.
+def prepare_parameters(module: torch.nn.Module, names: Mapping[str, str], config: ParallelConfig, group: Any) -> None:
+    """Tell DeepSpeed which parameters are cut, for the gradient norm, and see to gradients that are partial on a rank.
 
-    A hook on the parameter sees the sum over all its uses: one collective a backward pass, however many loops.
+    The pipeline engine adds them up once a step. Elsewhere a hook on the parameter does, which sees the sum over all
+    its uses: once a backward pass, however many loops.
     """
-    for name, parameter in named:
-        where = placement(name, parallel)
+    for name, parameter in module.named_parameters():
+        where = placement(names[name], config)
         parameter.tensor_model_parallel = where.cut is not None  # type: ignore[attr-defined]
-        if where.partial:
-            parameter.register_hook(partial(all_reduced, group=topology.groups["tensor"]))  # type: ignore[no-untyped-call]
+        if not where.partial:
+            continue
+        if isinstance(module, pipeline.PipelineStage):
+            module.partial_weights.append((parameter, group))
+        else:
+            parameter.register_hook(partial(all_reduced, group=group))  # type: ignore[no-untyped-call]
 
 
 def _prepare_for_zero3(module: torch.nn.Module) -> None:

@@ -158,6 +158,8 @@ class PipelineStage(PipelineModule):  # type: ignore[misc]
         bounds: Sequence[int],
     ) -> None:
         self.bounds = list(bounds)
+        self.partial_weights: list[tuple[nn.Parameter, Any]] = []
+        """(weight, tensor-parallel group) where each rank sees a part of the gradient."""
         entries = layer_list(model, backend)
         axes = PipeModelDataParallelTopology(
             num_pp=topology.pipeline_size, num_mp=topology.tensor_size, num_dp=topology.data_size
@@ -174,6 +176,10 @@ class PipelineStage(PipelineModule):  # type: ignore[misc]
         self.parts = self.bounds
         stage = self.stage_id
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
+        """Weights whose gradients DeepSpeed sums over a group once a step: tied ones over their stages, and ours."""
+        return [*super().get_tied_weights_and_groups(), *self.partial_weights]
 
     def forward(self, inputs: Tensor) -> Any:
         return run_layers(self.forward_funcs, self.tied_modules, inputs, self.step_context)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from loopmem_pretrain.parallel.placement import part_of
+from loopmem_pretrain.parallel.placement import part_of, placement
 from tests.configs import tiny_run
 from tests.distributed import run_ranks
 from tests.parity.test_engines import STEPS, batches, make_engine, reference
@@ -50,6 +50,8 @@ def train_on_rank(rank, world_size, config):
     for name in sorted(gradients):
         dist.all_reduce(gradients[name], group=topology.groups["data"])
         gradients[name] /= topology.data_size
+        if config.parallel.zero_stage == 1 and placement(name, config.parallel).partial:
+            dist.all_reduce(gradients[name], group=topology.groups["tensor"])  # the engine does so at the end of a step
     if topology.pipeline_size > 1:  # tied parameters: the sum over the stages that hold them
         stages = [None] * topology.pipeline_size
         dist.all_gather_object(stages, gradients, group=topology.groups["pipeline"])
@@ -85,10 +87,9 @@ def expected(config_json):
 def check(config, world_size):
     plain = config.model_copy(update={"parallel": tiny_run().parallel})
     losses, norms, expected_loops, parameters, gradients = expected(plain.model_dump_json())
-    # Which slots are read is a jump: once rounding has moved weights, a slot that is nearly the k-th best may be chosen
-    # on one side only. The first step, its gradients included, has no such excuse.
-    dense = config.model.retrieval == "dense"
-    later, drift = (1e-5, 2e-4) if dense else (1e-3, 5e-3)
+    # Which slots a read chooses is a jump: where two are equally good to within rounding, two runs may choose
+    # differently. Among some ten thousand choices that happens now and then, after the first step.
+    later, drift = (1e-5, 1e-2) if config.model.retrieval == "dense" else (1e-3, 1.0)
     seen = set()
     for result in run_ranks("tests.parity.test_parallel:train_on_rank", world_size, config):
         for seen_values, values in ((result["losses"], losses), (result["norms"], norms)):
@@ -105,8 +106,7 @@ def check(config, world_size):
             # A gradient that is zero in theory (LN_k's bias) is rounding noise, judged against the whole norm.
             limit = 1e-5 * max(largest, 1e-3 * norms[0])
             close(result["gradients"][name], gradients[name], part, limit, f"gradient of {name}")
-            limit = STEPS * config.optimizer.lr if name.endswith("key_norm.bias") else drift
-            close(value, parameters[name], part, limit, name)
+            close(value, parameters[name], part, drift * config.optimizer.lr, name)
     assert seen == set(gradients)
 
 
@@ -215,7 +215,9 @@ def run_of(case: Case):
     if case["retrieval"] != "dense":
         model["retrieval_topk"] = 3
     training = {"global_batch_size": 2 * data * case["accumulation"], "micro_batch_size": 2}
-    return tiny_run(parallel=parallel, training=training, model=model)
+    # With eps 1e-8 Adam would turn the rounding noise of gradients next to zero (LN_k's bias, slots that hardly any
+    # token reads) into steps of the learning rate's size, and with `topk` another slot might then be the k-th best.
+    return tiny_run(parallel=parallel, training=training, model=model, optimizer={"lr": 1e-2, "eps": 1e-5})
 
 
 def name_of(case: Case) -> str:
