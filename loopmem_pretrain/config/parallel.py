@@ -23,6 +23,10 @@ class ParallelConfig(Section):
     zero_stage: Literal[1, 2, 3] = 1
     """DeepSpeed ZeRO: 1 shards optimizer states (pipeline engine), 2 gradients too, 3 parameters too (plain engine).
     Stage 0 is not offered: DeepSpeed 0.19.8 computes it wrongly."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Where float32 master weights and moments live, and where AdamW runs: on the device, or in the host's memory."""
+    offload_parameters: Literal["none", "cpu"] = "none"
+    """Where parameters live while they are not used; `cpu` needs zero_stage 3."""
     check_replicas_interval: int = Field(default=0, ge=0)
     """Steps between checks that parameters held by several ranks are identical on them; 0 never checks."""
     join_timeout_seconds: int = Field(default=600, gt=0)

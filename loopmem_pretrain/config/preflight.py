@@ -22,6 +22,7 @@ def parallel_problems(
         *_tensor_parallel_problems(model, data, parallel),
         *_placement_problems(model, parallel),
         *_pipeline_problems(model, parallel),
+        *_offload_problems(parallel),
         *_compile_problems(parallel, training),
     ]
 
@@ -121,6 +122,26 @@ def _pipeline_problems(model: ModelConfig, parallel: ParallelConfig) -> list[Pro
                 f"{parallel.zero_stage} does not work with pipeline_model_parallel_size {pp}: the pipeline adds up a "
                 "step's gradients over its micro-batches, so they must stay whole on every rank until the step ends; "
                 "take zero_stage 1, or pipeline_model_parallel_size 1",
+            )
+        )
+    return problems
+
+
+def _offload_problems(parallel: ParallelConfig) -> list[Problem]:
+    problems: list[Problem] = []
+    if parallel.offload_optimizer == "cpu" and parallel.zero_stage == 1:
+        problems.append(
+            (
+                ("parallel", "offload_optimizer"),
+                "'cpu' does not work with zero_stage 1: under bf16 DeepSpeed's pipeline engine then looks for the "
+                "gradients of shared weights where they are not, and skips them silently; take zero_stage 2 or 3",
+            )
+        )
+    if parallel.offload_parameters == "cpu" and parallel.zero_stage != 3:
+        problems.append(
+            (
+                ("parallel", "offload_parameters"),
+                f"'cpu' needs zero_stage 3, which alone lets parameters come and go; it is {parallel.zero_stage} here",
             )
         )
     return problems

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.model.flops import parameter_counts
 
@@ -9,7 +11,8 @@ from loopmem_pretrain.model.flops import parameter_counts
 def deepspeed_config(config: RunConfig, accumulation_steps: int) -> dict[str, Any]:
     """Everything DeepSpeed is told. What is set here and why:
 
-    - the optimizer is torch's, handed over as an object, hence `zero_allow_untested_optimizer`;
+    - the optimizer is torch's, handed over as an object, hence `zero_allow_untested_optimizer`; also with offloading,
+      where DeepSpeed would insist on its own, which it compiles;
     - gradients are summed in float32 also under bf16;
     - pipe and gradient partitioning between stages corrupt losses silently with sequence parallelism: off;
     - recomputation is ours, per loop and non-reentrant, so DeepSpeed's own is off.
@@ -21,6 +24,11 @@ def deepspeed_config(config: RunConfig, accumulation_steps: int) -> dict[str, An
     if stage == 3:
         # Norms, routers and step scales stay whole: gathering a few numbers costs more than keeping them.
         zero["stage3_param_persistence_threshold"] = max(10_000, 4 * config.model.hidden_size)
+    pinned = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if config.parallel.offload_optimizer == "cpu":
+        zero["offload_optimizer"] = pinned
+    if config.parallel.offload_parameters == "cpu":
+        zero["offload_param"] = pinned
     return {
         "train_batch_size": training.global_batch_size,
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
@@ -28,6 +36,7 @@ def deepspeed_config(config: RunConfig, accumulation_steps: int) -> dict[str, An
         "gradient_clipping": config.optimizer.gradient_clipping,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": training.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "pipeline": {

@@ -127,7 +127,8 @@ class TrainingEngine:
             for name, parameter in named:
                 if name in originals:
                     parameter.data = originals[name]
-            return make_optimizer(named, self.config.optimizer, self.device)
+            on_gpu = self.device.type == "cuda" and self.config.parallel.offload_optimizer == "none"
+            return make_optimizer(named, self.config.optimizer, on_gpu)
 
         return make
 

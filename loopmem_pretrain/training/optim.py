@@ -62,12 +62,15 @@ def parameter_groups(
 
 
 def make_optimizer(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, device: torch.device
+    named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, on_gpu: bool
 ) -> torch.optim.Optimizer:
-    """torch's AdamW, fused on GPUs. (Named in DeepSpeed's own config, it would compile a kernel for two minutes.)"""
+    """torch's AdamW, fused on GPUs. (Named in DeepSpeed's own config, it would compile a kernel for two minutes.)
+
+    `on_gpu`: whether it runs there, that is, on a GPU's run without offloading.
+    """
     groups = parameter_groups(named_parameters, config)
     betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=device.type == "cuda" or None)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=on_gpu or None)
 
 
 def learning_rate(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig, train_steps: int) -> float:

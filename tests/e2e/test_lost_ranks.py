@@ -34,6 +34,7 @@ class Ranks:
         for rank in started:
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
             environment = {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment["PYTHONFAULTHANDLER"] = "1"
             self.processes[rank] = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
     def wait_for_steps(self) -> None:
@@ -51,7 +52,11 @@ class Ranks:
         results = {}
         for rank, process in self.processes.items():
             if rank != but:
-                _, errors = process.communicate(timeout=max(1, deadline - time.monotonic()))
+                try:
+                    _, errors = process.communicate(timeout=max(1, deadline - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    process.send_signal(signal.SIGABRT)  # faulthandler writes where it hangs
+                    pytest.fail(f"rank {rank} has not ended after {BOUND} s\n{process.communicate()[1]}")
                 assert "Traceback" not in errors, errors
                 results[rank] = (process.returncode, errors)
         return results

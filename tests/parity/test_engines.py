@@ -91,6 +91,18 @@ def test_fp32_equals_one_process(zero_stage, world_size):
     check(config, world_size)
 
 
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"zero_stage": 2, "offload_optimizer": "cpu"},
+        {"zero_stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"},
+    ],
+    ids=["zero2", "zero3"],
+)
+def test_offloading_changes_nothing(parallel):
+    check(tiny_run(parallel=parallel), 2)
+
+
 @pytest.mark.parametrize("zero_stage", [1, 3])
 @pytest.mark.parametrize(
     "model",

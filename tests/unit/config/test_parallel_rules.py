@@ -143,3 +143,16 @@ def test_fewer_micro_batches_than_stages(files):
     )
     assert error.fix.startswith("set training.global_batch_size to 16 or a larger multiple of 8")
     check_topology(files.load(GOOD, f"{PP}=2", "training.global_batch_size=16"), 8)
+
+
+def test_offloading_the_optimizer_needs_zero_2_or_3(files):
+    said = said_about(files, "parallel.offload_optimizer=cpu")
+    assert said.startswith("parallel.offload_optimizer: 'cpu' does not work with zero_stage 1")
+    assert said.endswith("take zero_stage 2 or 3")
+    files.load(GOOD, "parallel.offload_optimizer=cpu", "parallel.zero_stage=2")
+
+
+def test_offloading_parameters_needs_zero_3(files):
+    said = said_about(files, "parallel.offload_parameters=cpu", "parallel.zero_stage=2")
+    assert said.startswith("parallel.offload_parameters: 'cpu' needs zero_stage 3")
+    files.load(GOOD, "parallel.offload_parameters=cpu", "parallel.zero_stage=3")
