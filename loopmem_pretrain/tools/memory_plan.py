@@ -95,16 +95,20 @@ class RankMemory(NamedTuple):
 
 
 def model_states(config: RunConfig, elements: int, data_ranks: int) -> dict[str, int]:
-    """Weights, gradients, optimizer and ZeRO's buffers of a rank that has `elements` parameters to care for."""
+    """Weights, gradients, optimizer and ZeRO's buffers of a rank that has `elements` parameters to care for.
+
+    On the device: what is offloaded does not count here.
+    """
+    parallel = config.parallel
     size, stage = 2 if config.training.precision == "bf16" else WIDE, config.parallel.zero_stage
     own = math.ceil(elements / data_ranks)
     bucket = min(BUCKET, parameter_counts(config.model).total)
     # ZeRO 1: bf16 keeps whole float32 sums and the micro-batch's gradients; fp32 sums up in .grad, then cuts.
     gradients = elements * (WIDE + size) if size < WIDE else WIDE * (elements + own)
     return {
-        "weights": size * (own if stage == 3 else elements),
+        "weights": 0 if parallel.offload_parameters == "cpu" else size * (own if stage == 3 else elements),
         "gradients": gradients if stage == 1 else WIDE * own,
-        "optimizer": 3 * WIDE * own,
+        "optimizer": 0 if parallel.offload_optimizer == "cpu" else 3 * WIDE * own,
         "zero_buckets": size * bucket if stage > 1 else 0,
         "zero3_gathered": size * min(ZERO3_LIVE, elements) if stage == 3 else 0,
     }
