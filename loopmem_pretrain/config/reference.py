@@ -12,6 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from loopmem_pretrain.config.base import Section
+from loopmem_pretrain.config.cluster import ClusterConfig
 from loopmem_pretrain.config.prepare import PrepareConfig
 from loopmem_pretrain.config.run import RunConfig
 
@@ -42,7 +43,8 @@ def reference() -> str:
     """The whole document."""
     run = "\n".join(_sections(RunConfig, "", "## A run: `loopmem train`, `loopmem estimate`"))
     prepare = "\n".join(_sections(PrepareConfig, "", "## Data: `loopmem prepare-data`, `loopmem train-tokenizer`"))
-    return f"{_HEAD}\n{run}\n{prepare}"
+    cluster = "\n".join(_sections(ClusterConfig, "", "## A cluster: `loopmem estimate --cluster`"))
+    return f"{_HEAD}\n{run}\n{prepare}\n{cluster}"
 
 
 def _sections(section: type[Section], prefix: str, heading: str) -> Iterator[str]:

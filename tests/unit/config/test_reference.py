@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from loopmem_pretrain.config.base import Section
+from loopmem_pretrain.config.cluster import ClusterConfig
 from loopmem_pretrain.config.prepare import PrepareConfig
 from loopmem_pretrain.config.reference import _section_in, reference
 from loopmem_pretrain.config.run import RunConfig
@@ -26,7 +27,7 @@ def test_document_is_up_to_date():
     assert DOCUMENT.read_text(encoding="utf-8") == reference(), fix
 
 
-@pytest.mark.parametrize("schema", [RunConfig, PrepareConfig])
+@pytest.mark.parametrize("schema", [RunConfig, PrepareConfig, ClusterConfig])
 def test_every_field_has_a_line_and_a_sentence(schema):
     lines = reference().splitlines()
     for key, field in fields(schema):
