@@ -8,6 +8,7 @@ numbers in training, so there is no generator state.
 
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from loopmem_pretrain.checkpoint.store import (
     read_manifest,
     verify,
 )
+from loopmem_pretrain.checkpoint.universal import Merged, merge
 from loopmem_pretrain.config.load import dump_config
 from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.data.dataset import BlendedDataset, description_differences
@@ -52,6 +54,11 @@ class Engine(Protocol):
     def save(self, folder: Path, tag: str) -> None: ...
 
     def load(self, folder: Path, tag: str) -> None: ...
+
+    def load_merged(self, merged: Merged, step: int, skipped_steps: int) -> None: ...
+
+    @property
+    def skipped_steps(self) -> int: ...
 
 
 class Run(Protocol):
@@ -134,6 +141,7 @@ def facts(run: Run) -> dict[str, Any]:
     names = run.engine.public_names
     return {
         "position": asdict(run.position),
+        "skipped_steps": run.engine.skipped_steps,
         **layout(run),
         "data": run.dataset.describe(),
         "tokenizer_sha256": run.dataset.datasets[0].stream.manifest.tokenizer.sha256,
@@ -143,7 +151,7 @@ def facts(run: Run) -> dict[str, Any]:
 
 
 def layout(run: Run) -> dict[str, Any]:
-    """What DeepSpeed's files depend on; a resumed run must agree with all of it."""
+    """What DeepSpeed's files depend on: they are read as they are where all of it is the same, else merged first."""
     parallel = run.config.parallel
     return {
         "world_size": run.world_size,
@@ -157,19 +165,16 @@ def layout(run: Run) -> dict[str, Any]:
 def resume(run: Run) -> Path | None:
     """Restore the newest checkpoint of the run folder into a fresh run; None where there is none.
 
+    With the ranks and sizes it was saved with, bit for bit. With others, the same weights and moments are dealt out
+    anew and the samples go on in the same order; sums over ranks are then rounded differently.
+
     Raises:
-        CheckpointError: damaged, saved with another number of ranks or ZeRO stage, or for other data.
+        CheckpointError: damaged, or saved for other data.
     """
     checkpoint = run.store.latest()
     if checkpoint is None:
         return None
     manifest = read_manifest(checkpoint)
-    for key, current in layout(run).items():
-        if manifest[key] != current:
-            raise CheckpointError(
-                f"{checkpoint} was saved with {key} {manifest[key]}, this start has {current}",
-                f"start with {key} {manifest[key]}; changing it in mid-run is not supported yet",
-            )
     changed = description_differences(manifest["data"], run.dataset.describe())
     if changed:
         raise CheckpointError(
@@ -182,11 +187,37 @@ def resume(run: Run) -> Path | None:
     damaged = [failure for failure in failures if failure is not None]
     if damaged:
         raise damaged[0]
-    run.engine.load(checkpoint.parent, checkpoint.name)
     run.position = Position(**manifest["position"])
+    moved = [
+        f"{key} {manifest.get(key, now)} -> {now}" for key, now in layout(run).items() if manifest.get(key, now) != now
+    ]
+    if moved:
+        _load_reshaped(run, checkpoint, manifest.get("skipped_steps", 0))
+    else:
+        run.engine.load(checkpoint.parent, checkpoint.name)
     if run.rank == 0:
-        log.info("resumed from %s at step %d", os.fspath(checkpoint), run.position.step)
+        log.info("resumed from %s at step %d%s", os.fspath(checkpoint), run.position.step, _in_words(moved))
     return checkpoint
+
+
+def _in_words(moved: list[str]) -> str:
+    return f", dealt out anew: {'; '.join(moved)}" if moved else ""
+
+
+def _load_reshaped(run: Run, checkpoint: Path, skipped_steps: int) -> None:
+    """Rank 0 merges the checkpoint beside it, where all ranks can read it; each takes its parts."""
+    folder = checkpoint.with_name(f".incomplete-{checkpoint.name}-merged")
+
+    def prepare() -> None:
+        if folder.exists():
+            shutil.rmtree(folder)  # of a start that was killed
+        log.info("merging %s, which other ranks wrote", os.fspath(checkpoint))
+        merge(checkpoint, folder)
+
+    run.on_rank_zero(prepare)
+    run.engine.load_merged(Merged(checkpoint, folder), run.position.step, skipped_steps)
+    dist.barrier()
+    run.on_rank_zero(lambda: shutil.rmtree(folder))
 
 
 def _failure_of(checkpoint: Path, names: list[str]) -> CheckpointError | None:

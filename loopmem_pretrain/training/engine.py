@@ -16,6 +16,7 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
 from torch import Tensor
 
+from loopmem_pretrain.checkpoint.universal import STATES, Merged
 from loopmem_pretrain.config.model import ModelConfig
 from loopmem_pretrain.config.parallel import ParallelConfig
 from loopmem_pretrain.config.run import RunConfig, gradient_accumulation_steps
@@ -33,6 +34,7 @@ from loopmem_pretrain.parallel.topology import Topology
 from loopmem_pretrain.quiet import deepspeed_chatter_held_back
 from loopmem_pretrain.training import pipeline
 from loopmem_pretrain.training.ds_config import deepspeed_config
+from loopmem_pretrain.training.master_state import make_moments, set_state
 from loopmem_pretrain.training.metrics import LoopAccumulator
 from loopmem_pretrain.training.optim import beta1, keeps_float32, learning_rate, make_optimizer, ponder_weight
 
@@ -170,6 +172,35 @@ class TrainingEngine:
             raise CheckpointError(
                 f"DeepSpeed found nothing to load in {folder / tag}", "remove that folder or restore it"
             )
+
+    def load_merged(self, merged: Merged, step: int, skipped_steps: int) -> None:
+        """Restore model, optimizer and engine counters from a checkpoint that other ranks wrote.
+
+        Every rank reads its part of each parameter and its share of the moments; one parameter at a time.
+        """
+        optimizer = self.engine.optimizer
+        make_moments(optimizer, step - skipped_steps)
+        for name, parameter in self.engine.module.named_parameters():
+            public_name = self.public_names[name]
+            for state in STATES:
+                value = self._own_part(public_name, parameter, merged.read(public_name, state))
+                set_state(parameter, state, value.to(self.device))
+        engine = self.engine
+        engine.global_steps, engine.skipped_steps = step, skipped_steps
+        engine.micro_steps = step * self.accumulation_steps
+        engine.global_samples = step * self.config.training.global_batch_size
+
+    def _own_part(self, public_name: str, parameter: Any, whole: Tensor) -> Tensor:
+        """What this rank holds of a whole parameter, padded with zeros where the vocabulary is."""
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        config = self.config
+        part = part_of(public_name, shape, config.parallel, self.topology.tensor_rank, config.model.vocab_size)
+        if part is None:
+            return whole
+        size = max(0, min(shape[part.dimension], part.whole - part.first))
+        value = whole.new_zeros(shape)
+        value.narrow(part.dimension, 0, size).copy_(whole.narrow(part.dimension, min(part.first, part.whole), size))
+        return value
 
     def grad_norm(self) -> float:
         """Global gradient norm of the last step, before clipping."""
