@@ -1,7 +1,7 @@
 """What parallel sizes a model, its data and its training allow: rules between sections, each with its reason.
 
 `config/run.py:run_problems` adds these to the rules of the other sections, so that all are reported at once. What also
-depends on the number of ranks is `config/run.py:topology_problems`.
+depends on the number of ranks is `config/run.py:check_topology`.
 """
 
 import math
