@@ -62,6 +62,7 @@ def _serve(pipe: Connection) -> None:
     # What ranks need, so that none of them imports it; nothing here joins a group or opens a device.
     import loopmem_pretrain.parallel.megatron
     import loopmem_pretrain.training.trainer  # noqa: F401
+
     while True:
         try:
             request = pipe.recv()

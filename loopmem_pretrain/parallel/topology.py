@@ -42,7 +42,7 @@ class Topology:
                 if rank in ranks:
                     topology.groups[axis] = group
         if tensor > 1:
-            _tell_megatron(topology)
+            _tell_megatron(topology, parallel.collective_timeout_seconds)
         return topology
 
     @property
@@ -118,11 +118,16 @@ class Topology:
         return self.pipeline_size
 
 
-def _tell_megatron(topology: Topology) -> None:
-    """Initialise megatron-core's global state, which its vocabulary-parallel cross-entropy looks up."""
+def _tell_megatron(topology: Topology, timeout_seconds: float) -> None:
+    """Initialise megatron-core's global state, which its vocabulary-parallel cross-entropy looks up.
+
+    Its groups have a limit of their own, half an hour where none is given: a rank that hangs would hold the others.
+    """
     from megatron.core import parallel_state
 
-    parallel_state.initialize_model_parallel(topology.tensor_size, topology.pipeline_size)
+    parallel_state.initialize_model_parallel(
+        topology.tensor_size, topology.pipeline_size, distributed_timeout_minutes=timeout_seconds / 60
+    )
     ours = dist.get_process_group_ranks(topology.groups["tensor"])
     theirs = dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
     if ours != theirs or parallel_state.get_data_parallel_world_size() != topology.data_size:

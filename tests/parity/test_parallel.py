@@ -235,6 +235,12 @@ def test_every_layout(case):
     check(run_of(case), math.prod(LAYOUTS[case["layout"]]))
 
 
+@pytest.mark.slow
+def test_compiled_loops_in_a_pipeline():
+    config = run_of(COVERING[0] | {"layout": "pp2"})
+    check(config.model_copy(update={"training": config.training.model_copy(update={"compile": "loop"})}), 2)
+
+
 def test_the_covering_cases_use_every_value_with_every_other():
     for axis, values in (PARALLEL_AXES | MODEL_AXES).items():
         assert {case[axis] for case in COVERING} == set(values), axis
