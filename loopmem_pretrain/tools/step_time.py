@@ -18,7 +18,7 @@ ASSUMPTIONS = (
     "nothing overlaps: communication waits for computation, and computation for communication",
     "a group whose ranks do not fit into one node runs at a GPU's share of the network, which is never congested",
     "a collective of g ranks takes 2 log2(g) latencies, a message to a neighbour one",
-    "the slowest pipeline stage sets the pace, and filling and draining cost P - 1 of its micro-batches",
+    "the slowest pipeline stage sets the pace; filling and draining cost one micro-batch of every other stage",
     "loading data, checkpoints, logging, slow or failing nodes cost nothing",
 )
 
@@ -41,7 +41,7 @@ class StepTime(NamedTuple):
 
 
 def bubble_fraction(stages: int, micro_batches: int) -> float:
-    """Share of the pipeline's time in which a stage waits: (P - 1) / (M + P - 1)."""
+    """Share of the pipeline's time in which a stage waits, where all are equally slow: (P - 1) / (M + P - 1)."""
     return (stages - 1) / (micro_batches + stages - 1)
 
 
@@ -78,26 +78,36 @@ def stage_flops(layout: Layout, stage: int) -> float:
 
 def step_time(layout: Layout, cluster: ClusterConfig) -> StepTime:
     """The step as its slowest stage sees it."""
-    return max((_stage_time(layout, stage, cluster) for stage in range(layout.stages)), key=lambda time: time.total)
+    busy = [_busy_time(layout, stage, cluster) for stage in range(layout.stages)]
+    each = []
+    for stage, (compute, tensor, passing) in enumerate(busy):
+        others = sum(sum(parts) for other, parts in enumerate(busy) if other != stage)
+        bubble = others / layout.micro_batches
+        each.append(StepTime(compute, tensor, passing, bubble, *_end_of_step(layout, stage, cluster)))
+    return max(each, key=lambda time: time.total)
 
 
-def _stage_time(layout: Layout, stage: int, cluster: ClusterConfig) -> StepTime:
-    parallel, micro_batches, stages = layout.config.parallel, layout.micro_batches, layout.stages
-    ranks = parallel.tensor_model_parallel_size
-    node = cluster.gpus_per_node
-    compute = micro_batches * stage_flops(layout, stage) / (cluster.peak_tflops * 1e12 * cluster.achievable_fraction)
-    tensor = transfer_time(tensor_parallel(layout, stage), ranks, ranks > node, cluster)
+def _busy_time(layout: Layout, stage: int, cluster: ClusterConfig) -> tuple[float, float, float]:
+    """Seconds of a stage for all micro-batches: computing, tensor-parallel collectives, passing to its neighbours."""
+    ranks, node = layout.config.parallel.tensor_model_parallel_size, cluster.gpus_per_node
+    flops = layout.micro_batches * stage_flops(layout, stage)
     # Ranks are numbered TP fastest, then DP, then PP: a neighbour in the pipeline is TP x DP ranks away.
-    far_stages = layout.ranks > node
-    passing = transfer_time(pipeline(layout, stage), 2, far_stages, cluster)
-    busy = compute + tensor + passing
-    far_data = ranks * layout.data_ranks > node
+    return (
+        flops / (cluster.peak_tflops * 1e12 * cluster.achievable_fraction),
+        transfer_time(tensor_parallel(layout, stage), ranks, ranks > node, cluster),
+        transfer_time(pipeline(layout, stage), 2, layout.ranks > node, cluster),
+    )
+
+
+def _end_of_step(layout: Layout, stage: int, cluster: ClusterConfig) -> tuple[float, float]:
+    """Seconds of a stage once a step: reducing and gathering over data-parallel ranks and tied stages, and AdamW."""
+    node = cluster.gpus_per_node
+    far_data = layout.config.parallel.tensor_model_parallel_size * layout.data_ranks > node
     data = transfer_time(data_parallel(layout, stage), layout.data_ranks, far_data, cluster)
-    data += transfer_time(tied(layout, stage), stages, far_stages, cluster)
+    data += transfer_time(tied(layout, stage), layout.stages, layout.ranks > node, cluster)
     # AdamW reads gradient, master weight and moments and writes all but the gradient, in float32.
     own = layout.parameters(stage) / layout.data_ranks
-    optimizer = 7 * WIDE * own / (cluster.memory_gb_per_s * 1e9)
-    return StepTime(compute, tensor, passing, busy * (stages - 1) / micro_batches, data, optimizer)
+    return data, 7 * WIDE * own / (cluster.memory_gb_per_s * 1e9)
 
 
 def tokens_per_step(layout: Layout) -> int:
