@@ -50,6 +50,7 @@ class Engine(Protocol):
 
     public_names: dict[str, str]
     whole_shapes: dict[str, list[int]]
+    bounds: list[int]
 
     def save(self, folder: Path, tag: str) -> None: ...
 
@@ -150,6 +151,14 @@ def facts(run: Run) -> dict[str, Any]:
     }
 
 
+# What a checkpoint without these keys, written before there were such sizes, was saved with.
+BEFORE_SIZES = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "memory_placement": "replicated",
+}
+
+
 def layout(run: Run) -> dict[str, Any]:
     """What DeepSpeed's files depend on: they are read as they are where all of it is the same, else merged first."""
     parallel = run.config.parallel
@@ -159,6 +168,7 @@ def layout(run: Run) -> dict[str, Any]:
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "memory_placement": parallel.memory_placement,
+        "stage_bounds": run.engine.bounds,
     }
 
 
@@ -188,9 +198,8 @@ def resume(run: Run) -> Path | None:
     if damaged:
         raise damaged[0]
     run.position = Position(**manifest["position"])
-    moved = [
-        f"{key} {manifest.get(key, now)} -> {now}" for key, now in layout(run).items() if manifest.get(key, now) != now
-    ]
+    before = BEFORE_SIZES | manifest
+    moved = [f"{key} {before[key]} -> {now}" for key, now in layout(run).items() if before.get(key, now) != now]
     if moved:
         _load_reshaped(run, checkpoint, manifest.get("skipped_steps", 0))
     else:
@@ -212,10 +221,11 @@ def _load_reshaped(run: Run, checkpoint: Path, skipped_steps: int) -> None:
         if folder.exists():
             shutil.rmtree(folder)  # of a start that was killed
         log.info("merging %s, which other ranks wrote", os.fspath(checkpoint))
-        merge(checkpoint, folder)
+        folder.mkdir()
+        merge(checkpoint, folder / "merged")
 
     run.on_rank_zero(prepare)
-    run.engine.load_merged(Merged(checkpoint, folder), run.position.step, skipped_steps)
+    run.engine.load_merged(Merged(checkpoint, folder / "merged"), run.position.step, skipped_steps)
     dist.barrier()
     run.on_rank_zero(lambda: shutil.rmtree(folder))
 

@@ -9,19 +9,24 @@ import math
 from loopmem_pretrain.config.data import DataConfig
 from loopmem_pretrain.config.model import ModelConfig
 from loopmem_pretrain.config.parallel import ParallelConfig
-from loopmem_pretrain.config.training import TrainingConfig
+from loopmem_pretrain.config.training import OptimizerConfig, TrainingConfig
 
 Problem = tuple[tuple[str, ...], str]
 
 
 def parallel_problems(
-    model: ModelConfig, data: DataConfig, parallel: ParallelConfig, training: TrainingConfig
+    model: ModelConfig,
+    data: DataConfig,
+    parallel: ParallelConfig,
+    training: TrainingConfig,
+    optimizer: OptimizerConfig,
 ) -> list[Problem]:
     """Rules about parallel sizes; each problem is (path of the key to change, what is wrong and what is valid)."""
     return [
         *_tensor_parallel_problems(model, data, parallel),
         *_placement_problems(model, parallel),
         *_pipeline_problems(model, parallel),
+        *_weight_decay_problems(parallel, training, optimizer),
         *_offload_problems(parallel),
         *_compile_problems(parallel, training),
     ]
@@ -125,6 +130,25 @@ def _pipeline_problems(model: ModelConfig, parallel: ParallelConfig) -> list[Pro
             )
         )
     return problems
+
+
+def _weight_decay_problems(
+    parallel: ParallelConfig, training: TrainingConfig, optimizer: OptimizerConfig
+) -> list[Problem]:
+    if (
+        optimizer.weight_decay_rule != "paper"
+        or parallel.pipeline_model_parallel_size == 1
+        or training.precision != "fp32"
+    ):
+        return []
+    return [
+        (
+            ("optimizer", "weight_decay_rule"),
+            "'paper' hangs with pipeline_model_parallel_size above 1 in fp32: only the stage of the embedding then has "
+            "weights that do not decay, and DeepSpeed waits for a norm of them on all stages; use precision bf16, one "
+            "stage, or weight_decay_rule: standard",
+        )
+    ]
 
 
 def _offload_problems(parallel: ParallelConfig) -> list[Problem]:

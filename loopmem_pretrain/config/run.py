@@ -82,7 +82,7 @@ def run_problems(config: RunConfig) -> list[Problem]:
                 f"'{training.ponder_schedule}' modulates model.ponder_weight, which is 0",
             )
         )
-    problems += parallel_problems(config.model, config.data, config.parallel, training)
+    problems += parallel_problems(config.model, config.data, config.parallel, training, optimizer)
     return problems
 
 
@@ -134,11 +134,17 @@ def check_topology(config: RunConfig, world_size: int) -> None:
 
 
 def _factorizations(config: RunConfig, world_size: int) -> str:
-    """Every (TP, PP) that this model and number of ranks allow, in words."""
-    stages = config.model.num_hidden_layers if config.parallel.zero_stage == 1 else 1
+    """Every (TP, PP) that this configuration and number of ranks allow, in words."""
     each = []
     for tp in tensor_parallel_sizes(config.model):
-        pps = [pp for pp in range(1, stages + 1) if world_size % (tp * pp) == 0]
+        pps = [pp for pp in range(1, config.model.num_hidden_layers + 1) if _fits(config, world_size, tp, pp)]
         if pps:
             each.append(f"TP {tp} with PP {', '.join(map(str, pps))}")
-    return "; ".join(each)
+    return "; ".join(each) or "no sizes: none fit; change zero_stage, sequence_parallel, memory_placement or the ranks"
+
+
+def _fits(config: RunConfig, world_size: int, tp: int, pp: int) -> bool:
+    sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    parallel = config.parallel.model_copy(update=sizes)
+    problems = parallel_problems(config.model, config.data, parallel, config.training, config.optimizer)
+    return world_size % (tp * pp) == 0 and not problems

@@ -93,9 +93,9 @@ class MegatronBackend:
         dist.all_reduce(maxima, dist.ReduceOp.MAX, group=self.group)
         parts: list[Tensor] = []
         for read, maximum in zip(reads, maxima.unsqueeze(-1), strict=True):
-            weights = (read.scores - maximum).exp()
-            # Wide: a sum of ranks' bf16 sums would round every read's denominator.
-            precise = wide(weights.dtype)
+            # Wide, as in torch's softmax: bf16 differences would be rounded, and so would a sum of ranks' bf16 sums.
+            precise = wide(read.scores.dtype)
+            weights = (read.scores.to(precise) - maximum).exp().to(read.scores.dtype)
             parts += [read.mix(weights).to(precise), weights.sum(dim=-1, keepdim=True, dtype=precise)]
         sums = torch.split(self.leave(torch.cat(parts, dim=-1)), [part.shape[-1] for part in parts], dim=-1)
         return [

@@ -48,7 +48,8 @@ def place_from_environment() -> Place:
     """
     if "RANK" not in os.environ:
         return Place(0, 0, 1)
-    values = {name: os.environ.get(name, "0" if name == "LOCAL_RANK" else "") for name in _PLACE}
+    local = os.environ.get("SLURM_LOCALID", "0")  # srun alone sets no LOCAL_RANK
+    values = {name: os.environ.get(name, local if name == "LOCAL_RANK" else "") for name in _PLACE}
     said = ", ".join(f"{name}={value}" for name, value in values.items())
     fix = "a launcher sets all three: use --ranks, torchrun, deepspeed or slurm/pretrain.sbatch, or unset RANK"
     if not all(value.isdecimal() for value in values.values()):
@@ -94,6 +95,25 @@ def join_process_group(backend: str, parallel: ParallelConfig) -> None:
         world_size=place.world_size,
         timeout=limit,
     )
+
+
+def wait_for_rank_zero(key: str) -> None:
+    """Return when rank 0 has called `rank_zero_is_done(key)`, however long that takes.
+
+    A collective would give up after `parallel.collective_timeout_seconds`, which is about hangs, not about the time
+    that merging a large checkpoint takes. A rank 0 that ends takes the store with it (or torchrun ends all ranks).
+    """
+    from torch.distributed import distributed_c10d as c10d
+
+    while not _wait(c10d._get_default_store(), key, 60.0):
+        pass
+
+
+def rank_zero_is_done(key: str) -> None:
+    """Let the ranks go on that wait for `key`."""
+    from torch.distributed import distributed_c10d as c10d
+
+    c10d._get_default_store().set(key, "")
 
 
 def ranks_in_words(ranks: list[int]) -> str:

@@ -126,7 +126,10 @@ def _tell_megatron(topology: Topology, timeout_seconds: float) -> None:
     from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(
-        topology.tensor_size, topology.pipeline_size, distributed_timeout_minutes=timeout_seconds / 60
+        topology.tensor_size,
+        topology.pipeline_size,
+        distributed_timeout_minutes=timeout_seconds / 60,
+        create_gloo_process_groups=False,
     )
     ours = dist.get_process_group_ranks(topology.groups["tensor"])
     theirs = dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())

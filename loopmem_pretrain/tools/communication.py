@@ -120,16 +120,20 @@ def tied(layout: Layout, stage: int) -> Traffic:
 def data_parallel(layout: Layout, stage: int) -> Traffic:
     """Gradients and weights over data-parallel ranks.
 
-    ZeRO 1 all-reduces the step's float32 sums once and gathers the new weights. ZeRO 2 and 3 reduce-scatter the
-    gradients of every micro-batch; ZeRO 3 gathers the weights in every forward and every backward pass instead of once.
+    ZeRO 1 all-reduces the step's float32 sums once and gathers the new weights. ZeRO 2 all-reduces the gradients of
+    every micro-batch (DeepSpeed's default, though each rank keeps only its share). ZeRO 3 reduce-scatters them, and
+    gathers the weights of each layer in every forward and every backward pass instead of once.
     """
     ranks, zero_stage = layout.data_ranks, layout.config.parallel.zero_stage
     size, elements = Sizes.of(layout.config).bytes, layout.parameters(stage)
     weights = gather_or_scatter(size * elements, ranks)
     if zero_stage == 1:
         return all_reduce(WIDE * elements, ranks) + weights
-    reduced = gather_or_scatter(size * elements, ranks).times(layout.micro_batches)
-    return reduced + weights.times(2 * layout.micro_batches if zero_stage == 3 else 1)
+    if zero_stage == 2:
+        return all_reduce(size * elements, ranks).times(layout.micro_batches) + weights
+    layers = len(layers_of_stage(layout.config.model, layout.bounds, stage)) if ranks > 1 else 0
+    gathered = Traffic(weights.bytes, layers).times(2 * layout.micro_batches)
+    return gather_or_scatter(size * elements, ranks).times(layout.micro_batches) + gathered
 
 
 def traffic(layout: Layout, stage: int) -> dict[str, Traffic]:

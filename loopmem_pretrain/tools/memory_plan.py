@@ -89,9 +89,12 @@ class RankMemory(NamedTuple):
     backward: int
     """what the backward pass adds where the sum is greatest: gradients of logits, or a loop that is recomputed"""
 
+    at_start: int
+    """not part of the sum: the float32 model before ZeRO 3 has cut it, a peak of its own"""
+
     @property
     def total(self) -> int:
-        return sum(self)
+        return max(sum(self) - self.at_start, self.at_start)
 
 
 def model_states(config: RunConfig, elements: int, data_ranks: int) -> dict[str, int]:
@@ -131,7 +134,8 @@ def stage_memory(layout: Layout, stage: int, fused_norms: bool = True) -> RankMe
     # The loss's backward pass comes first and frees what it kept; then come the layers.
     backward = max(in_head, in_layer - (logits - logits_alone))
     states = model_states(config, layout.parameters(stage), layout.data_ranks)
-    return RankMemory(**states, activations=kept, logits=logits, backward=backward)
+    at_start = WIDE * layout.parameters(stage) if config.parallel.zero_stage == 3 else 0
+    return RankMemory(**states, activations=kept, logits=logits, backward=backward, at_start=at_start)
 
 
 def bank_bytes(layout: Layout, stage: int) -> int:

@@ -45,14 +45,18 @@ def bubble_fraction(stages: int, micro_batches: int) -> float:
     return (stages - 1) / (micro_batches + stages - 1)
 
 
-def transfer_time(traffic: Traffic, group: int, spans_nodes: bool, cluster: ClusterConfig) -> float:
-    """Seconds for the messages of a group of `group` ranks (2 and `messages` times one latency: neighbours)."""
+def transfer_time(traffic: Traffic, hops: int, spans_nodes: bool, cluster: ClusterConfig) -> float:
+    """Seconds for messages that cost `hops` latencies each."""
     if spans_nodes:
         bandwidth, latency = cluster.inter_node_gb_per_s, cluster.inter_node_latency_us
     else:
         bandwidth, latency = cluster.intra_node_gb_per_s, cluster.intra_node_latency_us
-    hops = 2 * math.ceil(math.log2(group)) if group > 2 else 1
     return traffic.bytes / (bandwidth * 1e9 * cluster.bandwidth_fraction) + traffic.messages * hops * latency * 1e-6
+
+
+def collective_hops(ranks: int) -> int:
+    """Latencies of one collective: 2 log2(ranks), as over a tree."""
+    return 2 * math.ceil(math.log2(ranks))
 
 
 def stage_flops(layout: Layout, stage: int) -> float:
@@ -94,8 +98,8 @@ def _busy_time(layout: Layout, stage: int, cluster: ClusterConfig) -> tuple[floa
     # Ranks are numbered TP fastest, then DP, then PP: a neighbour in the pipeline is TP x DP ranks away.
     return (
         flops / (cluster.peak_tflops * 1e12 * cluster.achievable_fraction),
-        transfer_time(tensor_parallel(layout, stage), ranks, ranks > node, cluster),
-        transfer_time(pipeline(layout, stage), 2, layout.ranks > node, cluster),
+        transfer_time(tensor_parallel(layout, stage), collective_hops(ranks), ranks > node, cluster),
+        transfer_time(pipeline(layout, stage), 1, layout.ranks > node, cluster),
     )
 
 
@@ -103,8 +107,8 @@ def _end_of_step(layout: Layout, stage: int, cluster: ClusterConfig) -> tuple[fl
     """Seconds of a stage once a step: reducing and gathering over data-parallel ranks and tied stages, and AdamW."""
     node = cluster.gpus_per_node
     far_data = layout.config.parallel.tensor_model_parallel_size * layout.data_ranks > node
-    data = transfer_time(data_parallel(layout, stage), layout.data_ranks, far_data, cluster)
-    data += transfer_time(tied(layout, stage), layout.stages, layout.ranks > node, cluster)
+    data = transfer_time(data_parallel(layout, stage), collective_hops(layout.data_ranks), far_data, cluster)
+    data += transfer_time(tied(layout, stage), collective_hops(layout.stages), layout.ranks > node, cluster)
     # AdamW reads gradient, master weight and moments and writes all but the gradient, in float32.
     own = layout.parameters(stage) / layout.data_ranks
     return data, 7 * WIDE * own / (cluster.memory_gb_per_s * 1e9)

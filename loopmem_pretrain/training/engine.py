@@ -81,11 +81,11 @@ class TrainingEngine:
             row.public_name: whole_shape(row.public_name, row.shape, parallel, model.vocab_size)
             for row in table.values()
         }
+        self.bounds = stage_bounds(model, config.data.seq_length, topology.pipeline_size)
         with deepspeed_chatter_held_back():
             if self.uses_pipeline:
-                bounds = stage_bounds(model, config.data.seq_length, topology.pipeline_size)
                 arguments = (model, backend, backend.cross_entropy, self.step_context)
-                module: Any = pipeline.PipelineStage(*arguments, topology, bounds)
+                module: Any = pipeline.PipelineStage(*arguments, topology, self.bounds)
             else:
                 module = pipeline.WholeModel(model, backend, backend.cross_entropy, self.step_context)
         module.universal_checkpoint_info = pipeline.universal_checkpoint_info(table, model, parallel)
@@ -167,11 +167,14 @@ class TrainingEngine:
 
     def load(self, folder: Path, tag: str) -> None:
         """Restore model, optimizer and engine counters from `folder/tag`."""
+        fused = [group.get("fused") for group in self.engine.optimizer.param_groups]
         path, _ = self.engine.load_checkpoint(str(folder), tag=tag)
         if path is None:
             raise CheckpointError(
                 f"DeepSpeed found nothing to load in {folder / tag}", "remove that folder or restore it"
             )
+        for group, value in zip(self.engine.optimizer.param_groups, fused, strict=True):
+            group["fused"] = value  # of this start's device, not of the one that saved
 
     def load_merged(self, merged: Merged, step: int, skipped_steps: int) -> None:
         """Restore model, optimizer and engine counters from a checkpoint that other ranks wrote.

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,11 +32,10 @@ def train_here(config_path: str, overrides: Sequence[str], stop_at_step: int | N
         fault = _lost_rank(error)
         if fault is None:
             raise
-        run_folder.write_failure(Path(config.run_dir), fault)
+        run_folder.write_failure(Path(config.run_dir), fault, is_cause=False)
         raise fault from error
     except LoopMemError as error:
-        if os.environ.get("RANK", "0") == "0":
-            run_folder.write_failure(Path(config.run_dir), error)
+        run_folder.write_failure(Path(config.run_dir), error)
         raise
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -43,7 +43,7 @@ def train_here(config_path: str, overrides: Sequence[str], stop_at_step: int | N
 
 
 # In what gloo (its source path) and NCCL say of a rank that is gone; torch's store raises errors of its own kind.
-_LOST = ("gloo/transport", "Gloo connectFullMesh", "NCCL")
+_LOST = ("gloo/transport", "Gloo connectFullMesh", "NCCL communicator was aborted", "ncclRemoteError")
 # What gloo says of a rank that is there but does not come to a collective.
 _HANGING = ("Timed out waiting", "Application timeout")
 
@@ -98,10 +98,15 @@ def train_on_ranks(ranks: int, arguments: Sequence[str], run_dir: str) -> int:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
+            cause = (
+                "it aborted itself: see its last message; on GPUs NCCL does so when a rank is gone, or does not come "
+                "to a collective within parallel.collective_timeout_seconds"
+                if failure.exitcode == -signal.SIGABRT
+                else "if it was killed for memory, lower training.micro_batch_size"
+            )
             fault = EnvironmentFault(
-                f"rank {rank} was killed by signal {-failure.exitcode}; the other ranks were ended",
-                "if it was killed for memory, lower training.micro_batch_size; start the same command to resume "
-                "from the last checkpoint",
+                f"rank {rank} was ended by signal {-failure.exitcode}; the other ranks were ended too",
+                f"{cause}; start the same command to resume from the last checkpoint",
             )
             run_folder.write_failure(Path(run_dir), fault)
             raise fault from None

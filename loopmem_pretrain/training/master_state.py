@@ -65,7 +65,6 @@ def _set_stage3(parameter: Any, state: State, value: Tensor) -> None:
         safe_set_local_optimizer_state(parameter, local, state)
         return
     safe_set_local_fp32_param(parameter, local)
-    first = torch.distributed.get_global_rank(group, 0)
-    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=first):
-        if torch.distributed.get_rank() == first:
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):  # of the parameter's group, not of the world
+        if torch.distributed.get_rank(group) == 0:
             parameter.data.copy_(value)

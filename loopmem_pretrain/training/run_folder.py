@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -40,6 +41,8 @@ MAY_CHANGE = (
     "training.activation_checkpointing",
     "training.deterministic",
 )
+_TIME = "%Y-%m-%dT%H:%M:%S%z"
+_STARTED = time.strftime(_TIME)
 VERSIONS_OF = ("torch", "deepspeed", "megatron-core", "transformers", "numpy", "sentencepiece")
 
 
@@ -95,7 +98,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "started": time.strftime(_TIME),
         "versions": versions,
     }
 
@@ -115,15 +118,20 @@ def _git_commit() -> str | None:
 
 def write_status(run_dir: Path, status: Status, reason: str, step: int | None = None) -> None:
     """Record how the run stands. Rank 0 only."""
-    record = {"status": status, "reason": reason, "step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    record = {"status": status, "reason": reason, "step": step, "time": time.strftime(_TIME)}
     write_file(run_dir / "status.json", (json.dumps(record) + "\n").encode())
 
 
-def write_failure(run_dir: Path, error: LoopMemError) -> None:
-    """Record that a start failed; not for wrong usage, nor in a folder that is no run's or whose run is done."""
+def write_failure(run_dir: Path, error: LoopMemError, is_cause: bool = True) -> None:
+    """Record that a start failed; not for wrong usage, nor in a folder that is no run's or whose run is done.
+
+    `is_cause`: false for a rank that only noticed that another is gone; what that one recorded is then kept.
+    """
     before = read_status(run_dir) or {}
     ours = (run_dir / "config.yaml").exists() and not isinstance(error, ConfigError)
-    if ours and before.get("status") != "done":
+    told = before.get("status") == "failed" and before.get("time", "") >= _STARTED
+    told = told and not re.match(r"\w+Error: ", before["reason"])  # what training says of errors that have no name
+    if ours and before.get("status") != "done" and (is_cause or not told):
         write_status(run_dir, "failed", error.problem, before.get("step"))
 
 

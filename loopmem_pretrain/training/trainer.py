@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from loopmem_pretrain.data.dataset import open_training, open_validation
 from loopmem_pretrain.data.sampler import train_batches
 from loopmem_pretrain.errors import EnvironmentFault, LoopMemError
 from loopmem_pretrain.model.flops import parameter_counts
-from loopmem_pretrain.parallel.start import place_from_environment
+from loopmem_pretrain.parallel.start import place_from_environment, rank_zero_is_done, wait_for_rank_zero
 from loopmem_pretrain.parallel.topology import Topology
 from loopmem_pretrain.training import run_folder
 from loopmem_pretrain.training.engine import TrainingEngine, init_distributed
@@ -28,6 +28,8 @@ from loopmem_pretrain.training.hardware import choose_device
 from loopmem_pretrain.training.hooks import Hook, make_hooks
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Trainer:
@@ -50,10 +52,15 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
             # We read no uninitialised memory; filling DeepSpeed's large buffers each step would cost minutes.
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        self.turns = 0  # of on_rank_zero
         self.locks: list[Any] = []  # held by rank 0 until its process ends
         self.on_rank_zero(lambda: self.locks.append(run_folder.prepare(config, self.run_dir)))
-        self.dataset = open_training(config.data, config.training.seed, config.model.vocab_size)
-        self.validation_dataset = open_validation(config.data, config.validation.num_samples)
+        self.dataset, self.validation_dataset = self.together(
+            lambda: (
+                open_training(config.data, config.training.seed, config.model.vocab_size),
+                open_validation(config.data, config.validation.num_samples),
+            )
+        )
         self.engine = TrainingEngine(config, self.device, self.topology)
         self.store = CheckpointStore(config.run_dir)
         self.position = Position()
@@ -185,11 +192,31 @@ class Trainer:
                 failure[0], cause = EnvironmentFault(f"cannot write in {self.run_dir}: {error}", fix), error
             except Exception as error:  # noqa: BLE001 - raised again below, after the other ranks know
                 failure[0], cause = EnvironmentFault(f"rank 0 failed: {type(error).__name__}: {error}"), error
+        self.turns += 1
+        key = f"rank-zero/{self.turns}"
+        if self.rank == 0:
+            rank_zero_is_done(key)
+        else:
+            wait_for_rank_zero(key)
         dist.broadcast_object_list(failure, src=0)
         if failure[0] is not None:
             if cause is not None and not isinstance(cause, OSError):
                 raise cause
             raise failure[0] from cause
+
+    def together(self, action: Callable[[], T]) -> T:
+        """`action` on every rank, without collectives inside; where it fails on one, all raise a named error."""
+        result, failure = None, None
+        try:
+            result = action()
+        except LoopMemError as error:
+            failure = error
+        failures: list[LoopMemError | None] = [None] * self.world_size
+        dist.all_gather_object(failures, failure)
+        first = failure or next((error for error in failures if error is not None), None)
+        if first is not None:
+            raise first
+        return cast(T, result)
 
     def write_status(self, status: run_folder.Status, reason: str) -> None:
         if self.rank == 0:

@@ -103,7 +103,7 @@ def test_a_killed_rank_ends_the_job(tmp_path, config_file):
     os.kill(int(children.stdout.split()[1]), signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 6, errors
-    assert "killed by signal 9" in errors
+    assert "ended by signal 9" in errors
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
 
 

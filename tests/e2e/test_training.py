@@ -14,11 +14,17 @@ from tests.distributed import run_ranks
 ON_RANK = "tests.e2e.test_training:train_on_rank"
 
 
-def train_on_rank(rank: int, world_size: int, config: RunConfig, stop_at_step: int | None = None, before: str = ""):
-    """Run to the end (or `stop_at_step`); returns (status, named error or None). `before` runs on every rank first."""
+def train_on_rank(
+    rank: int, world_size: int, config: RunConfig, stop_at_step: int | None = None, before: str = "", first: str = ""
+):
+    """Run to the end (or `stop_at_step`); returns (status, named error or None).
+
+    `first` is run on every rank before the trainer is made, `before` before it trains.
+    """
     from loopmem_pretrain.errors import LoopMemError
     from loopmem_pretrain.training.trainer import Trainer
 
+    exec(first, {})
     try:
         trainer = Trainer(config, stop_at_step)
         exec(before, {"trainer": trainer})
@@ -29,7 +35,9 @@ def train_on_rank(rank: int, world_size: int, config: RunConfig, stop_at_step: i
 
 def run(config, ranks=2, **options):
     """All ranks' (status, error); ranks must agree."""
-    results = run_ranks(ON_RANK, ranks, config, options.get("stop_at_step"), options.get("before", ""))
+    results = run_ranks(
+        ON_RANK, ranks, config, options.get("stop_at_step"), options.get("before", ""), options.get("first", "")
+    )
     assert len({(status, type(error)) for status, error in results}) == 1, results
     return results[0]
 

@@ -236,6 +236,19 @@ def test_every_layout(case):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("how", ["offloaded", "recomputed"])
+def test_tensor_parallel_with_recomputation_and_offloading(zero, how):
+    config = run_of(COVERING[0] | {"layout": "tp2-dp2", "zero": zero, "sp": True, "banks": "sharded", "tied": True})
+    parallel, training = config.parallel, config.training
+    if how == "offloaded":
+        parallel = parallel.model_copy(update={"offload_optimizer": "cpu"})
+    else:
+        training = training.model_copy(update={"activation_checkpointing": "loop"})
+    check(config.model_copy(update={"parallel": parallel, "training": training}), 4)
+
+
+@pytest.mark.slow
 def test_compiled_loops_in_a_pipeline():
     config = run_of(COVERING[0] | {"layout": "pp2"})
     check(config.model_copy(update={"training": config.training.model_copy(update={"compile": "loop"})}), 2)

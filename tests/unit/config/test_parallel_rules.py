@@ -156,3 +156,20 @@ def test_offloading_parameters_needs_zero_3(files):
     said = said_about(files, "parallel.offload_parameters=cpu", "parallel.zero_stage=2")
     assert said.startswith("parallel.offload_parameters: 'cpu' needs zero_stage 3")
     files.load(GOOD, "parallel.offload_parameters=cpu", "parallel.zero_stage=3")
+
+
+def test_the_papers_weight_decay_in_a_pipeline(files):
+    """Only the embedding's stage then has a group without decay, and DeepSpeed waits for all stages' norms of it."""
+    sizes = [f"{PP}=2", "training.precision=fp32", "optimizer.weight_decay_rule=paper"]
+    said = said_about(files, *sizes)
+    assert said.startswith(
+        "optimizer.weight_decay_rule: 'paper' hangs with pipeline_model_parallel_size above 1 in fp32"
+    )
+    files.load(GOOD, *sizes, "training.precision=bf16")
+
+
+def test_only_sizes_that_fit_are_offered(files):
+    config = files.load(GOOD, f"{TP}=2", "parallel.sequence_parallel=true")
+    with pytest.raises(ConfigError) as caught:
+        check_topology(config, 3)
+    assert "no sizes: none fit" in caught.value.fix

@@ -10,7 +10,14 @@ from loopmem_pretrain.errors import ConfigError
 from loopmem_pretrain.model.flops import forward_flops_per_token
 from loopmem_pretrain.tools.communication import Traffic
 from loopmem_pretrain.tools.memory_plan import Layout
-from loopmem_pretrain.tools.step_time import bubble_fraction, mfu, stage_flops, step_time, transfer_time
+from loopmem_pretrain.tools.step_time import (
+    bubble_fraction,
+    collective_hops,
+    mfu,
+    stage_flops,
+    step_time,
+    transfer_time,
+)
 from tests.configs import tiny_run
 
 H100 = load_config(ClusterConfig, "configs/cluster/h100.yaml")
@@ -37,9 +44,9 @@ def test_a_fast_stage_costs_less_bubble():
 
 def test_transfers():
     """1 GB over 450 GB/s x 0.8, 10 collectives of 8 ranks at 2 x 3 latencies of 5 us; between nodes 50 GB/s, 15 us."""
-    assert transfer_time(Traffic(1e9, 10), 8, False, H100) == pytest.approx(1 / 360 + 10 * 6 * 5e-6)
-    assert transfer_time(Traffic(1e9, 10), 8, True, H100) == pytest.approx(1 / 40 + 10 * 6 * 15e-6)
-    assert transfer_time(Traffic(0, 1), 2, False, H100) == pytest.approx(5e-6)
+    assert transfer_time(Traffic(1e9, 10), collective_hops(8), False, H100) == pytest.approx(1 / 360 + 10 * 6 * 5e-6)
+    assert transfer_time(Traffic(1e9, 10), collective_hops(8), True, H100) == pytest.approx(1 / 40 + 10 * 6 * 15e-6)
+    assert transfer_time(Traffic(0, 1), 1, False, H100) == pytest.approx(5e-6)
 
 
 def test_flops_of_one_rank_are_those_of_the_model():
