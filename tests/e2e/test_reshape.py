@@ -58,12 +58,15 @@ PAIRS = [
     ("dp3 zero3", "tp2 sharded", "bf16"),
 ]
 BF16 = [("tp2 pp2", "dp3 zero3", "bf16"), ("dp2 zero2", "tp2 pp2", "bf16"), ("one", "tp2 dp2 zero3", "bf16")]
-ALL = [(a, b, "fp32") for a in LAYOUTS for b in LAYOUTS if a != b and (a, b, "fp32") not in PAIRS]
+# A layout is right with every other if it writes the right merged form and reads one rightly.
+THERE = [("one", layout, "fp32") for layout in LAYOUTS if layout != "one"]
+BACK = [(layout, "one", "fp32") for layout in LAYOUTS if layout != "one"]
+SLOW = [pair for pair in (*BF16, *THERE, *BACK) if pair not in PAIRS]
 
 
 @pytest.mark.parametrize(
     ("before", "after", "precision"),
-    [*PAIRS, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (*BF16, *ALL))],
+    [*PAIRS, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in SLOW)],
     ids=lambda value: value.replace(" ", "-"),
 )
 def test_goes_on_at_another_size(tmp_path, sentences, undisturbed, before, after, precision):

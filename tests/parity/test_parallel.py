@@ -2,11 +2,12 @@
 
 Five optimizer steps: losses, gradient norms, the gradients of the first step, parameters and statistics. `make test`
 runs a subset of the matrix in which every pair of choices occurs; `make test-all` every combination of the parallel
-choices, the model's choices spread over them. The full product of both is some thousand runs, and nobody's default.
+choices, the model's choices spread over them. The full product of both takes hours and is run when asked for.
 """
 
 import itertools
 import math
+import os
 from functools import lru_cache
 from typing import Any
 
@@ -191,6 +192,7 @@ def spread(cases: list[Case]) -> list[Case]:
 MODELS = [dict(zip(MODEL_AXES, values, strict=True)) for values in itertools.product(*MODEL_AXES.values())]
 COVERING = covering(product(PARALLEL_AXES | MODEL_AXES))
 ALL_LAYOUTS = spread(product(PARALLEL_AXES))
+EVERYTHING = product(PARALLEL_AXES | MODEL_AXES) if os.environ.get("LOOPMEM_FULL_MATRIX") else []
 
 
 def run_of(case: Case):
@@ -232,6 +234,13 @@ def test_every_pair_of_choices(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ALL_LAYOUTS, ids=name_of)
 def test_every_layout(case):
+    check(run_of(case), math.prod(LAYOUTS[case["layout"]]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EVERYTHING, ids=name_of)
+def test_everything(case):
+    """The full product, 3,696 runs in some four hours: LOOPMEM_FULL_MATRIX=1 pytest tests/parity/test_parallel.py."""
     check(run_of(case), math.prod(LAYOUTS[case["layout"]]))
 
 
