@@ -90,12 +90,13 @@ def check(config, world_size):
     losses, norms, expected_loops, parameters, gradients = expected(plain.model_dump_json())
     # Which slots a read chooses is a jump: where two are equally good to within rounding, two runs may choose
     # differently. Among some ten thousand choices that happens now and then, after the first step.
-    later, drift = (1e-5, 1e-2) if config.model.retrieval == "dense" else (1e-3, 1.0)
+    later, later_norms, drift = (1e-5, 1e-5, 1e-2) if config.model.retrieval == "dense" else (1e-3, 1e-2, 1.0)
     seen = set()
     for result in run_ranks("tests.parity.test_parallel:train_on_rank", world_size, config):
-        for seen_values, values in ((result["losses"], losses), (result["norms"], norms)):
+        # One other slot for one token moves a gradient norm by some 1e-3, ten times more than a loss.
+        for seen_values, values, rel in ((result["losses"], losses, later), (result["norms"], norms, later_norms)):
             assert seen_values[0] == pytest.approx(values[0], rel=1e-5)
-            assert seen_values == pytest.approx(values, rel=later)
+            assert seen_values == pytest.approx(values, rel=rel)
         if config.model.max_loops:
             torch.testing.assert_close(
                 torch.tensor(result["stats"]["expected_loops"]), expected_loops, rtol=later, atol=1e-6
