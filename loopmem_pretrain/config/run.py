@@ -10,6 +10,7 @@ from loopmem_pretrain.config.preflight import Problem, parallel_problems, tensor
 from loopmem_pretrain.config.training import (
     AlarmConfig,
     CheckpointConfig,
+    FaultConfig,
     LoggingConfig,
     OptimizerConfig,
     ScheduleConfig,
@@ -40,6 +41,8 @@ class RunConfig(Section):
     """Held-out loss."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
+    faults: FaultConfig = FaultConfig()
+    """Faults."""
     logging: LoggingConfig = LoggingConfig()
     """Logs."""
     alarms: AlarmConfig = AlarmConfig()
@@ -82,7 +85,26 @@ def run_problems(config: RunConfig) -> list[Problem]:
                 f"'{training.ponder_schedule}' modulates model.ponder_weight, which is 0",
             )
         )
+    problems += _checkpoint_problems(config)
     problems += parallel_problems(config.model, config.data, config.parallel, training, optimizer)
+    return problems
+
+
+def _checkpoint_problems(config: RunConfig) -> list[Problem]:
+    """A checkpoint can only be kept for a reason that holds at a step where one is written."""
+    problems: list[Problem] = []
+    checkpoint, every = config.checkpoint, config.checkpoint.interval_steps
+    if checkpoint.keep_every_steps % every:
+        valid = f"must be 0 or a multiple of checkpoint.interval_steps {every}"
+        problems.append((("checkpoint", "keep_every_steps"), f"{checkpoint.keep_every_steps} {valid}"))
+    if checkpoint.keep_best and every % config.validation.interval_steps:
+        problems.append(
+            (
+                ("checkpoint", "keep_best"),
+                f"{checkpoint.keep_best} needs a validation loss at every checkpoint: checkpoint.interval_steps {every} "
+                f"must be a multiple of validation.interval_steps {config.validation.interval_steps}",
+            )
+        )
     return problems
 
 

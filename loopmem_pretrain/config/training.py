@@ -81,12 +81,41 @@ class ValidationConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When checkpoints are written and how many are kept."""
+    """When checkpoints are written and which are kept."""
 
     interval_steps: int = Field(default=500, gt=0)
     """Steps between checkpoints; the last step and a clean stop save too."""
+    asynchronous: bool = True
+    """Copy the state to host memory and write it while training goes on; the last save of a start is waited for."""
     keep_last: int = Field(default=3, gt=0)
     """Newest checkpoints to keep; older ones are removed after a newer one is whole."""
+    keep_every_steps: int = Field(default=0, ge=0)
+    """Also keep, for ever, checkpoints whose step is a multiple of this; 0 keeps none for that reason."""
+    keep_best: int = Field(default=0, ge=0)
+    """Also keep this many checkpoints with the lowest validation loss."""
+
+
+class FaultConfig(Section):
+    """What a run bears, and when it stops by itself."""
+
+    max_skipped_steps: int = Field(default=10, gt=0)
+    """Steps in a row that may go unapplied, because loss or gradients are not finite, before the run gives up."""
+    spike_action: Literal["off", "warn", "rewind"] = "warn"
+    """On a loss spike: nothing; a warning; or back to the last checkpoint before it, leaving out the data since."""
+    spike_score: float = Field(default=8.0, gt=0)
+    """A step is high when its loss is this many robust standard deviations (1.4826 MAD) above the window's median."""
+    spike_window_steps: int = Field(default=128, ge=16)
+    """Steps before that a loss is compared with."""
+    spike_patience_steps: int = Field(default=5, gt=0)
+    """High steps in a row that make a spike; single ones are bad samples and pass."""
+    max_rewinds: int = Field(default=3, ge=0)
+    """Rewinds without a new checkpoint between them before the run gives up."""
+    time_limit_seconds: int | None = Field(default=None, gt=0)
+    """A start stops cleanly, checkpoint included, before it has run this long; unset runs on."""
+    hang_timeout_seconds: int = Field(default=900, gt=0)
+    """No progress in a step or validation for so long is a hang: stacks of all threads are written, the rank ends."""
+    slow_phase_timeout_seconds: int = Field(default=7200, gt=0)
+    """The same for starting, resuming and saving."""
 
 
 class LoggingConfig(Section):

@@ -31,6 +31,7 @@ MAY_CHANGE = (
     "run_dir",
     "logging.",
     "checkpoint.",
+    "faults.",
     "validation.",
     "alarms.",
     "data.num_workers",
