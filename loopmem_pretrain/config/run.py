@@ -101,7 +101,7 @@ def _checkpoint_problems(config: RunConfig) -> list[Problem]:
         problems.append(
             (
                 ("checkpoint", "keep_best"),
-                f"{checkpoint.keep_best} needs a validation loss at every checkpoint: checkpoint.interval_steps {every} "
+                f"{checkpoint.keep_best} needs a validation loss at each checkpoint: checkpoint.interval_steps {every} "
                 f"must be a multiple of validation.interval_steps {config.validation.interval_steps}",
             )
         )
