@@ -1,9 +1,9 @@
-"""Saving and resuming a run: what is kept, what is restored, and what is said about it.
+"""What a checkpoint keeps of a run, what is restored from it, and what is said about it.
 
 Kept: weights, float32 master weights, optimizer moments and engine counters (DeepSpeed's files), the position in the
-run, a description of the data, the names of all parameters, the configuration, the number of ranks. Not kept, because
-it is a function of the step: learning rate, beta1, ponder weight, the order of samples. The model draws no random
-numbers in training, so there is no generator state.
+run, a description of the data, the names of all parameters, the configuration, the number of ranks, the states of
+random generators, the id of the run at Weights & Biases, one sample and its loss. Not kept, because it is a function of
+the step: learning rate, beta1, ponder weight, the order of samples.
 """
 
 import logging
@@ -16,21 +16,18 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from loopmem_pretrain.checkpoint.store import (
-    CheckpointStore,
-    hash_files,
-    list_files,
-    read_manifest,
-    verify,
-)
+from loopmem_pretrain.checkpoint import probe
+from loopmem_pretrain.checkpoint.generators import restore_generators
+from loopmem_pretrain.checkpoint.store import CheckpointStore, read_manifest, verify
 from loopmem_pretrain.checkpoint.universal import Merged, merge
-from loopmem_pretrain.config.load import dump_config
-from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.data.dataset import BlendedDataset, description_differences
-from loopmem_pretrain.data.files import sync_folder, write_file
-from loopmem_pretrain.errors import CheckpointError, EnvironmentFault
+from loopmem_pretrain.data.files import write_file
+from loopmem_pretrain.errors import CheckpointError
 
 log = logging.getLogger(__name__)
+
+WANDB_ID = "wandb_id"
+"""File in the run folder with the run's id at Weights & Biases."""
 
 
 @dataclass
@@ -45,14 +42,14 @@ class Position:
     """Training tokens consumed."""
 
 
-class Engine(Protocol):
-    """What saving needs of a training engine."""
+class Engine(probe.Engine, Protocol):
+    """What saving and resuming need of a training engine."""
 
     public_names: dict[str, str]
     whole_shapes: dict[str, list[int]]
     bounds: list[int]
 
-    def save(self, folder: Path, tag: str) -> None: ...
+    def collect_states(self, folder: Path, tag: str) -> dict[str, Any]: ...
 
     def load(self, folder: Path, tag: str) -> None: ...
 
@@ -62,13 +59,15 @@ class Engine(Protocol):
     def skipped_steps(self) -> int: ...
 
 
-class Run(Protocol):
-    """What saving and resuming need of a run; the trainer is one."""
+class Run(probe.Run, Protocol):
+    """What resuming needs of a run; the trainer is one."""
 
-    config: RunConfig
+    run_dir: Path
     store: CheckpointStore
     dataset: BlendedDataset
     position: Position
+    validated: tuple[int, float] | None
+    """Step and loss of the last validation."""
     rank: int
     world_size: int
 
@@ -78,74 +77,18 @@ class Run(Protocol):
     def on_rank_zero(self, action: Callable[[], object]) -> None: ...
 
 
-def save(run: Run) -> Path:
-    """Write and publish a checkpoint of the current step. Called on every rank.
-
-    Raises:
-        EnvironmentFault: the disk is full or not writable; the previous checkpoint stays the newest.
-    """
-    store, step = run.store, run.position.step
-    run.on_rank_zero(lambda: _prepare_folder(run))
-    folder = store.folder / store.incomplete_name(step)
-    try:
-        run.engine.save(store.folder, folder.name)
-        dist.barrier()
-        files = list_files(folder)
-        shares: list[Any] = [None] * run.world_size
-        dist.all_gather_object(shares, hash_files(folder, files[run.rank :: run.world_size]))
-    except (OSError, RuntimeError) as error:
-        # torch.save reports a full disk as RuntimeError ("unexpected pos", "file write failed"), and so do collectives
-        # when another rank is gone: that one is not about the disk.
-        if isinstance(error, RuntimeError) and not any(word in str(error) for word in ("write", "unexpected pos")):
-            raise
-        raise EnvironmentFault(
-            f"cannot save the checkpoint of step {step} in {store.folder}: {error}",
-            "free space or mend permissions there and start the same command again; "
-            "the previous checkpoint is whole and will be resumed",
-        ) from error
-    hashes = {name: entry for share in shares for name, entry in share.items()}
-    run.on_rank_zero(lambda: _publish(run, hashes))
-    return store.folder / store.name(step)
-
-
-def _prepare_folder(run: Run) -> None:
-    store = run.store
-    try:
-        store.discard_incomplete()
-        (store.folder / store.incomplete_name(run.position.step)).mkdir(parents=True)
-    except OSError as error:
-        raise EnvironmentFault(
-            f"cannot write to {store.folder}: {error.strerror}", "give write permission or free space, then start again"
-        ) from None
-
-
-def _publish(run: Run, hashes: dict[str, dict[str, Any]]) -> None:
-    store, step = run.store, run.position.step
-    folder = store.folder / store.incomplete_name(step)
-    try:
-        for script in ("zero_to_fp32.py", "zero_to_torch.py"):  # DeepSpeed's; they cannot read pipeline checkpoints
-            (store.folder / script).unlink(missing_ok=True)
-        write_file(folder / "config.yaml", dump_config(run.config).encode())
-        hashes.update(hash_files(folder, ["config.yaml"]))
-        store.publish(step, hashes, facts(run))
-        store.prune(run.config.checkpoint.keep_last)
-        sync_folder(store.folder)
-    except OSError as error:
-        raise EnvironmentFault(
-            f"cannot publish the checkpoint of step {step} in {store.folder}: {error.strerror}",
-            "free space there and start the same command again",
-        ) from error
-
-
 def facts(run: Run) -> dict[str, Any]:
     """What the manifest says besides the files."""
     names = run.engine.public_names
+    wandb_id = run.run_dir / WANDB_ID
     return {
         "position": asdict(run.position),
         "skipped_steps": run.engine.skipped_steps,
         **layout(run),
         "data": run.dataset.describe(),
         "tokenizer_sha256": run.dataset.datasets[0].stream.manifest.tokenizer.sha256,
+        "validation_loss": run.validated[1] if run.validated and run.validated[0] == run.position.step else None,
+        "wandb_id": wandb_id.read_text(encoding="utf-8").strip() if wandb_id.is_file() else None,
         "parameter_names": names,
         "parameter_shapes": run.engine.whole_shapes,
     }
@@ -204,13 +147,30 @@ def resume(run: Run) -> Path | None:
         _load_reshaped(run, checkpoint, manifest.get("skipped_steps", 0))
     else:
         run.engine.load(checkpoint.parent, checkpoint.name)
+    not_restored = _restore_the_rest(run, checkpoint, manifest)
+    compared = probe.check_probe(run, checkpoint)
     if run.rank == 0:
-        log.info("resumed from %s at step %d%s", os.fspath(checkpoint), run.position.step, _in_words(moved))
+        dealt = f", dealt out anew: {'; '.join(moved)}" if moved else ""
+        log.info("resumed from %s at step %d%s; %s", os.fspath(checkpoint), run.position.step, dealt, compared)
+        for line in not_restored:
+            log.warning("not restored: %s", line)
     return checkpoint
 
 
-def _in_words(moved: list[str]) -> str:
-    return f", dealt out anew: {'; '.join(moved)}" if moved else ""
+def _restore_the_rest(run: Run, checkpoint: Path, manifest: dict[str, Any]) -> list[str]:
+    """What is neither weights nor moments; returns what could not be restored, by name. A collective."""
+    missing: list[list[str]] = [[]] * run.world_size
+    dist.all_gather_object(missing, restore_generators(checkpoint, run.rank))
+    lines = [
+        f"states of the random generators {', '.join(names)} of rank {rank}: the checkpoint has "
+        f"{manifest['world_size']} ranks (training draws no random numbers)"
+        for rank, names in enumerate(missing)
+        if names
+    ]
+    wandb_id, recorded = run.run_dir / WANDB_ID, manifest.get("wandb_id")
+    if recorded and not wandb_id.exists() and run.rank == 0:
+        write_file(wandb_id, f"{recorded}\n".encode())
+    return lines
 
 
 def _load_reshaped(run: Run, checkpoint: Path, skipped_steps: int) -> None:

@@ -37,6 +37,7 @@ from loopmem_pretrain.training.ds_config import deepspeed_config
 from loopmem_pretrain.training.master_state import make_moments, set_state
 from loopmem_pretrain.training.metrics import LoopAccumulator
 from loopmem_pretrain.training.optim import beta1, keeps_float32, learning_rate, make_optimizer, ponder_weight
+from loopmem_pretrain.training.state_files import StateCollector
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +105,9 @@ class TrainingEngine:
                 mpu=None if self.uses_pipeline or topology.tensor_size == 1 else topology,
             )
 
+        self.engine.checkpoint_engine = StateCollector()
+        self.engine._copy_recovery_script = lambda folder: None  # they cannot read the pipeline engine's files
+
     def _part_of(self, public_name: str, parameter: Tensor) -> Part | None:
         config = self.config
         return part_of(
@@ -161,9 +165,12 @@ class TrainingEngine:
                 total += self.engine(*self._to_device(next(batches)))
         return self._mean_over_ranks(total / micro_batches)
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Write DeepSpeed's files of every rank to `folder/tag`."""
+    def collect_states(self, folder: Path, tag: str) -> dict[str, Any]:
+        """What this rank has to write to `folder/tag`, by file name: DeepSpeed's states, with the live tensors."""
+        collector = self.engine.checkpoint_engine
         self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        states, collector.states = collector.states, {}
+        return cast(dict[str, Any], states)
 
     def load(self, folder: Path, tag: str) -> None:
         """Restore model, optimizer and engine counters from `folder/tag`."""

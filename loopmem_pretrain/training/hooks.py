@@ -9,7 +9,6 @@ import math
 import time
 from typing import TYPE_CHECKING, Protocol
 
-from loopmem_pretrain.checkpoint.state import save
 from loopmem_pretrain.data.sampler import validation_batches, validation_samples
 from loopmem_pretrain.errors import TrainingGaveUp
 from loopmem_pretrain.model.flops import training_flops_per_token
@@ -23,6 +22,11 @@ if TYPE_CHECKING:
     from loopmem_pretrain.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
+
+MUCH = 0.02
+"""Share of the time that saving may take before it is remarked on."""
+LONG_ENOUGH = 300.0
+"""Seconds before such a share means something."""
 
 
 class Hook(Protocol):
@@ -59,7 +63,9 @@ class ValidateHook:
                 **self.sizes,
             )
             count = self.samples // (self.sizes["micro_batch_size"] * self.sizes["dp_size"])
-            trainer.pending["validation_loss"] = float(trainer.engine.evaluate(iter(batches), count))
+            loss = float(trainer.engine.evaluate(iter(batches), count))
+        trainer.pending["validation_loss"] = loss
+        trainer.validated = (trainer.position.step, loss)
 
     def close(self, trainer: "Trainer") -> None: ...
 
@@ -129,6 +135,7 @@ class LogHook:
             "mfu": tokens / seconds * self.flops_per_token / (self.peak * trainer.world_size),
             "seconds_per_step": seconds / steps,
             "skipped_steps": trainer.engine.skipped_steps,
+            "saving_seconds": trainer.saver.seconds,
             **trainer.pending,
         }
         trainer.pending.clear()
@@ -161,11 +168,31 @@ class ReplicaHook:
 class CheckpointHook:
     """Every `checkpoint.interval_steps` and at the end."""
 
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.warned = False
+
     def after_step(self, trainer: "Trainer") -> None:
         if trainer.position.step % trainer.config.checkpoint.interval_steps and not trainer.ending:
             return
         with trainer.pause():
-            save(trainer)
+            trainer.saver.save(wait=trainer.ending)
+        self._mind_the_time(trainer)
+
+    def _mind_the_time(self, trainer: "Trainer") -> None:
+        waited, elapsed = trainer.saver.seconds, time.perf_counter() - self.started
+        if trainer.rank == 0 and not self.warned and elapsed > LONG_ENOUGH and waited > MUCH * elapsed:
+            self.warned = True
+            advice = "raise checkpoint.interval_steps"
+            if not trainer.config.checkpoint.asynchronous:
+                advice += " or set checkpoint.asynchronous=true"
+            log.warning(
+                "training has waited %.0f of %.0f s for checkpoints, more than %.0f %%: %s",
+                waited,
+                elapsed,
+                100 * MUCH,
+                advice,
+            )
 
     def close(self, trainer: "Trainer") -> None: ...
 

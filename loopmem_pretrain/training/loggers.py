@@ -7,6 +7,7 @@ import secrets
 from pathlib import Path
 from typing import Any, Protocol
 
+from loopmem_pretrain.checkpoint.state import WANDB_ID
 from loopmem_pretrain.config.load import dump_config
 from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.errors import EnvironmentFault
@@ -64,7 +65,7 @@ class WandbLogger:
         import wandb
         import yaml
 
-        id_file = run_dir / "wandb_id"
+        id_file = run_dir / WANDB_ID
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
         try:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from loopmem_pretrain.checkpoint.saving import Saver
 from loopmem_pretrain.checkpoint.state import Position, resume
 from loopmem_pretrain.checkpoint.store import CheckpointStore
 from loopmem_pretrain.config.run import RunConfig
@@ -63,13 +64,15 @@ class Trainer:
         )
         self.engine = TrainingEngine(config, self.device, self.topology)
         self.store = CheckpointStore(config.run_dir)
-        self.position = Position()
+        self.position: Position = Position()
+        self.validated: tuple[int, float] | None = None
         self.stop_at_step = min(stop_at_step or config.training.train_steps, config.training.train_steps)
         self.stop_reason: str | None = None
         self.signal: str | None = None
         self.check_asked = self.check_replicas = False
         """Whether this rank was asked by SIGUSR2 to compare replicas, and whether all ranks have agreed to."""
-        self.pause_seconds = 0.0
+        self.pause_seconds: float = 0.0
+        self.saver = Saver(self)
         self.loss_sum = torch.zeros((), device=self.device)
         self.pending: dict[str, Any] = {}
         """Measurements that wait for the next line of metrics.jsonl, such as a validation loss."""
@@ -162,12 +165,14 @@ class Trainer:
         """What any rank was asked by a signal, all ranks do now. A collective, called where the host waits anyway."""
         names = ("SIGTERM", "SIGINT", "SIGUSR1")
         stop = names.index(self.signal) + 1 if self.signal else 0
-        asked = torch.tensor([stop, int(self.check_asked)], device=self.device)
+        asked = torch.tensor([stop, int(self.check_asked), int(self.saver.has_failed)], device=self.device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        stop, check = asked.tolist()
+        stop, check, save_failed = asked.tolist()
         if stop:
             self.stop_reason = f"stopped by {names[stop - 1]}"
         self.check_replicas, self.check_asked = bool(check), False
+        if save_failed:
+            self.saver.finish()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:

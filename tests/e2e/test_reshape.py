@@ -96,7 +96,7 @@ def test_there_and_back_changes_nothing(tmp_path, sentences):
         run(config(run_dir, sentences, {}), 2, stop_at_step=3)
     run(config(straight, sentences, {}), 2)
     # Loaded on four ranks, saved at once: stopping at the step already reached writes no step of its own.
-    before = "from loopmem_pretrain.checkpoint.state import save; save(trainer)"
+    before = "trainer.saver.save(wait=True)"
     run(config(detour, sentences, {TP: 2, PP: 2}), 4, stop_at_step=3, before=before)
     run(config(detour, sentences, {}), 2)
     assert exact(detour) == exact(straight)

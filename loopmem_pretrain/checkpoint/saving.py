@@ -1,0 +1,243 @@
+"""Saving a run: what is kept is copied at once and written while training goes on.
+
+    main thread   copy the state to host memory         (training waits)
+    a thread      write this rank's files, flush, hash  (training goes on)
+    of rank 0     when all ranks have written: manifest, rename, move `latest`, remove old checkpoints
+
+The threads need no collective: each leaves a record of its files in `.incomplete-step_.../written/`, and rank 0's waits
+for all records. The ranks' main threads learn of a failure when they agree the next time (`Trainer.agree`).
+"""
+
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from loopmem_pretrain.checkpoint import state
+from loopmem_pretrain.checkpoint.generators import generator_states, generators_file
+from loopmem_pretrain.checkpoint.probe import FILE as PROBE_FILE
+from loopmem_pretrain.checkpoint.probe import take_probe
+from loopmem_pretrain.checkpoint.snapshot import HostBuffers, compact
+from loopmem_pretrain.checkpoint.store import CheckpointStore, hash_files
+from loopmem_pretrain.config.load import dump_config
+from loopmem_pretrain.config.training import CheckpointConfig
+from loopmem_pretrain.data.files import sync_folder, write_file
+from loopmem_pretrain.errors import EnvironmentFault, LoopMemError
+
+log = logging.getLogger(__name__)
+
+WRITTEN = "written"
+POLL = 0.05
+"""Seconds between looks at whether others are done."""
+FAILURES = 2
+"""Saves that may fail in a row, but for this one, before the run ends: each interval more could be lost work."""
+
+
+class Run(state.Run, Protocol):
+    """What saving needs of a run; the trainer is one."""
+
+    device: torch.device
+
+
+class Saver:
+    """The saves of one rank, at most one under way. Public methods are collectives, properties are local."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.seconds = 0.0
+        """That training has waited for saves, in this start."""
+        self.longest_seconds = 0.0
+        """From the start of a save to its publication, at most so far."""
+        self._buffers = HostBuffers(pin_memory=run.device.type == "cuda")
+        self._save: _Save | None = None
+        self._failed_in_a_row = 0
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank's part of the save under way has failed."""
+        return self._save is not None and self._save.failure is not None
+
+    def save(self, wait: bool) -> None:
+        """Save the current step. With `wait`, or where `checkpoint.asynchronous` is off, return when it is published.
+
+        Raises:
+            EnvironmentFault: disk full or not writable, at once where it is waited for, else the second time in a row.
+                The newest checkpoint is then the one before.
+        """
+        self.finish()
+        started = time.perf_counter()
+        wait = wait or not self.run.config.checkpoint.asynchronous
+        try:
+            save = self._start(wait)
+        except EnvironmentFault as fault:  # the same on every rank
+            self._take_failure(fault, final=wait)
+        else:
+            self._save = save
+            if wait:
+                self.finish(final=True)
+        self.seconds += time.perf_counter() - started
+
+    def finish(self, final: bool = False) -> None:
+        """Wait until the save under way, if any, is published; with `final` any failure is raised.
+
+        Raises:
+            EnvironmentFault: as `save` says.
+        """
+        save, self._save = self._save, None
+        if save is None:
+            return
+        started = time.perf_counter()
+        while not self._all_done(save):
+            save.thread.join(POLL)
+        self.longest_seconds = max(self.longest_seconds, time.perf_counter() - save.started)
+        if not final:
+            self.seconds += time.perf_counter() - started
+        failures: list[Any] = [None] * self.run.world_size
+        dist.all_gather_object(failures, save.failure)
+        told = [f"rank {rank}: {failure}" for rank, failure in enumerate(failures) if failure]
+        if told:
+            fault = EnvironmentFault(
+                f"cannot save the checkpoint of step {save.step} in {save.folder.parent}: {'; '.join(told)}",
+                "free space or mend permissions there; the previous checkpoint is whole",
+            )
+            self._take_failure(fault, final)
+        else:
+            self._failed_in_a_row = 0
+
+    def _take_failure(self, fault: EnvironmentFault, final: bool) -> None:
+        self._failed_in_a_row += 1
+        if final or self._failed_in_a_row >= FAILURES:
+            raise fault
+        if self.run.rank == 0:
+            log.error("%s\n  the run goes on and tries again at the next checkpoint", fault)
+
+    def _all_done(self, save: "_Save") -> bool:
+        """Whether every rank's thread has ended; a failure anywhere ends the wait of rank 0's for the others."""
+        now = [int(not save.thread.is_alive()), int(save.failure is None)]
+        told = torch.tensor(now, device=self.run.device)
+        dist.all_reduce(told, op=dist.ReduceOp.MIN)
+        done, well = told.tolist()
+        if not well:
+            save.given_up.set()
+        return bool(done)
+
+    def _start(self, wait: bool) -> "_Save":
+        """Make the folder, collect the state and start the thread."""
+        run, step = self.run, self.run.position.step
+        started = time.perf_counter()
+        run.on_rank_zero(lambda: _make_folder(run.store, step))
+        probe = take_probe(run)
+        states: dict[str, Any] = run.engine.collect_states(run.store.folder, run.store.incomplete_name(step))
+        states[generators_file(run.rank)] = generator_states()
+        copied, failure = {}, None
+        try:
+            for name, value in states.items():
+                copied[name] = compact(value) if wait else self._buffers.copy(name, value)
+            if run.device.type == "cuda":
+                torch.cuda.synchronize(run.device)
+        except (MemoryError, RuntimeError) as error:  # told to all ranks like a failure to write
+            failure = f"cannot copy the state to host memory: {error}"
+        texts = {PROBE_FILE: probe, "config.yaml": dump_config(run.config).encode()} if run.rank == 0 else {}
+        seconds = {"copy": time.perf_counter() - started}
+        save = _Save(run, copied, texts, state.facts(run), seconds, failure)
+        save.thread.start()
+        return save
+
+
+class _Save:
+    """One save of one rank, from its snapshot to its publication."""
+
+    def __init__(
+        self,
+        run: Run,
+        states: dict[str, Any],
+        texts: Mapping[str, bytes],
+        facts: Mapping[str, Any],
+        seconds: dict[str, float],
+        failure: str | None,
+    ) -> None:
+        self.step, self.store, self.rank, self.world_size = run.position.step, run.store, run.rank, run.world_size
+        self.keep: CheckpointConfig = run.config.checkpoint
+        self.folder = self.store.folder / self.store.incomplete_name(self.step)
+        self.states, self.texts, self.facts, self.seconds, self.failure = states, texts, facts, seconds, failure
+        self.started = time.perf_counter() - seconds["copy"]
+        self.given_up = threading.Event()
+        # A daemon: a process that ends without waiting leaves an incomplete folder, as if it had been killed.
+        self.thread = threading.Thread(target=self._work, name=f"save-{self.step}", daemon=True)
+
+    def _work(self) -> None:
+        if self.failure:
+            return
+        try:
+            self._write()
+            if self.rank == 0:
+                self._publish(self._records())
+        except _GivenUp:
+            pass  # another rank has failed and says why
+        except (OSError, RuntimeError, LoopMemError) as error:
+            # torch.save reports a full disk as RuntimeError ("unexpected pos", "file write failed").
+            self.failure = getattr(error, "problem", None) or f"{type(error).__name__}: {error}"
+        except BaseException as error:
+            self.failure = f"{type(error).__name__}: {error}"
+            raise  # a bug: the traceback is printed
+        finally:
+            self.states = {}
+
+    def _write(self) -> None:
+        """This rank's files, and the record that they are whole."""
+        started = time.perf_counter()
+        for name, content in self.texts.items():
+            (self.folder / name).write_bytes(content)
+        for name, value in self.states.items():
+            torch.save(value, self.folder / name)
+        self.seconds["write"] = time.perf_counter() - started
+        files = hash_files(self.folder, [*self.texts, *self.states])
+        self.seconds["flush_and_hash"] = time.perf_counter() - started - self.seconds["write"]
+        record = {"files": files, "seconds": self.seconds}
+        write_file(self.folder / WRITTEN / _record_name(self.rank), json.dumps(record).encode())
+
+    def _records(self) -> list[dict[str, Any]]:
+        """Of all ranks, when they are there."""
+        missing = [self.folder / WRITTEN / _record_name(rank) for rank in range(self.world_size)]
+        records: list[dict[str, Any]] = []
+        while missing:
+            if not missing[0].exists():
+                if self.given_up.wait(POLL):
+                    raise _GivenUp
+                continue
+            records.append(json.loads(missing.pop(0).read_text(encoding="utf-8")))
+        return records
+
+    def _publish(self, records: list[dict[str, Any]]) -> None:
+        shutil.rmtree(self.folder / WRITTEN)
+        files = {name: entry for record in records for name, entry in record["files"].items()}
+        phases = {name: round(max(record["seconds"][name] for record in records), 4) for name in self.seconds}
+        self.store.publish(self.step, files, {**self.facts, "seconds": phases})
+        self.store.prune(self.keep.keep_last)
+        sync_folder(self.store.folder)
+
+
+class _GivenUp(Exception):
+    """The wait for the other ranks' records has no point any more."""
+
+
+def _record_name(rank: int) -> str:
+    return f"rank_{rank:05d}.json"
+
+
+def _make_folder(store: CheckpointStore, step: int) -> None:
+    try:
+        store.discard_incomplete()
+        (store.folder / store.incomplete_name(step) / WRITTEN).mkdir(parents=True)
+    except OSError as error:
+        raise EnvironmentFault(
+            f"cannot save the checkpoint of step {step} in {os.fspath(store.folder)}: {error.strerror}",
+            "free space or mend permissions there; the previous checkpoint is whole",
+        ) from error
