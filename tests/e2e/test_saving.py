@@ -1,0 +1,159 @@
+"""Checkpoints written while training goes on: whole, of one moment, and no failure of a save is lost or fatal at once."""
+
+import json
+import shutil
+
+import pytest
+
+from loopmem_pretrain.checkpoint.store import MANIFEST, hash_files, read_manifest
+from tests.e2e.test_training import config_for, exact, lines, run
+
+SLOWLY = """
+import time, torch, loopmem_pretrain.checkpoint.saving as saving
+write = saving._Save._write
+saving._Save._write = lambda save: (time.sleep(1), write(save))[1]
+"""
+TO_A_FILE = "import logging; logging.getLogger('loopmem_pretrain').addHandler(logging.FileHandler({!r}))"
+
+
+def newest(run_dir):
+    return (run_dir / "checkpoints" / "latest").read_text().strip()
+
+
+@pytest.mark.parametrize(
+    ("parallel", "precision"),
+    [
+        ({}, "bf16"),
+        ({"zero_stage": 2}, "fp32"),
+        ({"zero_stage": 3}, "bf16"),
+        ({"pipeline_model_parallel_size": 2}, "fp32"),
+        pytest.param({"tensor_model_parallel_size": 2}, "bf16", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_what_is_written_late_is_of_the_step_it_was_taken_at(tmp_path, sentences, parallel, precision):
+    config = config_for(tmp_path, sentences, parallel=parallel, training={"precision": precision})
+    # Steps 11 to 20 are trained before the first byte of step 10's checkpoint is written.
+    assert run(config, first=SLOWLY) == ("done", None)
+    whole = exact(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "step_00000020")
+    (tmp_path / "checkpoints" / "latest").unlink()
+    (tmp_path / "metrics.jsonl").unlink()
+    assert run(config) == ("done", None)
+    assert exact(tmp_path) == [line for line in whole if line["step"] > 10]
+
+
+def test_saving_without_a_thread_beside_training(tmp_path, sentences):
+    for asynchronous in (True, False):
+        config = config_for(tmp_path / str(asynchronous), sentences, checkpoint={"asynchronous": asynchronous})
+        assert run(config) == ("done", None)
+    for step in ("step_00000010", "step_00000020"):
+        manifests = [read_manifest(tmp_path / each / "checkpoints" / step) for each in ("True", "False")]
+        files, others = (manifest["files"] for manifest in manifests)
+        assert list(files) == list(others) and len(files) > 5
+        assert {"copy", "write", "flush_and_hash"} == set(manifests[0]["seconds"])
+        assert manifests[0]["validation_loss"] == pytest.approx(manifests[1]["validation_loss"])
+    assert lines(tmp_path / "True")[-1]["saving_seconds"] > 0
+
+
+FAILS_ONCE = """
+import loopmem_pretrain.checkpoint.saving as saving
+write = saving._Save._write
+def failing(save):
+    if save.rank == 1 and save.step in {steps}:
+        raise OSError(28, "No space left on device")
+    write(save)
+saving._Save._write = failing
+"""
+
+
+def test_a_save_that_fails_is_told_and_tried_again(tmp_path, sentences):
+    config = config_for(tmp_path / "run", sentences, checkpoint={"interval_steps": 4}, logging={"interval_steps": 1})
+    logged = TO_A_FILE.format(str(tmp_path / "log"))
+    assert run(config, first=FAILS_ONCE.format(steps={8}) + logged) == ("done", None)
+    said = (tmp_path / "log").read_text()
+    assert "cannot save the checkpoint of step 8" in said and "rank 1: OSError: [Errno 28]" in said
+    assert "the run goes on and tries again" in said
+    steps = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
+    assert steps == ["step_00000012", "step_00000016", "step_00000020"]
+
+
+def test_saves_that_fail_twice_in_a_row_end_the_run(tmp_path, sentences):
+    config = config_for(tmp_path, sentences, checkpoint={"interval_steps": 4}, logging={"interval_steps": 1})
+    _, error = run(config, first=FAILS_ONCE.format(steps={8, 12, 16}))
+    assert error.exit_code == 6
+    assert "step 12" in error.problem and "No space left" in error.problem
+    assert newest(tmp_path) == "step_00000004"
+    assert run(config) == ("done", None)
+
+
+def test_a_folder_that_cannot_be_written_in_the_middle(tmp_path, sentences):
+    config = config_for(tmp_path, sentences, checkpoint={"interval_steps": 5})
+    first = """
+import os, loopmem_pretrain.checkpoint.saving as saving
+make = saving._make_folder
+def read_only(store, step):
+    if step == 10:
+        raise saving.EnvironmentFault(f"cannot save the checkpoint of step {step}", "")
+    make(store, step)
+saving._make_folder = read_only
+"""
+    assert run(config, first=first) == ("done", None)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*")) == [
+        "step_00000005",
+        "step_00000015",
+        "step_00000020",
+    ]
+
+
+@pytest.fixture
+def stopped(tmp_path, sentences):
+    config = config_for(tmp_path / "run", sentences, logging={"wandb": "offline"})
+    assert run(config, stop_at_step=10) == ("interrupted", None)
+    return config, tmp_path / "run" / "checkpoints" / "step_00000010"
+
+
+def rehash(checkpoint, name):
+    """As if the file had been written like this."""
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    manifest["files"] |= hash_files(checkpoint, [name])
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_a_model_that_computes_something_else_is_refused(stopped):
+    config, checkpoint = stopped
+    probe = json.loads((checkpoint / "probe.json").read_text())
+    assert len(probe["tokens"]) == 17
+    probe["loss"] *= 1.01
+    (checkpoint / "probe.json").write_text(json.dumps(probe))
+    rehash(checkpoint, "probe.json")
+    _, error = run(config)
+    assert error.exit_code == 4
+    assert "on the stored sample" in error.problem
+
+
+def test_what_else_is_restored_and_what_is_not(stopped, tmp_path):
+    config, _ = stopped
+    wandb_id = tmp_path / "run" / "wandb_id"
+    before = wandb_id.read_text()
+    wandb_id.unlink()
+    drawn = """
+import random, torch, numpy
+open(f'{folder}/{trainer.rank}', 'w').write(repr((random.random(), torch.rand(2).tolist(), numpy.random.rand())))
+"""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copytree(tmp_path / "run", tmp_path / f"run {name}")
+        moved = config.model_copy(update={"run_dir": str(tmp_path / f"run {name}")})
+        disturbed = "import random, torch, numpy; random.seed(5); torch.manual_seed(5); numpy.random.seed(5)"
+        draw = drawn.replace("{folder}", str(tmp_path / name))
+        assert run(moved, first=disturbed if name == "b" else "", before=draw) == ("done", None)
+        assert (tmp_path / f"run {name}" / "wandb_id").read_text() == before
+    for rank in ("0", "1"):
+        assert (tmp_path / "a" / rank).read_text() == (tmp_path / "b" / rank).read_text()
+
+    logged = TO_A_FILE.format(str(tmp_path / "log"))
+    assert run(config, ranks=4, first=logged) == ("done", None)
+    said = (tmp_path / "log").read_text()
+    assert "not restored: states of the random generators torch, cuda, numpy, python of rank 3" in said
+    assert "not restored: states of the random generators torch, cuda, numpy, python of rank 1" not in said
