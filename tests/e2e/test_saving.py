@@ -1,4 +1,4 @@
-"""Checkpoints written while training goes on: whole, of one moment, and no failure of a save is lost or fatal at once."""
+"""Checkpoints written while training goes on: whole, of one moment; a save that fails is told and tried again."""
 
 import json
 import shutil
