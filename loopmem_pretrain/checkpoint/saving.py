@@ -15,6 +15,7 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -132,7 +133,7 @@ class Saver:
         """Make the folder, collect the state and start the thread."""
         run, step = self.run, self.run.position.step
         started = time.perf_counter()
-        run.on_rank_zero(lambda: _make_folder(run.store, step))
+        run.on_rank_zero(lambda: make_folder(run.store, step))
         probe = take_probe(run)
         states: dict[str, Any] = run.engine.collect_states(run.store.folder, run.store.incomplete_name(step))
         states[generators_file(run.rank)] = generator_states()
@@ -196,7 +197,7 @@ class _Save:
         for name, content in self.texts.items():
             (self.folder / name).write_bytes(content)
         for name, value in self.states.items():
-            torch.save(value, self.folder / name)
+            write_state(self.folder / name, value)
         self.seconds["write"] = time.perf_counter() - started
         files = hash_files(self.folder, [*self.texts, *self.states])
         self.seconds["flush_and_hash"] = time.perf_counter() - started - self.seconds["write"]
@@ -228,11 +229,15 @@ class _GivenUp(Exception):
     """The wait for the other ranks' records has no point any more."""
 
 
+def write_state(path: Path, value: Any) -> None:
+    torch.save(value, path)
+
+
 def _record_name(rank: int) -> str:
     return f"rank_{rank:05d}.json"
 
 
-def _make_folder(store: CheckpointStore, step: int) -> None:
+def make_folder(store: CheckpointStore, step: int) -> None:
     try:
         store.discard_incomplete()
         (store.folder / store.incomplete_name(step) / WRITTEN).mkdir(parents=True)

@@ -91,12 +91,12 @@ def test_a_folder_that_cannot_be_written_in_the_middle(tmp_path, sentences):
     config = config_for(tmp_path, sentences, checkpoint={"interval_steps": 5})
     first = """
 import os, loopmem_pretrain.checkpoint.saving as saving
-make = saving._make_folder
+make = saving.make_folder
 def read_only(store, step):
     if step == 10:
         raise saving.EnvironmentFault(f"cannot save the checkpoint of step {step}", "")
     make(store, step)
-saving._make_folder = read_only
+saving.make_folder = read_only
 """
     assert run(config, first=first) == ("done", None)
     assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*")) == [
