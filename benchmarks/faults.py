@@ -71,9 +71,11 @@ def inject(target, action, at_call, only_rank):
     def injected(*args, **kwargs):
         nonlocal count
         count += 1
-        if count != (1 if target.endswith("Trainer.train") else at_call) or only_rank not in (None, int(os.environ["RANK"])):
+        due = count == (1 if target.endswith("Trainer.train") else at_call)
+        if not due or only_rank not in (None, int(os.environ["RANK"])):
             return original(*args, **kwargs)
-        scope = {"args": args, "at_call": at_call, "self": args[0] if args else None, "call": lambda: original(*args, **kwargs)}
+        call = lambda: original(*args, **kwargs)
+        scope = {"args": args, "at_call": at_call, "self": args[0] if args else None, "call": call}
         exec(action, {**globals(), **scope, "die": die, "later": later}, scope)
         return scope.get("result")
     setattr(owner, name, injected)
@@ -181,7 +183,7 @@ def kills(count: int, seed: int) -> Iterator[Kill]:
 def kill_runs(bench: Bench, count: int, seed: int) -> None:
     print(f"## Killed (SIGKILL) at {count} moments\n")
     print(
-        f"Each run has {STEPS} steps, a checkpoint every {INTERVAL} and a validation every 4; it is killed once, at the "
+        f"Each run has {STEPS} steps, a checkpoint every {INTERVAL} and a validation every 4; it is killed once, the "
         "n-th time that the moment comes, and started again. Identical: every loss, gradient norm, validation loss and "
         "loop statistic of every step is the same number as in a run that was not killed.\n"
     )
@@ -234,8 +236,8 @@ def flipped(content: bytes) -> bytes:
 def damage_files(bench: Bench) -> None:
     print("## Every file of a checkpoint, deleted, cut short, one bit flipped\n")
     print(
-        "The newest of two checkpoints is damaged in one file. `loopmem checkpoint verify` must find it, and a start must "
-        "go on from the older checkpoint to the same numbers.\n"
+        "The newest of two checkpoints is damaged in one file. `loopmem checkpoint verify` must find it, and a start "
+        "must go on from the older checkpoint to the same numbers.\n"
     )
     print("| layout | files | damages | found | recovered, identical |\n|---|---|---|---|---|")
     for layout in ("DP 2, ZeRO 1", "DP 2, ZeRO 3", "TP 2, PP 2"):
@@ -341,8 +343,8 @@ CHAINS: dict[str, list[tuple[dict[str, Any], int]]] = {
 def resize(bench: Bench) -> None:
     print("## Other sizes\n")
     print(
-        f"A run is stopped at step {STEPS // 2}; each size of the chain loads what the one before has saved and saves it "
-        "again without training. Same: SHA-256 over all float32 weights and both moments of Adam. Then the last size "
+        f"A run is stopped at step {STEPS // 2}; each size of the chain loads what the one before has saved and saves "
+        "it again without training. Same: SHA-256 over all float32 weights and both moments of Adam. Then the last size "
         "trains on; its losses are compared with those of a run that stayed at the first size.\n"
     )
     print("| chain | loads | weights and moments the same | largest relative difference of a loss |\n|---|---|---|---|")
