@@ -69,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     train_ = with_config(command("train", train, "Pretrain a model; the same command resumes."))
     train_.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine (else: torchrun, or one)")
     train_.add_argument("--stop-at-step", type=int, metavar="STEP", help="end this start after STEP with a checkpoint")
+    train_.add_argument("--trust", action="store_true", help="resume from a checkpoint that another run wrote")
     convert_ = command("convert", convert, "Write a run's model as a Hugging Face folder.")
     convert_.add_argument("run_dir", metavar="RUN", help="run folder (or one of its checkpoints)")
     convert_.add_argument("out_dir", metavar="OUT", help="folder to create")
@@ -145,13 +146,14 @@ def train(options: Any) -> int:
     if options.stop_at_step is not None and options.stop_at_step < 1:
         raise ConfigError(f"--stop-at-step {options.stop_at_step} is not valid", "give a step of 1 or more")
     if options.ranks is None or "RANK" in os.environ:
-        return train_here(options.config, options.overrides, options.stop_at_step)
+        return train_here(options.config, options.overrides, options.stop_at_step, options.trust)
     if options.ranks < 1:
         raise ConfigError(f"--ranks {options.ranks} is not valid", "give 1 or more")
     config = load_config(RunConfig, options.config, options.overrides, run_problems)  # complain once, not on every rank
     check_topology(config, options.ranks)
-    stop = ["--stop-at-step", str(options.stop_at_step)] if options.stop_at_step else []
-    return train_on_ranks(options.ranks, ["--config", options.config, *stop, *options.overrides], config.run_dir)
+    flags = ["--stop-at-step", str(options.stop_at_step)] if options.stop_at_step else []
+    flags += ["--trust"] if options.trust else []
+    return train_on_ranks(options.ranks, ["--config", options.config, *flags, *options.overrides], config.run_dir)
 
 
 def convert(options: Any) -> int:

@@ -47,7 +47,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "megatron": ("data/", "parallel/"),
     "transformers": ("hf/", "inference/", "eval/"),
     "huggingface_hub": ("hf/",),
-    "safetensors": ("hf/",),
+    "safetensors": ("hf/", "checkpoint/universal.py"),
     "datasets": ("data/",),
     "pyarrow": ("data/",),
     "sentencepiece": ("data/",),
