@@ -50,8 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher puts it before the command
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[Any], int], help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help, formatter_class=argparse.RawTextHelpFormatter)
+    def command(name: str, run: Callable[[Any], int], help: str, among: Any = commands) -> argparse.ArgumentParser:
+        sub = among.add_parser(name, help=help, description=help, formatter_class=argparse.RawTextHelpFormatter)
         sub.set_defaults(run=run)
         return sub
 
@@ -75,6 +75,14 @@ def build_parser() -> argparse.ArgumentParser:
     convert_.add_argument("out_dir", metavar="OUT", help="folder to create")
     convert_.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the written weights")
     convert_.add_argument("--overwrite", action="store_true", help="replace an earlier export in OUT")
+    help_ = "Look after the checkpoints of a run."
+    verbs = commands.add_parser("checkpoint", help=help_, description=help_).add_subparsers(
+        required=True, metavar="VERB"
+    )
+    help_ = "Rewrite a checkpoint so that a start at any sizes reads it without merging it first."
+    reshape_ = command("reshape", reshape, help_, among=verbs)
+    reshape_.add_argument("path", metavar="RUN_OR_CKPT", help="run folder (its newest checkpoint) or one checkpoint")
+    reshape_.add_argument("--out", metavar="RUN", help="write into this new run folder (default: replace in place)")
     generate_ = command("generate", generate, "Write text with a run or an exported Hugging Face folder.")
     generate_.add_argument("model", metavar="RUN_OR_HF", help="run folder or exported folder")
     generate_.add_argument("--prompt", required=True, help="text to continue")
@@ -160,6 +168,16 @@ def convert(options: Any) -> int:
     from loopmem_pretrain.hf.convert import convert_run
 
     print(convert_run(options.run_dir, options.out_dir, dtype=options.dtype, overwrite=options.overwrite))
+    return EXIT_DONE
+
+
+def reshape(options: Any) -> int:
+    from loopmem_pretrain.quiet import prepare_imports
+
+    prepare_imports("cpu")
+    from loopmem_pretrain.checkpoint.reshape import reshape
+
+    print(f"{reshape(options.path, options.out)}: in merged form")
     return EXIT_DONE
 
 

@@ -91,6 +91,21 @@ class CheckpointStore:
         shutil.rmtree(doomed)
 
 
+def checkpoint_at(path: str | Path) -> Path:
+    """The checkpoint that a user names: a run folder, of which it is the newest, or the folder of a checkpoint.
+
+    Raises:
+        CheckpointError: neither; or `latest` names a checkpoint that is not there.
+    """
+    folder = Path(path)
+    checkpoint = folder if (folder / MANIFEST).exists() else CheckpointStore(folder).latest()
+    if checkpoint is None or not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} holds no checkpoint", "give a run folder (with checkpoints/ in it) or one checkpoint folder"
+        )
+    return checkpoint
+
+
 def list_files(folder: Path) -> list[str]:
     """Every file below `folder` but the manifest, relative, sorted."""
     paths = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)

@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"errors", "config"},
     "data": {"errors", "config", "lock"},
     "parallel": {"errors", "config", "model"},
-    "checkpoint": {"errors", "config", "model", "data", "parallel"},
+    "checkpoint": {"errors", "config", "model", "data", "parallel", "lock"},
     "training": BASIC,
     "hf": BASIC,
     "inference": BASIC | {"hf"},
