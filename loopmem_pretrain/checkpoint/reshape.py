@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from loopmem_pretrain.checkpoint.safe_load import check_pickles, pickles
-from loopmem_pretrain.checkpoint.state import RUN_ID
 from loopmem_pretrain.checkpoint.store import (
     MANIFEST,
+    RUN_ID,
     CheckpointStore,
     checkpoint_at,
     hash_files,

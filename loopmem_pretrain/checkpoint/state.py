@@ -19,7 +19,7 @@ import torch.distributed as dist
 from loopmem_pretrain.checkpoint import probe
 from loopmem_pretrain.checkpoint.generators import restore_generators
 from loopmem_pretrain.checkpoint.safe_load import check_pickles, pickles
-from loopmem_pretrain.checkpoint.store import CheckpointStore, read_manifest, verify
+from loopmem_pretrain.checkpoint.store import RUN_ID, CheckpointStore, read_manifest, verify
 from loopmem_pretrain.checkpoint.universal import MERGED, Merged, is_merged, merge
 from loopmem_pretrain.data.dataset import BlendedDataset, description_differences
 from loopmem_pretrain.data.files import write_file
@@ -27,8 +27,6 @@ from loopmem_pretrain.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
-RUN_ID = "run_id"
-"""File in the run folder with the random id that every checkpoint of the run carries."""
 WANDB_ID = "wandb_id"
 """File in the run folder with the run's id at Weights & Biases."""
 

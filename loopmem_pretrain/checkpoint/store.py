@@ -18,6 +18,8 @@ from typing import Any
 from loopmem_pretrain.data.files import sha256_file, sync_file, sync_folder, write_file
 from loopmem_pretrain.errors import CheckpointError
 
+RUN_ID = "run_id"
+"""File in the run folder with the random id that every checkpoint of the run carries."""
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "loopmem-checkpoint", 1
 

@@ -16,6 +16,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -111,9 +112,7 @@ def merge(checkpoint: Path, folder: Path) -> Merged:
     noise = io.StringIO()
     try:
         _check_names(checkpoint, names)
-        # Else DeepSpeed reads whole files.
-        mapped = torch.utils.serialization.config.patch("load.mmap", True)  # type: ignore[attr-defined]
-        with weights_only(checkpoint), mapped, contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
+        with weights_only(checkpoint), _mapped(), contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
             ds_to_universal.main(arguments)
     except CheckpointError:
         raise
@@ -129,6 +128,23 @@ def merge(checkpoint: Path, folder: Path) -> Merged:
     shutil.rmtree(universal)
     (folder / "latest_universal").unlink()  # DeepSpeed's pointer to the folder just removed
     return Merged(checkpoint, folder)
+
+
+@contextlib.contextmanager
+def _mapped() -> Iterator[None]:
+    """Inside, DeepSpeed maps files instead of reading them whole, and copies no rank's moments.
+
+    It would do that to cut the padding off their end, which the slices it takes of them do not reach.
+    """
+    from deepspeed.checkpoint import DeepSpeedCheckpoint
+
+    original = DeepSpeedCheckpoint.get_zero_checkpoint_state
+    DeepSpeedCheckpoint.get_zero_checkpoint_state = partialmethod(original, strip_tensor_paddings=False)
+    try:
+        with torch.utils.serialization.config.patch("load.mmap", True):  # type: ignore[attr-defined]
+            yield
+    finally:
+        DeepSpeedCheckpoint.get_zero_checkpoint_state = original
 
 
 def _check_names(checkpoint: Path, names: Mapping[str, str]) -> None:

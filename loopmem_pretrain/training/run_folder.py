@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from loopmem_pretrain import __version__
-from loopmem_pretrain.checkpoint.state import RUN_ID
+from loopmem_pretrain.checkpoint.store import RUN_ID
 from loopmem_pretrain.config.load import differences, dump_config, load_config
 from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.data.files import write_file
@@ -95,12 +95,12 @@ def _without_paths(config: RunConfig) -> RunConfig:
 
 
 def environment() -> dict[str, Any]:
-    """What a number may depend on: versions, commit, command. No environment variables, so no secrets."""
+    """What a number may depend on: versions, commit, command. No environment variables, nor credentials in URLs."""
     versions = {name: importlib.metadata.version(name) for name in VERSIONS_OF}
     return {
         "loopmem_pretrain": __version__,
         "git_commit": _git_commit(),
-        "command": sys.argv,
+        "command": [re.sub(r"(?<=://)[^/@\s]*@", "", argument) for argument in sys.argv],
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
