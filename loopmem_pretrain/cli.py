@@ -50,8 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher puts it before the command
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[Any], int], help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help, formatter_class=argparse.RawTextHelpFormatter)
+    def command(name: str, run: Callable[[Any], int], help: str, among: Any = commands) -> argparse.ArgumentParser:
+        sub = among.add_parser(name, help=help, description=help, formatter_class=argparse.RawTextHelpFormatter)
         sub.set_defaults(run=run)
         return sub
 
@@ -69,11 +69,20 @@ def build_parser() -> argparse.ArgumentParser:
     train_ = with_config(command("train", train, "Pretrain a model; the same command resumes."))
     train_.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine (else: torchrun, or one)")
     train_.add_argument("--stop-at-step", type=int, metavar="STEP", help="end this start after STEP with a checkpoint")
+    train_.add_argument("--trust", action="store_true", help="resume from a checkpoint that another run wrote")
     convert_ = command("convert", convert, "Write a run's model as a Hugging Face folder.")
     convert_.add_argument("run_dir", metavar="RUN", help="run folder (or one of its checkpoints)")
     convert_.add_argument("out_dir", metavar="OUT", help="folder to create")
     convert_.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the written weights")
     convert_.add_argument("--overwrite", action="store_true", help="replace an earlier export in OUT")
+    help_ = "Look after the checkpoints of a run."
+    verbs = commands.add_parser("checkpoint", help=help_, description=help_).add_subparsers(
+        required=True, metavar="VERB"
+    )
+    help_ = "Rewrite a checkpoint so that a start at any sizes reads it without merging it first."
+    reshape_ = command("reshape", reshape, help_, among=verbs)
+    reshape_.add_argument("path", metavar="RUN_OR_CKPT", help="run folder (its newest checkpoint) or one checkpoint")
+    reshape_.add_argument("--out", metavar="RUN", help="write into this new run folder (default: replace in place)")
     generate_ = command("generate", generate, "Write text with a run or an exported Hugging Face folder.")
     generate_.add_argument("model", metavar="RUN_OR_HF", help="run folder or exported folder")
     generate_.add_argument("--prompt", required=True, help="text to continue")
@@ -145,19 +154,30 @@ def train(options: Any) -> int:
     if options.stop_at_step is not None and options.stop_at_step < 1:
         raise ConfigError(f"--stop-at-step {options.stop_at_step} is not valid", "give a step of 1 or more")
     if options.ranks is None or "RANK" in os.environ:
-        return train_here(options.config, options.overrides, options.stop_at_step)
+        return train_here(options.config, options.overrides, options.stop_at_step, options.trust)
     if options.ranks < 1:
         raise ConfigError(f"--ranks {options.ranks} is not valid", "give 1 or more")
     config = load_config(RunConfig, options.config, options.overrides, run_problems)  # complain once, not on every rank
     check_topology(config, options.ranks)
-    stop = ["--stop-at-step", str(options.stop_at_step)] if options.stop_at_step else []
-    return train_on_ranks(options.ranks, ["--config", options.config, *stop, *options.overrides], config.run_dir)
+    flags = ["--stop-at-step", str(options.stop_at_step)] if options.stop_at_step else []
+    flags += ["--trust"] if options.trust else []
+    return train_on_ranks(options.ranks, ["--config", options.config, *flags, *options.overrides], config.run_dir)
 
 
 def convert(options: Any) -> int:
     from loopmem_pretrain.hf.convert import convert_run
 
     print(convert_run(options.run_dir, options.out_dir, dtype=options.dtype, overwrite=options.overwrite))
+    return EXIT_DONE
+
+
+def reshape(options: Any) -> int:
+    from loopmem_pretrain.quiet import prepare_imports
+
+    prepare_imports("cpu")
+    from loopmem_pretrain.checkpoint.reshape import reshape
+
+    print(f"{reshape(options.path, options.out)}: in merged form")
     return EXIT_DONE
 
 

@@ -9,7 +9,7 @@ the step: learning rate, beta1, ponder weight, the order of samples.
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,8 +18,9 @@ import torch.distributed as dist
 
 from loopmem_pretrain.checkpoint import probe
 from loopmem_pretrain.checkpoint.generators import restore_generators
-from loopmem_pretrain.checkpoint.store import CheckpointStore, read_manifest, verify
-from loopmem_pretrain.checkpoint.universal import Merged, merge
+from loopmem_pretrain.checkpoint.safe_load import check_pickles, pickles
+from loopmem_pretrain.checkpoint.store import RUN_ID, CheckpointStore, read_manifest, verify
+from loopmem_pretrain.checkpoint.universal import MERGED, Merged, is_merged, merge
 from loopmem_pretrain.data.dataset import BlendedDataset, description_differences
 from loopmem_pretrain.data.files import write_file
 from loopmem_pretrain.errors import CheckpointError
@@ -70,6 +71,8 @@ class Run(probe.Run, Protocol):
     """Step and loss of the last validation."""
     rank: int
     world_size: int
+    trust: bool
+    """Whether to resume from a checkpoint of another run."""
 
     @property
     def engine(self) -> Engine: ...
@@ -82,6 +85,7 @@ def facts(run: Run) -> dict[str, Any]:
     names = run.engine.public_names
     wandb_id = run.run_dir / WANDB_ID
     return {
+        "run_id": read_run_id(run.run_dir),
         "position": asdict(run.position),
         "skipped_steps": run.engine.skipped_steps,
         **layout(run),
@@ -122,7 +126,7 @@ def resume(run: Run) -> Path | None:
     anew and the samples go on in the same order; sums over ranks are then rounded differently.
 
     Raises:
-        CheckpointError: damaged, or saved for other data.
+        CheckpointError: damaged, saved for other data or by another run, or holding more than weights.
     """
     checkpoint = run.store.latest()
     if checkpoint is None:
@@ -134,17 +138,20 @@ def resume(run: Run) -> Path | None:
             f"{checkpoint} was trained on other data:\n    " + "\n    ".join(changed),
             "restore the data it was trained on, or start a new run folder",
         )
-    names = sorted(manifest["files"])
+    run.on_rank_zero(lambda: _refuse_foreign(run, checkpoint, manifest))
     failures: list[Any] = [None] * run.world_size
-    dist.all_gather_object(failures, _failure_of(checkpoint, names[run.rank :: run.world_size]))
+    dist.all_gather_object(failures, _failure_of(checkpoint, sorted(manifest["files"]), run))
     damaged = [failure for failure in failures if failure is not None]
     if damaged:
         raise damaged[0]
     run.position = Position(**manifest["position"])
     before = BEFORE_SIZES | manifest
     moved = [f"{key} {before[key]} -> {now}" for key, now in layout(run).items() if before.get(key, now) != now]
-    if moved:
-        _load_reshaped(run, checkpoint, manifest.get("skipped_steps", 0))
+    skipped_steps = manifest.get("skipped_steps", 0)
+    if is_merged(manifest):
+        run.engine.load_merged(Merged(checkpoint, checkpoint / MERGED), run.position.step, skipped_steps)
+    elif moved:
+        _load_reshaped(run, checkpoint, skipped_steps)
     else:
         run.engine.load(checkpoint.parent, checkpoint.name)
     not_restored = _restore_the_rest(run, checkpoint, manifest)
@@ -181,19 +188,38 @@ def _load_reshaped(run: Run, checkpoint: Path, skipped_steps: int) -> None:
         if folder.exists():
             shutil.rmtree(folder)  # of a start that was killed
         log.info("merging %s, which other ranks wrote", os.fspath(checkpoint))
-        folder.mkdir()
-        merge(checkpoint, folder / "merged")
+        merge(checkpoint, folder)
 
     run.on_rank_zero(prepare)
-    run.engine.load_merged(Merged(checkpoint, folder / "merged"), run.position.step, skipped_steps)
+    run.engine.load_merged(Merged(checkpoint, folder), run.position.step, skipped_steps)
     dist.barrier()
     run.on_rank_zero(lambda: shutil.rmtree(folder))
 
 
-def _failure_of(checkpoint: Path, names: list[str]) -> CheckpointError | None:
+def read_run_id(run_dir: Path) -> str:
+    """What `run_folder.prepare` called the run of this folder."""
+    return (run_dir / RUN_ID).read_text(encoding="utf-8").strip()
+
+
+def _refuse_foreign(run: Run, checkpoint: Path, manifest: Mapping[str, Any]) -> None:
+    """A checkpoint put here from elsewhere is not resumed by accident. Rank 0 only."""
+    ours, written_by = read_run_id(run.run_dir), manifest.get("run_id")
+    if written_by == ours:
+        return
+    what = f"{checkpoint} was written by {f'run {written_by}' if written_by else 'a run that gave no id'}"
+    if not run.trust:
+        raise CheckpointError(
+            f"{what}, this run folder is of run {ours}",
+            "if you know where it comes from, start once with --trust; else remove it, or choose another run_dir",
+        )
+    log.warning("%s; trusted because of --trust", what)
+
+
+def _failure_of(checkpoint: Path, names: list[str], run: Run) -> CheckpointError | None:
     """This rank's share of the verification, so that no rank waits for one that has failed."""
     try:
-        verify(checkpoint, names)
+        verify(checkpoint, names[run.rank :: run.world_size])
+        check_pickles(pickles(checkpoint)[run.rank :: run.world_size])
     except CheckpointError as error:
         return error
     return None

@@ -18,6 +18,8 @@ from typing import Any
 from loopmem_pretrain.data.files import sha256_file, sync_file, sync_folder, write_file
 from loopmem_pretrain.errors import CheckpointError
 
+RUN_ID = "run_id"
+"""File in the run folder with the random id that every checkpoint of the run carries."""
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "loopmem-checkpoint", 1
 
@@ -89,6 +91,21 @@ class CheckpointStore:
         doomed = checkpoint.with_name(f".incomplete-{checkpoint.name}-removed")
         os.rename(checkpoint, doomed)
         shutil.rmtree(doomed)
+
+
+def checkpoint_at(path: str | Path) -> Path:
+    """The checkpoint that a user names: a run folder, of which it is the newest, or the folder of a checkpoint.
+
+    Raises:
+        CheckpointError: neither; or `latest` names a checkpoint that is not there.
+    """
+    folder = Path(path)
+    checkpoint = folder if (folder / MANIFEST).exists() else CheckpointStore(folder).latest()
+    if checkpoint is None or not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} holds no checkpoint", "give a run folder (with checkpoints/ in it) or one checkpoint folder"
+        )
+    return checkpoint
 
 
 def list_files(folder: Path) -> list[str]:

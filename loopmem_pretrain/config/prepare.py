@@ -3,7 +3,8 @@
 load_config(PrepareConfig, "data_prep/demo.yaml", ["num_processes=4"], rules=prepare_problems)
 """
 
-from typing import Literal
+import re
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -103,7 +104,7 @@ class PrepareConfig(Section):
 
 def prepare_problems(config: PrepareConfig) -> list[Problem]:
     """Rules between fields; each problem is (path of the key to change, what is wrong and what is valid)."""
-    problems: list[Problem] = []
+    problems = _credentials(config.model_dump(mode="json"))
     for index, source in enumerate(config.sources):
         problems += [(("sources", str(index), *key), message) for key, message in _source_problems(source)]
     if config.tokenizer.train is not None and config.tokenizer.eos_token is not None:
@@ -111,6 +112,18 @@ def prepare_problems(config: PrepareConfig) -> list[Problem]:
     if config.tokenizer.train is not None and config.tokenizer.path.endswith(".json"):
         problems.append((("tokenizer", "path"), "training writes tokenizer.model; name a folder or a .model file"))
     return problems
+
+
+def _credentials(value: Any, key: tuple[str, ...] = ()) -> list[Problem]:
+    """URLs that hold a password or token: the recipe is copied into the manifest, which travels with the data."""
+    if isinstance(value, dict):
+        return [problem for name, inner in value.items() for problem in _credentials(inner, (*key, str(name)))]
+    if isinstance(value, list):
+        return [problem for index, inner in enumerate(value) for problem in _credentials(inner, (*key, str(index)))]
+    if isinstance(value, str) and re.search(r"://[^/@\s]*@", value):
+        advice = "leave them out, the manifest would keep them; give them by HF_TOKEN, or in ~/.netrc"
+        return [(key, f"is a URL with credentials; {advice}")]
+    return []
 
 
 def _source_problems(source: SourceConfig) -> list[Problem]:

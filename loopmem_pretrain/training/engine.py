@@ -16,6 +16,7 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
 from torch import Tensor
 
+from loopmem_pretrain.checkpoint.safe_load import weights_only
 from loopmem_pretrain.checkpoint.universal import STATES, Merged
 from loopmem_pretrain.config.model import ModelConfig
 from loopmem_pretrain.config.parallel import ParallelConfig
@@ -175,7 +176,8 @@ class TrainingEngine:
     def load(self, folder: Path, tag: str) -> None:
         """Restore model, optimizer and engine counters from `folder/tag`."""
         fused = [group.get("fused") for group in self.engine.optimizer.param_groups]
-        path, _ = self.engine.load_checkpoint(str(folder), tag=tag)
+        with weights_only(folder / tag):
+            path, _ = self.engine.load_checkpoint(str(folder), tag=tag)
         if path is None:
             raise CheckpointError(
                 f"DeepSpeed found nothing to load in {folder / tag}", "remove that folder or restore it"

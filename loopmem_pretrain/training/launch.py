@@ -11,7 +11,7 @@ from loopmem_pretrain.errors import EXIT_DONE, EnvironmentFault, HangDetected, L
 from loopmem_pretrain.quiet import prepare_imports
 
 
-def train_here(config_path: str, overrides: Sequence[str], stop_at_step: int | None) -> int:
+def train_here(config_path: str, overrides: Sequence[str], stop_at_step: int | None, trust: bool) -> int:
     """Train as the rank that the environment (RANK, WORLD_SIZE, ...) says, or alone. Returns the exit code."""
     from loopmem_pretrain.config.load import load_config
     from loopmem_pretrain.config.run import RunConfig, check_topology, run_problems
@@ -26,7 +26,7 @@ def train_here(config_path: str, overrides: Sequence[str], stop_at_step: int | N
     from loopmem_pretrain.training.trainer import Trainer
 
     try:
-        trainer = Trainer(config, stop_at_step)
+        trainer = Trainer(config, stop_at_step, trust)
         trainer.train()
     except RuntimeError as error:
         fault = _lost_rank(error)

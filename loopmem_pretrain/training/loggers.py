@@ -77,7 +77,8 @@ class WandbLogger:
                 mode=config.logging.wandb,  # type: ignore[arg-type]
                 dir=str(run_dir),
                 config=yaml.safe_load(dump_config(config)),
-                settings=wandb.Settings(silent=True),
+                # The address of a git remote may hold credentials; the commit is in environment.json.
+                settings=wandb.Settings(silent=True, disable_git=True, save_code=False),
             )
         except wandb.errors.Error as error:
             raise EnvironmentFault(

@@ -1,6 +1,7 @@
 """The folder of a run: whose it is, what it was started with, and how it stands.
 
 RUN/config.yaml        the resolved configuration; another one is refused
+RUN/run_id             random, made with the folder; every checkpoint carries it
 RUN/environment.json   versions, git commit, command of the latest start
 RUN/status.json        the verdict: running | done | interrupted | failed, with reason
 RUN/metrics.jsonl, RUN/checkpoints/, RUN/tensorboard/, RUN/wandb/
@@ -11,6 +12,7 @@ import json
 import os
 import platform
 import re
+import secrets
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from loopmem_pretrain import __version__
+from loopmem_pretrain.checkpoint.store import RUN_ID
 from loopmem_pretrain.config.load import differences, dump_config, load_config
 from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.data.files import write_file
@@ -77,6 +80,9 @@ def prepare(config: RunConfig, run_dir: Path) -> BinaryIO:
                 f"the run folder {run_dir} belongs to another configuration:\n    " + "\n    ".join(changed),
                 "choose another run_dir for this configuration, or take the changes back to continue that run",
             )
+    identity = run_dir / RUN_ID
+    if not identity.exists():
+        write_file(identity, f"{secrets.token_hex(8)}\n".encode())
     write_file(recorded, dump_config(config).encode())
     write_file(run_dir / "environment.json", (json.dumps(environment(), indent=1) + "\n").encode())
     return lock
@@ -89,12 +95,12 @@ def _without_paths(config: RunConfig) -> RunConfig:
 
 
 def environment() -> dict[str, Any]:
-    """What a number may depend on: versions, commit, command. No environment variables, so no secrets."""
+    """What a number may depend on: versions, commit, command. No environment variables, nor credentials in URLs."""
     versions = {name: importlib.metadata.version(name) for name in VERSIONS_OF}
     return {
         "loopmem_pretrain": __version__,
         "git_commit": _git_commit(),
-        "command": sys.argv,
+        "command": [re.sub(r"(?<=://)[^/@\s]*@", "", argument) for argument in sys.argv],
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),

@@ -26,7 +26,7 @@ class StateCollector(CheckpointEngine):  # type: ignore[misc]
         self.states[os.path.basename(path)] = state_dict
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        return torch.load(path, map_location=map_location, weights_only=False)
+        return torch.load(path, map_location=map_location, weights_only=True)
 
     def commit(self, info: CheckpointCommitInfo) -> None:
         """Publishing is not DeepSpeed's business."""

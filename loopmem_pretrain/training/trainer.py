@@ -36,11 +36,13 @@ T = TypeVar("T")
 class Trainer:
     """One rank of a run."""
 
-    def __init__(self, config: RunConfig, stop_at_step: int | None = None) -> None:
+    def __init__(self, config: RunConfig, stop_at_step: int | None = None, trust: bool = False) -> None:
         """Join the other ranks, open the data, build the model, resume where there is something to resume.
 
         `stop_at_step` ends this start, not the run: a checkpoint is written and the same command continues.
+        `trust` resumes from a checkpoint that another run wrote.
         """
+        self.trust = trust
         self.config, self.run_dir = config, Path(config.run_dir)
         place = place_from_environment()
         self.rank = place.rank

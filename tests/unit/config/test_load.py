@@ -468,3 +468,15 @@ def test_any_bytes_at_all_are_a_placed_config_error(tmp_path, content):
     with pytest.raises(ConfigError) as caught:
         load_config(PrepareConfig, path, (), prepare_problems)
     assert ".yaml:" in caught.value.problem
+
+
+@pytest.mark.parametrize("key", ["sources.0.data_files", "sources.0.origin", "tokenizer.path"])
+def test_credentials_in_a_url_are_refused_and_not_repeated(tmp_path, key):
+    path, url = tmp_path / "recipe.yaml", "https://user:password@host/file.jsonl"
+    path.write_text(
+        "output_dir: out\nsources: [{kind: hub, name: json, origin: here, license: MIT}]\ntokenizer: {path: t}\n"
+    )
+    override = f"{key}=[{url!r}]" if key.endswith("files") else f"{key}={url}"
+    with pytest.raises(ConfigError, match="is a URL with credentials") as caught:
+        load_config(PrepareConfig, path, [override], prepare_problems)
+    assert key in caught.value.problem and "password" not in caught.value.problem

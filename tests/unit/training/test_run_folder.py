@@ -1,7 +1,7 @@
 """status.json tells the cause of a failure, not what other ranks made of it."""
 
 from loopmem_pretrain.errors import EnvironmentFault
-from loopmem_pretrain.training.run_folder import read_status, write_failure, write_status
+from loopmem_pretrain.training.run_folder import environment, read_status, write_failure, write_status
 
 FULL = EnvironmentFault("no space left", "free some")
 LOST = EnvironmentFault("lost contact with another rank", "see its message")
@@ -42,3 +42,9 @@ def test_a_finished_run_stays_finished(tmp_path):
     write_status(run_dir, "done", "all steps trained", 9)
     write_failure(run_dir, FULL)
     assert read_status(run_dir)["status"] == "done"
+
+
+def test_credentials_of_the_command_line_are_not_recorded(monkeypatch):
+    command = ["loopmem", "train", "x=https://user:word@host/a@b", "y=https://host/a", "z=a@b"]
+    monkeypatch.setattr("sys.argv", command)
+    assert environment()["command"] == ["loopmem", "train", "x=https://host/a@b", *command[3:]]

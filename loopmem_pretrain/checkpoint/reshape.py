@@ -1,0 +1,103 @@
+"""A checkpoint rewritten in merged form, so that a start at any sizes reads it without merging first."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from loopmem_pretrain.checkpoint.safe_load import check_pickles, pickles
+from loopmem_pretrain.checkpoint.store import (
+    MANIFEST,
+    RUN_ID,
+    CheckpointStore,
+    checkpoint_at,
+    hash_files,
+    list_files,
+    read_manifest,
+    verify,
+)
+from loopmem_pretrain.checkpoint.universal import MERGED, is_merged, merge
+from loopmem_pretrain.data.files import sync_folder, write_file
+from loopmem_pretrain.errors import ConfigError
+from loopmem_pretrain.lock import take_lock
+
+DEEPSPEED_FILES = "*_states.pt"
+"""What the merged form replaces; all other files of a checkpoint stay."""
+
+
+def reshape(path: str | Path, out: str | Path | None = None) -> Path:
+    """Rewrite a checkpoint (of a run folder the newest) in merged form, in its place or into the run folder `out`.
+
+    In its place the manifest is replaced in one step: before it the checkpoint is the old one, from then on the new.
+
+    Raises:
+        CheckpointError: no checkpoint, damaged, or holding more than weights.
+        ConfigError: `out` holds checkpoints already.
+        EnvironmentFault: a run is training in the folder that would be written, or there is too little space.
+    """
+    checkpoint = checkpoint_at(path).resolve()
+    verify(checkpoint)
+    check_pickles(pickles(checkpoint))
+    if out is None:
+        if checkpoint.parent.name != "checkpoints":
+            raise ConfigError(f"{checkpoint} is in no run folder", "give --out a new run folder")
+        with _not_in_training(checkpoint.parent.parent):
+            _in_place(checkpoint)
+        return checkpoint
+    run_dir = Path(out)
+    if CheckpointStore(run_dir).latest() is not None:
+        raise ConfigError(f"{run_dir} holds checkpoints already", "give --out another folder, or leave it away")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with _not_in_training(run_dir):
+        return _into(run_dir, checkpoint)
+
+
+@contextlib.contextmanager
+def _not_in_training(run_dir: Path) -> Iterator[None]:
+    busy = f"a process is training in the run folder {run_dir}"
+    with take_lock(run_dir / ".lock", busy, "wait for it or stop it, or give --out another folder"):
+        yield
+
+
+def _in_place(checkpoint: Path) -> None:
+    manifest = read_manifest(checkpoint)
+    if not is_merged(manifest):
+        beside, merged = checkpoint.with_name(f".incomplete-{checkpoint.name}-{MERGED}"), checkpoint / MERGED
+        for folder in (beside, merged):
+            if folder.exists():
+                shutil.rmtree(folder)  # of a reshape that was killed
+        merge(checkpoint, beside)
+        beside.rename(merged)
+        for folder in (checkpoint, merged, *merged.iterdir()):
+            sync_folder(folder)
+        files = hash_files(checkpoint, [*_kept(manifest), *(f"{MERGED}/{name}" for name in list_files(merged))])
+        content = {key: value for key, value in manifest.items() if key != "files"} | {"form": MERGED, "files": files}
+        write_file(checkpoint / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
+    for path in checkpoint.glob(DEEPSPEED_FILES):
+        path.unlink()
+
+
+def _kept(manifest: dict[str, Any]) -> list[str]:
+    return [name for name in manifest["files"] if not fnmatch(name, DEEPSPEED_FILES)]
+
+
+def _into(run_dir: Path, source: Path) -> Path:
+    """A new run folder with the checkpoint, and with what makes it the same run."""
+    manifest, store = read_manifest(source), CheckpointStore(run_dir)
+    step = manifest["step"]
+    store.discard_incomplete()
+    folder = store.folder / store.incomplete_name(step)
+    for name in _kept(manifest):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
+    if not is_merged(manifest):
+        merge(source, folder / MERGED)
+    hashes = hash_files(folder, list_files(folder))
+    facts = {key: value for key, value in manifest.items() if key not in ("format", "version", "step", "files")}
+    write_file(run_dir / "config.yaml", (source / "config.yaml").read_bytes())
+    if "run_id" in manifest:
+        write_file(run_dir / RUN_ID, f"{manifest['run_id']}\n".encode())
+    return store.publish(step, hashes, facts | {"form": MERGED})
