@@ -343,8 +343,8 @@ CHAINS: dict[str, list[tuple[dict[str, Any], int]]] = {
 def resize(bench: Bench) -> None:
     print("## Other sizes\n")
     print(
-        f"A run is stopped at step {STEPS // 2}; each size of the chain loads what the one before has saved and saves "
-        "it again without training. Same: SHA-256 over all float32 weights and both moments of Adam. Then the last size "
+        f"A run is stopped at step {STEPS // 2}; each size of the chain loads what the one before saved and saves it "
+        "again without training. Same: SHA-256 over all float32 weights and both moments of Adam. Then the last size "
         "trains on; its losses are compared with those of a run that stayed at the first size.\n"
     )
     print("| chain | loads | weights and moments the same | largest relative difference of a loss |\n|---|---|---|---|")
