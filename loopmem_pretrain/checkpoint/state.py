@@ -11,14 +11,16 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch.distributed as dist
 
 from loopmem_pretrain.checkpoint import probe
+from loopmem_pretrain.checkpoint.choose import choose
 from loopmem_pretrain.checkpoint.generators import restore_generators
-from loopmem_pretrain.checkpoint.store import CheckpointStore, read_manifest, verify
+from loopmem_pretrain.checkpoint.store import CheckpointStore
 from loopmem_pretrain.checkpoint.universal import Merged, merge
 from loopmem_pretrain.data.dataset import BlendedDataset, description_differences
 from loopmem_pretrain.data.files import write_file
@@ -85,6 +87,7 @@ def facts(run: Run) -> dict[str, Any]:
         "position": asdict(run.position),
         "skipped_steps": run.engine.skipped_steps,
         **layout(run),
+        "versions": {name: version(name) for name in ("loopmem-pretrain", "torch", "deepspeed")},
         "data": run.dataset.describe(),
         "tokenizer_sha256": run.dataset.datasets[0].stream.manifest.tokenizer.sha256,
         "validation_loss": run.validated[1] if run.validated and run.validated[0] == run.position.step else None,
@@ -116,30 +119,24 @@ def layout(run: Run) -> dict[str, Any]:
 
 
 def resume(run: Run) -> Path | None:
-    """Restore the newest checkpoint of the run folder into a fresh run; None where there is none.
+    """Restore the newest whole checkpoint of the run folder into a fresh run; None where there is none.
 
     With the ranks and sizes it was saved with, bit for bit. With others, the same weights and moments are dealt out
     anew and the samples go on in the same order; sums over ranks are then rounded differently.
 
     Raises:
-        CheckpointError: damaged, or saved for other data.
+        CheckpointError: all are damaged, or the newest whole one was saved for other data.
     """
-    checkpoint = run.store.latest()
-    if checkpoint is None:
+    choice = choose(run.store, run.rank, run.world_size)
+    if choice is None:
         return None
-    manifest = read_manifest(checkpoint)
+    checkpoint, manifest = choice.checkpoint, choice.manifest
     changed = description_differences(manifest["data"], run.dataset.describe())
     if changed:
         raise CheckpointError(
             f"{checkpoint} was trained on other data:\n    " + "\n    ".join(changed),
             "restore the data it was trained on, or start a new run folder",
         )
-    names = sorted(manifest["files"])
-    failures: list[Any] = [None] * run.world_size
-    dist.all_gather_object(failures, _failure_of(checkpoint, names[run.rank :: run.world_size]))
-    damaged = [failure for failure in failures if failure is not None]
-    if damaged:
-        raise damaged[0]
     run.position = Position(**manifest["position"])
     before = BEFORE_SIZES | manifest
     moved = [f"{key} {before[key]} -> {now}" for key, now in layout(run).items() if before.get(key, now) != now]
@@ -149,6 +146,8 @@ def resume(run: Run) -> Path | None:
         run.engine.load(checkpoint.parent, checkpoint.name)
     not_restored = _restore_the_rest(run, checkpoint, manifest)
     compared = probe.check_probe(run, checkpoint)
+    if choice.falls_back:
+        run.on_rank_zero(lambda: run.store.fall_back(checkpoint, choice.damaged))
     if run.rank == 0:
         dealt = f", dealt out anew: {'; '.join(moved)}" if moved else ""
         log.info("resumed from %s at step %d%s; %s", os.fspath(checkpoint), run.position.step, dealt, compared)
@@ -188,12 +187,3 @@ def _load_reshaped(run: Run, checkpoint: Path, skipped_steps: int) -> None:
     run.engine.load_merged(Merged(checkpoint, folder / "merged"), run.position.step, skipped_steps)
     dist.barrier()
     run.on_rank_zero(lambda: shutil.rmtree(folder))
-
-
-def _failure_of(checkpoint: Path, names: list[str]) -> CheckpointError | None:
-    """This rank's share of the verification, so that no rank waits for one that has failed."""
-    try:
-        verify(checkpoint, names)
-    except CheckpointError as error:
-        return error
-    return None

@@ -18,7 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from loopmem_pretrain.checkpoint.store import read_manifest, verify
+from loopmem_pretrain.checkpoint.manifest import read_manifest
+from loopmem_pretrain.checkpoint.store import verify
 from loopmem_pretrain.errors import CheckpointError, EnvironmentFault
 
 State = Literal["fp32", "exp_avg", "exp_avg_sq"]

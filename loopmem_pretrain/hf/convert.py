@@ -4,13 +4,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from loopmem_pretrain.checkpoint.store import CheckpointStore, read_manifest
+from loopmem_pretrain.checkpoint.manifest import read_manifest
+from loopmem_pretrain.checkpoint.store import checkpoint_at, verify
 from loopmem_pretrain.checkpoint.universal import fp32_weights
 from loopmem_pretrain.config.load import load_config
 from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.data.manifest import load_manifest
 from loopmem_pretrain.data.tokenizer import Tokenizer, load_tokenizer
-from loopmem_pretrain.errors import CheckpointError, DataError
+from loopmem_pretrain.errors import DataError
 from loopmem_pretrain.progress import ProgressBar
 from loopmem_pretrain.quiet import prepare_imports
 
@@ -33,15 +34,11 @@ def open_checkpoint(path: str | Path) -> Source:
     """The newest checkpoint of a run folder, or the checkpoint folder itself, with its config and tokenizer.
 
     Raises:
-        CheckpointError: neither a run folder with a checkpoint nor a checkpoint.
+        CheckpointError: neither a run folder with a checkpoint nor a checkpoint, or a damaged one.
         DataError: the prepared data that holds the tokenizer is missing, or holds another one.
     """
-    folder = Path(path)
-    checkpoint = folder if (folder / "manifest.json").exists() else CheckpointStore(folder).latest()
-    if checkpoint is None or not folder.is_dir():
-        raise CheckpointError(
-            f"{folder} holds no checkpoint", "give a run folder (with checkpoints/ in it) or one checkpoint folder"
-        )
+    checkpoint = checkpoint_at(path)
+    verify(checkpoint, ["config.yaml"])
     manifest = read_manifest(checkpoint)
     config = load_config(RunConfig, checkpoint / "config.yaml")
     data_dir = Path(config.data.datasets[0].path)
