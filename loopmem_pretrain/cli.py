@@ -50,8 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher puts it before the command
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[Any], int], help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help, formatter_class=argparse.RawTextHelpFormatter)
+    def command(name: str, run: Callable[[Any], int], help: str, group: Any = commands) -> argparse.ArgumentParser:
+        sub = group.add_parser(name, help=help, description=help, formatter_class=argparse.RawTextHelpFormatter)
         sub.set_defaults(run=run)
         return sub
 
@@ -83,6 +83,15 @@ def build_parser() -> argparse.ArgumentParser:
     generate_.add_argument("--seed", type=int, default=0)
     generate_.add_argument("--num-loops", type=int, metavar="N", help="apply every layer N times instead of max_loops")
     generate_.add_argument("--save", metavar="FILE", help="also write prompt and text to FILE")
+    help_ = "What is in a run's checkpoints, and whether it is what was written; without torch."
+    checkpoint_ = command("checkpoint", list_checkpoints, help_).add_subparsers(required=True, metavar="VERB")
+    list_ = command("list", list_checkpoints, "A table of a run's checkpoints and why each is kept.", checkpoint_)
+    list_.add_argument("run_dir", metavar="RUN")
+    list_.add_argument("--verify", action="store_true", help="also hash every file")
+    show_ = command("show", show_checkpoint, "What one checkpoint holds: position, layout, data, files.", checkpoint_)
+    show_.add_argument("path", metavar="CKPT_OR_RUN", help="checkpoint folder, or run folder: its newest")
+    verify_ = command("verify", verify_checkpoints, "Hash every file; exit code 4 where one is damaged.", checkpoint_)
+    verify_.add_argument("path", metavar="CKPT_OR_RUN", help="checkpoint folder, or run folder: all of its checkpoints")
     plot_ = command("plot", plot, "Draw a run's figures as SVG and PNG.")
     plot_.add_argument("run_dir", metavar="RUN")
     plot_.add_argument("out_dir", metavar="OUT")
@@ -184,6 +193,27 @@ def generate(options: Any) -> int:
     print()
     if options.save:
         Path(options.save).write_text(options.prompt + text + "\n", encoding="utf-8")
+    return EXIT_DONE
+
+
+def list_checkpoints(options: Any) -> int:
+    from loopmem_pretrain.tools import checkpoints
+
+    print(checkpoints.list_checkpoints(options.run_dir, options.verify))
+    return EXIT_DONE
+
+
+def show_checkpoint(options: Any) -> int:
+    from loopmem_pretrain.tools import checkpoints
+
+    print(checkpoints.show_checkpoint(options.path))
+    return EXIT_DONE
+
+
+def verify_checkpoints(options: Any) -> int:
+    from loopmem_pretrain.tools import checkpoints
+
+    print(checkpoints.verify_checkpoints(options.path))
     return EXIT_DONE
 
 
