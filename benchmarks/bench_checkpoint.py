@@ -34,7 +34,7 @@ def turns_on_rank(rank: int, world_size: int, config: Any, rounds: int) -> tuple
     """The turns of this rank, the phases of the last save and the bytes of its checkpoint."""
     import time
 
-    from loopmem_pretrain.checkpoint.store import read_manifest
+    from loopmem_pretrain.checkpoint.manifest import read_manifest
     from loopmem_pretrain.training.trainer import Trainer
 
     trainer = Trainer(config)

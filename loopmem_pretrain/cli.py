@@ -75,14 +75,6 @@ def build_parser() -> argparse.ArgumentParser:
     convert_.add_argument("out_dir", metavar="OUT", help="folder to create")
     convert_.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the written weights")
     convert_.add_argument("--overwrite", action="store_true", help="replace an earlier export in OUT")
-    help_ = "Look after the checkpoints of a run."
-    verbs = commands.add_parser("checkpoint", help=help_, description=help_).add_subparsers(
-        required=True, metavar="VERB"
-    )
-    help_ = "Rewrite a checkpoint so that a start at any sizes reads it without merging it first."
-    reshape_ = command("reshape", reshape, help_, among=verbs)
-    reshape_.add_argument("path", metavar="RUN_OR_CKPT", help="run folder (its newest checkpoint) or one checkpoint")
-    reshape_.add_argument("--out", metavar="RUN", help="write into this new run folder (default: replace in place)")
     generate_ = command("generate", generate, "Write text with a run or an exported Hugging Face folder.")
     generate_.add_argument("model", metavar="RUN_OR_HF", help="run folder or exported folder")
     generate_.add_argument("--prompt", required=True, help="text to continue")
@@ -92,6 +84,19 @@ def build_parser() -> argparse.ArgumentParser:
     generate_.add_argument("--seed", type=int, default=0)
     generate_.add_argument("--num-loops", type=int, metavar="N", help="apply every layer N times instead of max_loops")
     generate_.add_argument("--save", metavar="FILE", help="also write prompt and text to FILE")
+    help_ = "What is in a run's checkpoints, whether it is what was written; one rewritten for a start at other sizes."
+    checkpoint_ = command("checkpoint", list_checkpoints, help_).add_subparsers(required=True, metavar="VERB")
+    list_ = command("list", list_checkpoints, "A table of a run's checkpoints and why each is kept.", checkpoint_)
+    list_.add_argument("run_dir", metavar="RUN")
+    list_.add_argument("--verify", action="store_true", help="also hash every file")
+    show_ = command("show", show_checkpoint, "What one checkpoint holds: position, layout, data, files.", checkpoint_)
+    show_.add_argument("path", metavar="CKPT_OR_RUN", help="checkpoint folder, or run folder: its newest")
+    verify_ = command("verify", verify_checkpoints, "Hash every file; exit code 4 where one is damaged.", checkpoint_)
+    verify_.add_argument("path", metavar="CKPT_OR_RUN", help="checkpoint folder, or run folder: all of its checkpoints")
+    help_ = "Rewrite a checkpoint so that a start at any sizes reads it without merging it first."
+    reshape_ = command("reshape", reshape, help_, among=checkpoint_)
+    reshape_.add_argument("path", metavar="RUN_OR_CKPT", help="run folder (its newest checkpoint) or one checkpoint")
+    reshape_.add_argument("--out", metavar="RUN", help="write into this new run folder (default: replace in place)")
     plot_ = command("plot", plot, "Draw a run's figures as SVG and PNG.")
     plot_.add_argument("run_dir", metavar="RUN")
     plot_.add_argument("out_dir", metavar="OUT")
@@ -204,6 +209,27 @@ def generate(options: Any) -> int:
     print()
     if options.save:
         Path(options.save).write_text(options.prompt + text + "\n", encoding="utf-8")
+    return EXIT_DONE
+
+
+def list_checkpoints(options: Any) -> int:
+    from loopmem_pretrain.tools import checkpoints
+
+    print(checkpoints.list_checkpoints(options.run_dir, options.verify))
+    return EXIT_DONE
+
+
+def show_checkpoint(options: Any) -> int:
+    from loopmem_pretrain.tools import checkpoints
+
+    print(checkpoints.show_checkpoint(options.path))
+    return EXIT_DONE
+
+
+def verify_checkpoints(options: Any) -> int:
+    from loopmem_pretrain.tools import checkpoints
+
+    print(checkpoints.verify_checkpoints(options.path))
     return EXIT_DONE
 
 

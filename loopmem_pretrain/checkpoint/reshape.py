@@ -1,24 +1,15 @@
 """A checkpoint rewritten in merged form, so that a start at any sizes reads it without merging first."""
 
 import contextlib
-import json
 import shutil
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from loopmem_pretrain.checkpoint.manifest import MANIFEST, encode_manifest, read_manifest
 from loopmem_pretrain.checkpoint.safe_load import check_pickles, pickles
-from loopmem_pretrain.checkpoint.store import (
-    MANIFEST,
-    RUN_ID,
-    CheckpointStore,
-    checkpoint_at,
-    hash_files,
-    list_files,
-    read_manifest,
-    verify,
-)
+from loopmem_pretrain.checkpoint.store import RUN_ID, CheckpointStore, checkpoint_at, hash_files, list_files, verify
 from loopmem_pretrain.checkpoint.universal import MERGED, is_merged, merge
 from loopmem_pretrain.data.files import sync_folder, write_file
 from loopmem_pretrain.errors import ConfigError
@@ -75,7 +66,7 @@ def _in_place(checkpoint: Path) -> None:
             sync_folder(folder)
         files = hash_files(checkpoint, [*_kept(manifest), *(f"{MERGED}/{name}" for name in list_files(merged))])
         content = {key: value for key, value in manifest.items() if key != "files"} | {"form": MERGED, "files": files}
-        write_file(checkpoint / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
+        write_file(checkpoint / MANIFEST, encode_manifest(content))
     for path in checkpoint.glob(DEEPSPEED_FILES):
         path.unlink()
 
@@ -96,7 +87,8 @@ def _into(run_dir: Path, source: Path) -> Path:
     if not is_merged(manifest):
         merge(source, folder / MERGED)
     hashes = hash_files(folder, list_files(folder))
-    facts = {key: value for key, value in manifest.items() if key not in ("format", "version", "step", "files")}
+    ours = ("format", "version", "step", "files", "sha256")  # what publishing writes itself
+    facts = {key: value for key, value in manifest.items() if key not in ours}
     write_file(run_dir / "config.yaml", (source / "config.yaml").read_bytes())
     if "run_id" in manifest:
         write_file(run_dir / RUN_ID, f"{manifest['run_id']}\n".encode())

@@ -221,7 +221,7 @@ class _Save:
         files = {name: entry for record in records for name, entry in record["files"].items()}
         phases = {name: round(max(record["seconds"][name] for record in records), 4) for name in self.seconds}
         self.store.publish(self.step, files, {**self.facts, "seconds": phases})
-        self.store.prune(self.keep.keep_last)
+        self.store.prune(self.keep)
         sync_folder(self.store.folder)
 
 

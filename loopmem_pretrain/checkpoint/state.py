@@ -11,21 +11,25 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 
 from loopmem_pretrain.checkpoint import probe
+from loopmem_pretrain.checkpoint.choose import choose
 from loopmem_pretrain.checkpoint.generators import restore_generators
 from loopmem_pretrain.checkpoint.safe_load import check_pickles, pickles
-from loopmem_pretrain.checkpoint.store import RUN_ID, CheckpointStore, read_manifest, verify
+from loopmem_pretrain.checkpoint.store import RUN_ID, CheckpointStore
 from loopmem_pretrain.checkpoint.universal import MERGED, Merged, is_merged, merge
 from loopmem_pretrain.data.dataset import BlendedDataset, description_differences
 from loopmem_pretrain.data.files import write_file
 from loopmem_pretrain.errors import CheckpointError
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 WANDB_ID = "wandb_id"
 """File in the run folder with the run's id at Weights & Biases."""
@@ -79,6 +83,8 @@ class Run(probe.Run, Protocol):
 
     def on_rank_zero(self, action: Callable[[], object]) -> None: ...
 
+    def together(self, action: Callable[[], T]) -> T: ...
+
 
 def facts(run: Run) -> dict[str, Any]:
     """What the manifest says besides the files."""
@@ -89,6 +95,7 @@ def facts(run: Run) -> dict[str, Any]:
         "position": asdict(run.position),
         "skipped_steps": run.engine.skipped_steps,
         **layout(run),
+        "versions": {name: version(name) for name in ("loopmem-pretrain", "torch", "deepspeed")},
         "data": run.dataset.describe(),
         "tokenizer_sha256": run.dataset.datasets[0].stream.manifest.tokenizer.sha256,
         "validation_loss": run.validated[1] if run.validated and run.validated[0] == run.position.step else None,
@@ -120,18 +127,19 @@ def layout(run: Run) -> dict[str, Any]:
 
 
 def resume(run: Run) -> Path | None:
-    """Restore the newest checkpoint of the run folder into a fresh run; None where there is none.
+    """Restore the newest whole checkpoint of the run folder into a fresh run; None where there is none.
 
     With the ranks and sizes it was saved with, bit for bit. With others, the same weights and moments are dealt out
     anew and the samples go on in the same order; sums over ranks are then rounded differently.
 
     Raises:
-        CheckpointError: damaged, saved for other data or by another run, or holding more than weights.
+        CheckpointError: all are damaged; or the newest whole one was saved for other data or by another run, or holds
+            more than weights.
     """
-    checkpoint = run.store.latest()
-    if checkpoint is None:
+    choice = choose(run.store, run.rank, run.world_size)
+    if choice is None:
         return None
-    manifest = read_manifest(checkpoint)
+    checkpoint, manifest = choice.checkpoint, choice.manifest
     changed = description_differences(manifest["data"], run.dataset.describe())
     if changed:
         raise CheckpointError(
@@ -139,11 +147,7 @@ def resume(run: Run) -> Path | None:
             "restore the data it was trained on, or start a new run folder",
         )
     run.on_rank_zero(lambda: _refuse_foreign(run, checkpoint, manifest))
-    failures: list[Any] = [None] * run.world_size
-    dist.all_gather_object(failures, _failure_of(checkpoint, sorted(manifest["files"]), run))
-    damaged = [failure for failure in failures if failure is not None]
-    if damaged:
-        raise damaged[0]
+    run.together(lambda: check_pickles(pickles(checkpoint)[run.rank :: run.world_size]))
     run.position = Position(**manifest["position"])
     before = BEFORE_SIZES | manifest
     moved = [f"{key} {before[key]} -> {now}" for key, now in layout(run).items() if before.get(key, now) != now]
@@ -156,6 +160,8 @@ def resume(run: Run) -> Path | None:
         run.engine.load(checkpoint.parent, checkpoint.name)
     not_restored = _restore_the_rest(run, checkpoint, manifest)
     compared = probe.check_probe(run, checkpoint)
+    if choice.falls_back:
+        run.on_rank_zero(lambda: run.store.fall_back(checkpoint, choice.damaged))
     if run.rank == 0:
         dealt = f", dealt out anew: {'; '.join(moved)}" if moved else ""
         log.info("resumed from %s at step %d%s; %s", os.fspath(checkpoint), run.position.step, dealt, compared)
@@ -167,7 +173,7 @@ def resume(run: Run) -> Path | None:
 def _restore_the_rest(run: Run, checkpoint: Path, manifest: dict[str, Any]) -> list[str]:
     """What is neither weights nor moments; returns what could not be restored, by name. A collective."""
     missing: list[list[str]] = [[]] * run.world_size
-    dist.all_gather_object(missing, restore_generators(checkpoint, run.rank))
+    dist.all_gather_object(missing, run.together(lambda: restore_generators(checkpoint, run.rank)))
     lines = [
         f"states of the random generators {', '.join(names)} of rank {rank}: the checkpoint has "
         f"{manifest['world_size']} ranks (training draws no random numbers)"
@@ -213,13 +219,3 @@ def _refuse_foreign(run: Run, checkpoint: Path, manifest: Mapping[str, Any]) -> 
             "if you know where it comes from, start once with --trust; else remove it, or choose another run_dir",
         )
     log.warning("%s; trusted because of --trust", what)
-
-
-def _failure_of(checkpoint: Path, names: list[str], run: Run) -> CheckpointError | None:
-    """This rank's share of the verification, so that no rank waits for one that has failed."""
-    try:
-        verify(checkpoint, names[run.rank :: run.world_size])
-        check_pickles(pickles(checkpoint)[run.rank :: run.world_size])
-    except CheckpointError as error:
-        return error
-    return None

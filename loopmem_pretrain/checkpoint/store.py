@@ -4,24 +4,40 @@
       latest                     name of the newest whole checkpoint, replaced atomically
       step_00000500/             DeepSpeed's files, config.yaml, and manifest.json with every file's size and hash
       .incomplete-step_00001000  being written, or left by a run that died; never read, removed by the next save
+      abandoned-step_...-at-...  of a branch that was left by going back; never read or removed
+      damaged-step_...           what a resume could not use; never read or removed
 
 Written to `.incomplete-...`, flushed to disk, renamed, then `latest` moves: a reader never meets half of one.
 """
 
-import json
+import heapq
+import logging
 import os
+import re
 import shutil
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from loopmem_pretrain.checkpoint.manifest import MANIFEST, DamagedCheckpoint, encode_manifest, read_manifest
+from loopmem_pretrain.config.training import CheckpointConfig
 from loopmem_pretrain.data.files import sha256_file, sync_file, sync_folder, write_file
 from loopmem_pretrain.errors import CheckpointError
 
 RUN_ID = "run_id"
 """File in the run folder with the random id that every checkpoint of the run carries."""
-MANIFEST = "manifest.json"
-FORMAT, VERSION = "loopmem-checkpoint", 1
+
+log = logging.getLogger(__name__)
+
+
+class Candidates(NamedTuple):
+    """What a resume may start from."""
+
+    paths: list[Path]
+    """Checkpoints in the order to try them."""
+    doubt: str
+    """What is wrong with `latest`, so that the paths go by step alone; empty where nothing is."""
 
 
 class CheckpointStore:
@@ -31,6 +47,7 @@ class CheckpointStore:
         self.folder = Path(run_dir) / "checkpoints"
 
     def name(self, step: int) -> str:
+        """Of the folder; `step_of` is the inverse."""
         return f"step_{step:08d}"
 
     def incomplete_name(self, step: int) -> str:
@@ -38,27 +55,55 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """Steps of the published checkpoints, oldest first."""
-        found = self.folder.glob("step_*") if self.folder.is_dir() else []
-        return sorted(int(path.name.removeprefix("step_")) for path in found if path.is_dir())
+        names = (path.name for path in self.folder.glob("step_*") if path.is_dir()) if self.folder.is_dir() else ()
+        return sorted(step for name in names if (step := step_of(name)) is not None)
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint, or None when the run has none.
 
         Raises:
-            CheckpointError: `latest` names a checkpoint that is not there.
+            CheckpointError: `latest` names no checkpoint that is there.
         """
+        steps, (named, doubt) = self.steps(), self._pointer()
+        if named is None and not (self.folder / "latest").exists():
+            return self.folder / self.name(steps[-1]) if steps else None  # killed before `latest` was written
+        if named is None:
+            raise self._lost(doubt)
+        return self.folder / self.name(named)
+
+    def candidates(self) -> Candidates:
+        """What to resume from: what `latest` names, then what is older; where `latest` says nothing, all, by step.
+
+        Raises:
+            CheckpointError: `latest` says that there was a checkpoint, and there is none.
+        """
+        steps, (named, doubt) = self.steps(), self._pointer()
+        if not steps and (self.folder / "latest").exists():
+            raise self._lost(doubt)
+        order = [step for step in reversed(steps) if named is None or step <= named]
+        return Candidates([self.folder / self.name(step) for step in order], doubt if steps else "")
+
+    def _pointer(self) -> tuple[int | None, str]:
+        """The step that `latest` names, or None and what is wrong with it."""
         pointer = self.folder / "latest"
-        if not pointer.exists():
-            steps = self.steps()  # a run killed between the rename and the move of `latest`
-            return self.folder / self.name(steps[-1]) if steps else None
-        path = self.folder / pointer.read_text(encoding="utf-8").strip()
-        if not path.is_dir():
-            others = ", ".join(self.name(step) for step in self.steps()) or "none"
-            raise CheckpointError(
-                f"{pointer} names {path.name}, which is not there; present: {others}",
-                f"restore the folder, or write one of the present names into {pointer}",
-            )
-        return path
+        try:
+            with pointer.open("rb") as stream:
+                text = stream.read(100).decode("ascii", "backslashreplace").strip()
+        except FileNotFoundError:
+            return None, f"{pointer} is missing"
+        except OSError as error:
+            return None, f"{pointer} cannot be read: {error.strerror}"
+        step = step_of(text)
+        if step not in self.steps():
+            return None, f"{pointer} names {text if text.isprintable() else ascii(text)}, which is not there"
+        return step, ""
+
+    def _lost(self, doubt: str) -> CheckpointError:
+        present = ", ".join(self.name(step) for step in self.steps()) or "none"
+        return CheckpointError(
+            f"{doubt}; present: {present}",
+            f"restore the folder, or write one of the present names into {self.folder / 'latest'}",
+        )
 
     def discard_incomplete(self) -> None:
         """Remove what earlier, interrupted saves left."""
@@ -68,29 +113,85 @@ class CheckpointStore:
     def publish(self, step: int, files: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any]) -> Path:
         """Make the incomplete checkpoint of `step` the newest one; `files` as `hash_files` returned them."""
         source, target = self.folder / self.incomplete_name(step), self.folder / self.name(step)
-        manifest = {"format": FORMAT, "version": VERSION, "step": step, **facts, "files": dict(sorted(files.items()))}
-        write_file(source / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+        values = {
+            "step": step,
+            "saved": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            **facts,
+            "files": dict(sorted(files.items())),
+        }
+        write_file(source / MANIFEST, encode_manifest(values))
         sync_folder(source)
         if target.exists():
             self._remove(target)  # the same step trained again after an older checkpoint was resumed by hand
         for later in self.steps():
             if later > step:  # of a branch that was left by going back; kept, but no longer counted or resumed
-                os.replace(self.folder / self.name(later), self.folder / f"abandoned-{self.name(later)}-at-{step}")
+                self._set_aside(self.name(later), f"abandoned-{self.name(later)}-at-{step}")
         os.rename(source, target)
         sync_folder(self.folder)
         write_file(self.folder / "latest", f"{target.name}\n".encode())
         return target
 
-    def prune(self, keep_last: int) -> None:
-        """Remove all but the newest `keep_last` checkpoints."""
-        for step in self.steps()[:-keep_last]:
-            self._remove(self.folder / self.name(step))
+    def fall_back(self, chosen: Path, damaged: Iterable[Path]) -> None:
+        """Make `chosen` the one that is resumed; the damaged ones get another name and are kept."""
+        write_file(self.folder / "latest", f"{chosen.name}\n".encode())
+        for path in damaged:
+            self._set_aside(path.name, f"damaged-{path.name}")
+        sync_folder(self.folder)
+
+    def _set_aside(self, name: str, aside: str) -> None:
+        """Rename a checkpoint; one that was set aside under that name before stays."""
+        number, free = 1, aside
+        while (self.folder / free).exists():
+            number, free = number + 1, f"{aside}-{number + 1}"
+        os.rename(self.folder / name, self.folder / free)
+
+    def kept(self, config: CheckpointConfig) -> dict[int, list[str]]:
+        """Why each checkpoint is kept, oldest first; one without a reason may be removed.
+
+        A checkpoint whose manifest or sizes are wrong counts as none of the last or best, and is kept: somebody may
+        want to look at it. Contents are not read here.
+        """
+        reasons: dict[int, list[str]] = {step: [] for step in self.steps()}
+        whole: dict[int, float | None] = {}
+        for step in reversed(reasons):
+            try:
+                manifest = read_manifest(self.folder / self.name(step))
+                intact = not damage(self.folder / self.name(step), manifest, hashes=False)
+            except CheckpointError:
+                intact = False
+            if intact:
+                whole[step] = manifest.get("validation_loss")
+            else:
+                reasons[step].append("damaged")
+        for step in list(whole)[: config.keep_last]:
+            reasons[step].append("last")
+        for step in whole:
+            if config.keep_every_steps and step % config.keep_every_steps == 0:
+                reasons[step].append(f"every {config.keep_every_steps:,}")
+        validated = [(loss, -step) for step, loss in whole.items() if loss is not None]
+        for _, negative in heapq.nsmallest(config.keep_best, validated):
+            reasons[-negative].append("best")
+        return reasons
+
+    def prune(self, config: CheckpointConfig) -> None:
+        """Remove the checkpoints that no field of the configuration keeps; never the newest whole one."""
+        for step, reasons in self.kept(config).items():
+            if not reasons:
+                self._remove(self.folder / self.name(step))
+            elif "damaged" in reasons:
+                log.warning("%s is damaged; it is kept, and not counted", os.fspath(self.folder / self.name(step)))
 
     def _remove(self, checkpoint: Path) -> None:
         """First the name, then the content: a removal that is cut short leaves nothing that looks whole."""
         doomed = checkpoint.with_name(f".incomplete-{checkpoint.name}-removed")
         os.rename(checkpoint, doomed)
         shutil.rmtree(doomed)
+
+
+def step_of(name: str) -> int | None:
+    """The step in a checkpoint folder's name, or None where it is no such name."""
+    match = re.fullmatch(r"step_([0-9]{8}|[1-9][0-9]{8,18})", name)
+    return int(match[1]) if match else None
 
 
 def checkpoint_at(path: str | Path) -> Path:
@@ -100,8 +201,11 @@ def checkpoint_at(path: str | Path) -> Path:
         CheckpointError: neither; or `latest` names a checkpoint that is not there.
     """
     folder = Path(path)
-    checkpoint = folder if (folder / MANIFEST).exists() else CheckpointStore(folder).latest()
-    if checkpoint is None or not folder.is_dir():
+    if not (folder / "checkpoints").is_dir() and ((folder / MANIFEST).exists() or step_of(folder.name)):
+        checkpoint = folder if folder.is_dir() else None
+    else:
+        checkpoint = CheckpointStore(folder).latest()
+    if checkpoint is None:
         raise CheckpointError(
             f"{folder} holds no checkpoint", "give a run folder (with checkpoints/ in it) or one checkpoint folder"
         )
@@ -110,7 +214,7 @@ def checkpoint_at(path: str | Path) -> Path:
 
 def list_files(folder: Path) -> list[str]:
     """Every file below `folder` but the manifest, relative, sorted."""
-    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    paths = (path for path in folder.rglob("*") if path != folder / MANIFEST and (path.is_file() or path.is_symlink()))
     return sorted(path.relative_to(folder).as_posix() for path in paths)
 
 
@@ -123,44 +227,97 @@ def hash_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     return table
 
 
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a published checkpoint.
+def damage(
+    checkpoint: Path,
+    manifest: Mapping[str, Any],
+    names: Iterable[str] | None = None,
+    hashes: bool = True,
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> list[str]:
+    """What is wrong with the files of a checkpoint, as `name: what`; nothing in them is interpreted.
+
+    Args:
+        names: the share of the files to look at; all of them, and what is there besides, where it is None.
+        hashes: whether to read the files, not only their sizes.
+        on_bytes: is told of bytes that were read.
 
     Raises:
-        CheckpointError: no manifest, not ours, or of a newer version.
+        CheckpointError: not allowed to read a file.
     """
-    path = checkpoint / MANIFEST
-    fix = "resume from another checkpoint by writing its name into the `latest` file beside it"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}", fix) from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}", fix) from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-        raise CheckpointError(f"{path} is no manifest of this format (expected {FORMAT} version {VERSION})", fix)
-    return manifest
+    files = manifest["files"]
+    found = []
+    for name in files if names is None else names:
+        try:
+            what = _wrong_with(checkpoint, name, files[name], hashes, on_bytes)
+        except PermissionError as error:
+            raise CheckpointError(
+                f"cannot read {checkpoint / name}: {error.strerror}", "give permission to read it"
+            ) from None
+        except OSError as error:
+            what = f"cannot be read: {error.strerror}"
+        if what:
+            found.append(f"{name}: {what}")
+    return found + unlisted(checkpoint, manifest) if names is None else found
+
+
+def unlisted(checkpoint: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Files that are no part of the checkpoint, as `name: what`: DeepSpeed reads what its patterns find, listed or not.
+
+    Hidden ones, which file systems make, its patterns do not find. Of a checkpoint in one form, files of the other are
+    read by nobody: a `loopmem checkpoint reshape` that was killed has left them.
+    """
+    merged = "form" in manifest
+    found = []
+    for name in list_files(checkpoint):
+        other_form = name.endswith("_states.pt") if merged else name.startswith("merged/")
+        if name not in manifest["files"] and not other_form and not Path(name).name.startswith("."):
+            found.append(f"{name}: not listed in {MANIFEST}")
+    return found
+
+
+def _wrong_with(
+    checkpoint: Path, name: str, expected: Mapping[str, Any], hashes: bool, on_bytes: Callable[[int], None]
+) -> str:
+    path = checkpoint / name
+    if any((checkpoint / part).is_symlink() for part in [Path(name), *Path(name).parents][:-1]):
+        return "reached through a symbolic link, which may lead anywhere"
+    if not path.is_file():
+        return "no plain file" if path.exists() else "missing"
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        return f"{size:,} bytes, expected {expected['bytes']:,}"
+    if hashes and sha256_file(path, on_bytes) != expected["sha256"]:
+        return "content differs from its recorded hash"
+    return ""
 
 
 def verify(checkpoint: Path, names: Iterable[str] | None = None) -> None:
     """Compare files with the manifest: existence, size, hash; `names` limits it to a share of the files.
 
     Raises:
-        CheckpointError: naming every file that is missing or differs.
+        DamagedCheckpoint: naming every file that is missing, differs or is not listed, and an older whole checkpoint.
+        CheckpointError: not allowed to read a file.
     """
-    files = read_manifest(checkpoint)["files"]
-    damaged = []
-    for name in files if names is None else names:
-        expected, path = files[name], checkpoint / name
-        if not path.is_file():
-            damaged.append(f"{name}: missing")
-        elif path.stat().st_size != expected["bytes"]:
-            damaged.append(f"{name}: {path.stat().st_size} bytes, expected {expected['bytes']}")
-        elif hash_files(checkpoint, [name])[name]["sha256"] != expected["sha256"]:
-            damaged.append(f"{name}: content differs from its recorded hash")
-    if damaged:
-        raise CheckpointError(
-            f"checkpoint {checkpoint} is damaged:\n    " + "\n    ".join(damaged),
-            "restore the files, or resume from an older checkpoint by writing its name into "
-            f"{checkpoint.parent / 'latest'}",
-        )
+    try:
+        wrong = damage(checkpoint, read_manifest(checkpoint), names)
+        if wrong:
+            raise DamagedCheckpoint(f"checkpoint {checkpoint} is damaged:\n    " + "\n    ".join(wrong))
+    except DamagedCheckpoint as error:
+        older = _whole_before(checkpoint)
+        other = f"use {older}, which is older and whole" if older else "use another checkpoint"
+        raise DamagedCheckpoint(error.problem, f"restore the files, or {other}") from None
+
+
+def _whole_before(checkpoint: Path) -> Path | None:
+    """The newest whole checkpoint beside and before this one; reads all its files."""
+    newest, store = step_of(checkpoint.name), CheckpointStore(checkpoint.parent.parent)
+    if newest is None or checkpoint.parent != store.folder:
+        return None
+    for step in reversed([step for step in store.steps() if step < newest]):
+        path = store.folder / store.name(step)
+        try:
+            if not damage(path, read_manifest(path)):
+                return path
+        except CheckpointError:
+            continue
+    return None

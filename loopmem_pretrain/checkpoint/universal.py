@@ -25,8 +25,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from loopmem_pretrain.checkpoint.manifest import read_manifest
 from loopmem_pretrain.checkpoint.safe_load import check_pickles, load, pickles, weights_only
-from loopmem_pretrain.checkpoint.store import read_manifest, verify
+from loopmem_pretrain.checkpoint.store import verify
 from loopmem_pretrain.errors import CheckpointError, EnvironmentFault
 
 State = Literal["fp32", "exp_avg", "exp_avg_sq"]

@@ -18,6 +18,7 @@ Key = tuple[str, ...]
 
 COMMAND_LINE = "command line"
 _MOST_LEVELS = 20  # of nesting; more is an alias that contains itself
+_MOST_KEYS = 100_000  # in a file, what aliases stand for included: aliases of aliases grow without bound
 
 
 @dataclass
@@ -170,6 +171,8 @@ def _construct(node: yaml.Node, key: Key, loaded: Loaded, place: Callable[[Any],
         raise ConfigError(
             f"{here}: nested more than {_MOST_LEVELS} levels deep", "an alias (*name) may contain itself; write it out"
         )
+    if len(loaded.places) > _MOST_KEYS:
+        raise ConfigError(f"{here}: more than {_MOST_KEYS:,} keys and items", "write fewer aliases (*name)")
     if node.tag.removeprefix(_TAG) not in (*_SCALARS, "map", "seq"):
         loaded.complain(key, here, f"the YAML tag {node.tag.replace(_TAG, '!!')} is not read; write a plain value")
         return None

@@ -88,11 +88,11 @@ class CheckpointConfig(Section):
     asynchronous: bool = True
     """Copy the state to host memory and write it while training goes on; the last save of a start is waited for."""
     keep_last: int = Field(default=3, gt=0)
-    """Newest checkpoints to keep; older ones are removed after a newer one is whole."""
+    """Newest whole checkpoints to keep; older ones are removed after a newer one is whole."""
     keep_every_steps: int = Field(default=0, ge=0)
     """Also keep, for ever, checkpoints whose step is a multiple of this; 0 keeps none for that reason."""
     keep_best: int = Field(default=0, ge=0)
-    """Also keep this many checkpoints with the lowest validation loss."""
+    """Also keep this many checkpoints with the lowest validation loss; of equal ones the newer."""
 
 
 class FaultConfig(Section):

@@ -81,10 +81,14 @@ def write_file(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes, read in pieces."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def sha256_file(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> str:
+    """Hex SHA-256 of a file's bytes, read in pieces; `on_bytes` is told the size of each."""
+    digest, piece = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(piece):
+            digest.update(piece[:count])
+            on_bytes(count)
+    return digest.hexdigest()
 
 
 Progress = Callable[[int, int | None, Mapping[str, Any]], None]

@@ -11,6 +11,7 @@ The import of megatron.core takes 4-5 s, so it happens when the first stream is 
 """
 
 import os
+import struct
 import weakref
 from bisect import bisect_right
 from hashlib import sha256
@@ -95,13 +96,12 @@ class TokenStream:
         prefix = self.folder / shard.prefix
         try:
             opened = IndexedDataset(str(prefix))
-        except (AssertionError, ValueError, IndexError, OSError) as error:
+            index, lengths = opened.index, opened.sequence_lengths
+            ends = np.cumsum(lengths, dtype=np.int64)
+            pointers = index.sequence_pointers
+            gapless = not pointers[0] and np.array_equal(pointers[1:], ends[:-1] * self._item_size)
+        except (AssertionError, ValueError, IndexError, OverflowError, OSError, struct.error) as error:
             raise DataError(f"{prefix}.idx is not a readable Megatron index: {error}", _AGAIN) from error
-        index, lengths = opened.index, opened.sequence_lengths
-        ends = np.cumsum(lengths, dtype=np.int64)
-        gapless = not index.sequence_pointers[0] and np.array_equal(
-            index.sequence_pointers[1:], ends[:-1] * self._item_size
-        )
         for what, expected, found in (
             ("token dtype", self.manifest.dtype, np.dtype(index.dtype).name),
             ("tokens", shard.tokens, int(ends[-1])),

@@ -195,6 +195,8 @@ def load_manifest(folder: str | Path) -> Manifest:
         raise DataError(
             f"{path}:{error.lineno}:{error.colno}: damaged or cut off, not valid JSON: {error.msg}", _AGAIN
         ) from None
+    except (RecursionError, ValueError) as error:  # nested without end, numbers of thousands of digits
+        raise DataError(f"{path}: damaged, not valid JSON: {error}", _AGAIN) from None
     found = values.get("format") if isinstance(values, dict) else None
     if found != FORMAT:
         raise DataError(

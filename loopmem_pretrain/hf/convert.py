@@ -4,7 +4,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from loopmem_pretrain.checkpoint.store import checkpoint_at, read_manifest
+from loopmem_pretrain.checkpoint.manifest import read_manifest
+from loopmem_pretrain.checkpoint.store import checkpoint_at, verify
 from loopmem_pretrain.checkpoint.universal import fp32_weights
 from loopmem_pretrain.config.load import load_config
 from loopmem_pretrain.config.run import RunConfig
@@ -33,10 +34,11 @@ def open_checkpoint(path: str | Path) -> Source:
     """The newest checkpoint of a run folder, or the checkpoint folder itself, with its config and tokenizer.
 
     Raises:
-        CheckpointError: neither a run folder with a checkpoint nor a checkpoint.
+        CheckpointError: neither a run folder with a checkpoint nor a checkpoint, or a damaged one.
         DataError: the prepared data that holds the tokenizer is missing, or holds another one.
     """
     checkpoint = checkpoint_at(path)
+    verify(checkpoint, ["config.yaml"])
     manifest = read_manifest(checkpoint)
     config = load_config(RunConfig, checkpoint / "config.yaml")
     data_dir = Path(config.data.datasets[0].path)

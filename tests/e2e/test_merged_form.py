@@ -5,8 +5,9 @@ import shutil
 import pytest
 import torch
 
+from loopmem_pretrain.checkpoint.manifest import read_manifest
 from loopmem_pretrain.checkpoint.reshape import reshape
-from loopmem_pretrain.checkpoint.store import read_manifest, verify
+from loopmem_pretrain.checkpoint.store import verify
 from loopmem_pretrain.checkpoint.universal import fp32_weights
 from loopmem_pretrain.errors import ConfigError, EnvironmentFault
 from loopmem_pretrain.lock import take_lock

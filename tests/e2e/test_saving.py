@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from loopmem_pretrain.checkpoint.store import MANIFEST, hash_files, read_manifest
+from loopmem_pretrain.checkpoint.manifest import MANIFEST, encode_manifest, read_manifest
+from loopmem_pretrain.checkpoint.store import hash_files
 from tests.e2e.test_training import config_for, exact, lines, run
 
 SLOWLY = """
@@ -115,9 +116,9 @@ def stopped(tmp_path, sentences):
 
 def rehash(checkpoint, name):
     """As if the file had been written like this."""
-    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    manifest = read_manifest(checkpoint)
     manifest["files"] |= hash_files(checkpoint, [name])
-    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    (checkpoint / MANIFEST).write_bytes(encode_manifest(manifest))
 
 
 def test_a_model_that_computes_something_else_is_refused(stopped):

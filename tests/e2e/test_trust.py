@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from loopmem_pretrain.checkpoint.manifest import encode_manifest
 from loopmem_pretrain.checkpoint.reshape import reshape
 from loopmem_pretrain.checkpoint.store import hash_files
 from loopmem_pretrain.checkpoint.universal import fp32_weights
@@ -50,7 +51,8 @@ def change_manifest(checkpoint, **changes):
     for name in manifest["files"]:
         manifest["files"][name] = hash_files(checkpoint, [name])[name]
     manifest |= changes
-    path.write_text(json.dumps({key: value for key, value in manifest.items() if value is not None}))
+    del manifest["sha256"]
+    path.write_bytes(encode_manifest({key: value for key, value in manifest.items() if value is not None}))
 
 
 def poison(path, content, mark):

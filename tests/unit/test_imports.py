@@ -54,7 +54,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "tokenizers": ("data/", "hf/"),
     "wandb": ("training/loggers.py",),
     "matplotlib": ("tools/",),
-    "pydantic": ("config/", "data/"),
+    "pydantic": ("config/", "data/", "checkpoint/manifest.py"),
 }
 HEAVY = ("torch", "numpy", "transformers", "deepspeed", "megatron", "datasets", "pyarrow", "sentencepiece", "wandb")
 

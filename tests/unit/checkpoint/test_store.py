@@ -1,20 +1,20 @@
 """A checkpoint folder is whole or not there."""
 
-import json
+import logging
+import os
 
 import pytest
 
-from loopmem_pretrain.checkpoint.store import CheckpointStore, hash_files, list_files, read_manifest, verify
+from loopmem_pretrain.checkpoint.manifest import DamagedCheckpoint, read_manifest
+from loopmem_pretrain.checkpoint.store import CheckpointStore, checkpoint_at, verify
+from loopmem_pretrain.config.training import CheckpointConfig
 from loopmem_pretrain.errors import CheckpointError
+from tests.unit.checkpoint.published import publish
 
 
-def publish(run_dir, step):
-    store = CheckpointStore(run_dir)
-    folder = store.folder / store.incomplete_name(step)
-    (folder / "inner").mkdir(parents=True)
-    (folder / "weights.pt").write_bytes(b"w" * 100)
-    (folder / "inner" / "state.pt").write_bytes(b"s" * 50)
-    return store.publish(step, hash_files(folder, list_files(folder)), {"world_size": 2})
+def prune(run_dir, **fields):
+    CheckpointStore(run_dir).prune(CheckpointConfig(**fields))
+    return CheckpointStore(run_dir).steps()
 
 
 def test_publish_and_read(tmp_path):
@@ -57,22 +57,136 @@ def test_every_damage_is_listed(tmp_path):
         verify(path, ["weights.pt"])
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "{", "[]", json.dumps({"format": "other"}), json.dumps({"format": "loopmem-checkpoint", "version": 99})],
-)
-def test_a_manifest_that_is_not_ours(tmp_path, text):
+def test_the_older_whole_checkpoint_is_suggested(tmp_path):
+    for step in (1, 2, 3):
+        publish(tmp_path, step)
+    folder = tmp_path / "checkpoints"
+    for name in ("step_00000003", "step_00000002"):
+        (folder / name / "weights.pt").unlink()
+    with pytest.raises(DamagedCheckpoint) as caught:
+        verify(folder / "step_00000003")
+    assert f"use {folder / 'step_00000001'}, which is older and whole" in caught.value.fix
+
+
+@pytest.mark.parametrize("name", ["layer_99-model_00-model_states.pt", "inner/other_optim_states.pt", "layer_00"])
+def test_a_file_that_is_not_listed_is_damage(tmp_path, name):
     path = publish(tmp_path, 5)
-    (path / "manifest.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"manifest\.json"):
-        read_manifest(path)
+    (path / name).write_bytes(b"")
+    with pytest.raises(DamagedCheckpoint, match=f"{name}: not listed in manifest.json"):
+        verify(path)
+
+
+def test_hidden_files_of_file_systems_are_not(tmp_path):
+    path = publish(tmp_path, 5)
+    (path / ".nfs0000001").write_bytes(b"")
+    verify(path)
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "inner"])
+def test_links_are_not_followed(tmp_path, name):
+    path = publish(tmp_path, 5)
+    os.rename(path / name, tmp_path / "elsewhere")
+    (path / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DamagedCheckpoint, match="symbolic link"):
+        verify(path)
+
+
+def test_the_checkpoint_itself_may_be_linked(tmp_path):
+    os.rename(publish(tmp_path, 5), tmp_path / "elsewhere")
+    (tmp_path / "checkpoints" / "step_00000005").symlink_to(tmp_path / "elsewhere")
+    verify(checkpoint_at(tmp_path))
 
 
 def test_prune_keeps_the_newest(tmp_path):
     for step in (1, 2, 3):
         publish(tmp_path, step)
-    CheckpointStore(tmp_path).prune(2)
-    assert CheckpointStore(tmp_path).steps() == [2, 3]
+    assert prune(tmp_path, keep_last=2) == [2, 3]
+
+
+def test_prune_keeps_every_nth_and_the_best(tmp_path):
+    losses = {10: 3.0, 20: 2.0, 30: 2.5, 40: 2.0, 50: None, 60: 4.0}
+    for step, loss in losses.items():
+        publish(tmp_path, step, validation_loss=loss)
+    reasons = CheckpointStore(tmp_path).kept(CheckpointConfig(keep_last=2, keep_every_steps=30, keep_best=1))
+    assert reasons == {10: [], 20: [], 30: ["every 30"], 40: ["best"], 50: ["last"], 60: ["last", "every 30"]}
+    assert prune(tmp_path, keep_last=2, keep_every_steps=30, keep_best=1) == [30, 40, 50, 60]
+    assert prune(tmp_path, keep_last=1, keep_best=2) == [30, 40, 60]
+
+
+@pytest.mark.parametrize("damaged", ["manifest.json", "weights.pt"])
+def test_prune_neither_counts_nor_removes_what_is_damaged(tmp_path, damaged, caplog):
+    for step in (1, 2, 3, 4):
+        publish(tmp_path, step, validation_loss=5.0 - step)
+    for step in (2, 4):
+        (tmp_path / "checkpoints" / f"step_0000000{step}" / damaged).write_bytes(b"{")
+    with caplog.at_level(logging.WARNING):
+        assert prune(tmp_path, keep_last=1, keep_best=1) == [2, 3, 4]
+    assert all(f"step_0000000{step} is damaged; it is kept" in caplog.text for step in (2, 4))
+
+
+@pytest.mark.parametrize("name", ["step_", "step_5", "step_00000005.bak", "step_-0000005", "step_\u0665" + "0" * 8])
+def test_folders_of_other_names_are_no_checkpoints(tmp_path, name):
+    publish(tmp_path, 5)
+    (tmp_path / "checkpoints" / name).mkdir()
+    assert CheckpointStore(tmp_path).steps() == [5]
+
+
+def names(store):
+    paths, doubt = store.candidates()
+    return [path.name[-1] for path in paths], doubt
+
+
+def test_candidates_begin_where_latest_points(tmp_path):
+    store = CheckpointStore(tmp_path)
+    assert names(store) == ([], "")
+    for step in (1, 2, 3):
+        publish(tmp_path, step)
+    assert names(store) == (["3", "2", "1"], "")
+    (store.folder / "latest").write_text("step_00000002\n")
+    assert names(store) == (["2", "1"], "")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"step_00000009\n", b"../../other", b"\xff\xfe", b"step_00000003\0", b".", b"x" * 10_000, None]
+)
+def test_where_latest_says_nothing_all_are_tried(tmp_path, content):
+    for step in (1, 2, 3):
+        publish(tmp_path, step)
+    store = CheckpointStore(tmp_path)
+    pointer = store.folder / "latest"
+    pointer.unlink() if content is None else pointer.write_bytes(content)
+    steps, doubt = names(store)
+    assert steps == ["3", "2", "1"] and str(pointer) in doubt and doubt.isprintable()
+    if content is not None:
+        with pytest.raises(CheckpointError, match="present: step_00000001"):  # an export does not choose by itself
+            store.latest()
+
+
+def test_a_run_that_lost_its_checkpoints_does_not_begin_anew(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest").write_text("step_00000009\n")
+    with pytest.raises(CheckpointError, match="step_00000009"):
+        CheckpointStore(tmp_path).candidates()
+
+
+def test_falling_back_keeps_the_damaged_ones_aside(tmp_path):
+    store = CheckpointStore(tmp_path)
+    for _ in range(2):
+        paths = [publish(tmp_path, step) for step in (1, 2, 3)]
+        store.fall_back(paths[0], paths[1:])
+    assert store.latest() == paths[0] and store.steps() == [1]
+    aside = [f"damaged-step_0000000{step}{suffix}" for step in (2, 3) for suffix in ("", "-2")]
+    assert sorted(path.name for path in store.folder.glob("damaged-*")) == sorted(aside)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("name", ["manifest.json", "weights.pt"])
+def test_what_may_not_be_read_is_not_called_damaged(tmp_path, name):
+    path = publish(tmp_path, 5)
+    (path / name).chmod(0)
+    with pytest.raises(CheckpointError, match="Permission denied") as caught:
+        verify(path)
+    assert not isinstance(caught.value, DamagedCheckpoint)
 
 
 def test_the_same_step_again_replaces(tmp_path):
@@ -96,8 +210,7 @@ def test_going_back_sets_the_later_branch_aside(tmp_path):
     store = CheckpointStore(tmp_path)
     (store.folder / "latest").write_text(store.name(2000))
     publish(tmp_path, 2100)
-    store.prune(2)
-    assert store.steps() == [2000, 2100]
+    assert prune(tmp_path, keep_last=2) == [2000, 2100]
     assert store.latest() == store.folder / store.name(2100)
     aside = sorted(path.name for path in store.folder.glob("abandoned-*"))
     assert aside == ["abandoned-step_00002500-at-2100", "abandoned-step_00003000-at-2100"]

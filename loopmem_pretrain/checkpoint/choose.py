@@ -1,0 +1,90 @@
+"""Which checkpoint a run resumes from: the newest that is whole, agreed on by all ranks before a byte is unpickled."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from loopmem_pretrain.checkpoint.manifest import DamagedCheckpoint, read_manifest
+from loopmem_pretrain.checkpoint.store import Candidates, CheckpointStore, damage, step_of, unlisted
+from loopmem_pretrain.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+
+class Choice(NamedTuple):
+    """A whole checkpoint, and what was passed over for it."""
+
+    checkpoint: Path
+    manifest: dict[str, Any]
+    damaged: list[Path]
+    """Later ones that are damaged."""
+    falls_back: bool
+    """Whether `latest` does not name it: to be said in the store once it is loaded."""
+
+
+def choose(store: CheckpointStore, rank: int, world_size: int) -> Choice | None:
+    """The newest whole checkpoint; None where the run has none. A collective: each rank reads a share of the files.
+
+    Raises:
+        CheckpointError: all are damaged (each is named, with what is wrong), or a file may not be read.
+    """
+    paths, doubt = _agree_on_candidates(store, rank)
+    if doubt and rank == 0:
+        log.warning("%s: trying the checkpoints that are there, newest first", doubt)
+    problems: dict[Path, list[str]] = {}
+    for checkpoint in paths:
+        manifest, wrong = _examine(checkpoint, rank, world_size)
+        if not wrong:
+            if problems and rank == 0:
+                log.warning("falling back to %s; the steps after it are trained again", os.fspath(checkpoint))
+            return Choice(checkpoint, manifest, list(problems), bool(problems or doubt))
+        problems[checkpoint] = wrong
+        if rank == 0:
+            log.warning("%s is damaged:\n    %s", os.fspath(checkpoint), "\n    ".join(wrong))
+    if not problems:
+        return None
+    lines = [f"{checkpoint.name}: {line}" for checkpoint, wrong in problems.items() for line in wrong]
+    raise CheckpointError(
+        f"every checkpoint in {store.folder} that could be resumed is damaged:\n    " + "\n    ".join(lines),
+        "restore the files of one of them, or start a new run folder",
+    )
+
+
+def _agree_on_candidates(store: CheckpointStore, rank: int) -> Candidates:
+    """Rank 0's, told to all: another rank may see a shared folder a little later."""
+    found: list[Any] = [None]
+    if rank == 0:
+        try:
+            found = [store.candidates()]
+        except CheckpointError as error:
+            found = [error]
+    dist.broadcast_object_list(found, src=0)
+    if isinstance(found[0], CheckpointError):
+        raise found[0]
+    return Candidates(*found[0])
+
+
+def _examine(checkpoint: Path, rank: int, world_size: int) -> tuple[dict[str, Any], list[str]]:
+    """The manifest and what all ranks together find wrong; each hashes its share of the files."""
+    manifest: dict[str, Any] = {}
+    wrong: list[str] | CheckpointError
+    try:
+        manifest = read_manifest(checkpoint)
+        wrong = damage(checkpoint, manifest, sorted(manifest["files"])[rank::world_size])
+        if rank == 0:
+            wrong += unlisted(checkpoint, manifest)
+            if manifest["step"] != step_of(checkpoint.name):
+                wrong.append(f"manifest.json: is of step {manifest['step']:,}")
+    except DamagedCheckpoint as error:
+        wrong = [error.problem]
+    except CheckpointError as error:  # no damage: told to all ranks below, so that none waits
+        wrong = error
+    shares: list[Any] = [None] * world_size
+    dist.all_gather_object(shares, wrong)
+    for share in shares:
+        if isinstance(share, CheckpointError):
+            raise share
+    return manifest, list(dict.fromkeys(line for share in shares for line in share))
