@@ -72,7 +72,7 @@ class TrainingEngine:
         layers = model.num_hidden_layers
         self.step_context = pipeline.StepContext(
             model,
-            LoopAccumulator(model, layers, device, ranks_per_layer=topology.world_size // topology.pipeline_size),
+            LoopAccumulator(model, layers, device),
             self.accumulation_steps,
             token_parts=topology.tensor_size if parallel.sequence_parallel else 1,
         )
