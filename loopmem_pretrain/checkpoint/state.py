@@ -1,16 +1,16 @@
 """What a checkpoint keeps of a run, what is restored from it, and what is said about it.
 
 Kept: weights, float32 master weights, optimizer moments and engine counters (DeepSpeed's files), the position in the
-run, a description of the data, the names of all parameters, the configuration, the number of ranks, the states of
-random generators, the id of the run at Weights & Biases, one sample and its loss. Not kept, because it is a function of
-the step: learning rate, beta1, ponder weight, the order of samples.
+run, the losses that later ones are compared with, a description of the data, the names of all parameters, the
+configuration, the number of ranks, the states of random generators, the id of the run at Weights & Biases, one sample
+and its loss. Not kept, because it is a function of the step: learning rate, beta1, ponder weight, the order of samples.
 """
 
 import logging
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,9 +37,11 @@ class Position:
     step: int = 0
     """Optimizer steps done."""
     samples: int = 0
-    """Training samples consumed."""
+    """The next sample of the order: samples consumed, and those left out."""
     tokens: int = 0
     """Training tokens consumed."""
+    skipped_ranges: list[list[int]] = field(default_factory=list)
+    """[first, last) samples of the order that rewinds left out."""
 
 
 class Engine(probe.Engine, Protocol):
@@ -59,6 +61,14 @@ class Engine(probe.Engine, Protocol):
     def skipped_steps(self) -> int: ...
 
 
+class Watch(Protocol):
+    """What is remembered of the steps before."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: Mapping[str, Any] | None) -> None: ...
+
+
 class Run(probe.Run, Protocol):
     """What resuming needs of a run; the trainer is one."""
 
@@ -74,6 +84,9 @@ class Run(probe.Run, Protocol):
     @property
     def engine(self) -> Engine: ...
 
+    @property
+    def watch(self) -> Watch: ...
+
     def on_rank_zero(self, action: Callable[[], object]) -> None: ...
 
 
@@ -84,6 +97,7 @@ def facts(run: Run) -> dict[str, Any]:
     return {
         "position": asdict(run.position),
         "skipped_steps": run.engine.skipped_steps,
+        "statistics": run.watch.state(),
         **layout(run),
         "data": run.dataset.describe(),
         "tokenizer_sha256": run.dataset.datasets[0].stream.manifest.tokenizer.sha256,
@@ -127,6 +141,34 @@ def resume(run: Run) -> Path | None:
     checkpoint = run.store.latest()
     if checkpoint is None:
         return None
+    _restore(run, checkpoint)
+    return checkpoint
+
+
+def newest_before(run: Run, step: int) -> int | None:
+    """Step of the newest checkpoint of a step before `step`, as rank 0 sees it; a collective."""
+    found = [None if run.rank else max((each for each in run.store.steps() if each < step), default=None)]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def go_back(run: Run, step: int) -> None:
+    """Load the checkpoint of `step` into a run under way, and leave out the samples consumed since.
+
+    Later checkpoints are set aside. The run goes on as a fresh start from that checkpoint, with other samples, would.
+
+    Raises:
+        CheckpointError: damaged.
+    """
+    samples = run.position.samples
+    _restore(run, run.store.folder / run.store.name(step))
+    run.position.skipped_ranges.append([run.position.samples, samples])
+    run.position.samples = samples
+    run.on_rank_zero(lambda: run.store.go_back_to(step))
+
+
+def _restore(run: Run, checkpoint: Path) -> None:
+    """Check and load `checkpoint`."""
     manifest = read_manifest(checkpoint)
     changed = description_differences(manifest["data"], run.dataset.describe())
     if changed:
@@ -141,6 +183,7 @@ def resume(run: Run) -> Path | None:
     if damaged:
         raise damaged[0]
     run.position = Position(**manifest["position"])
+    run.watch.restore(manifest.get("statistics"))
     before = BEFORE_SIZES | manifest
     moved = [f"{key} {before[key]} -> {now}" for key, now in layout(run).items() if before.get(key, now) != now]
     if moved:
@@ -154,7 +197,6 @@ def resume(run: Run) -> Path | None:
         log.info("resumed from %s at step %d%s; %s", os.fspath(checkpoint), run.position.step, dealt, compared)
         for line in not_restored:
             log.warning("not restored: %s", line)
-    return checkpoint
 
 
 def _restore_the_rest(run: Run, checkpoint: Path, manifest: dict[str, Any]) -> list[str]:

@@ -71,13 +71,29 @@ class CheckpointStore:
         sync_folder(source)
         if target.exists():
             self._remove(target)  # the same step trained again after an older checkpoint was resumed by hand
-        for later in self.steps():
-            if later > step:  # of a branch that was left by going back; kept, but no longer counted or resumed
-                os.replace(self.folder / self.name(later), self.folder / f"abandoned-{self.name(later)}-at-{step}")
+        self._abandon_after(step)
         os.rename(source, target)
         sync_folder(self.folder)
         write_file(self.folder / "latest", f"{target.name}\n".encode())
         return target
+
+    def go_back_to(self, step: int) -> None:
+        """Make the published checkpoint of `step` the one that is resumed, and set later ones aside."""
+        write_file(self.folder / "latest", f"{self.name(step)}\n".encode())
+        self._abandon_after(step)
+        sync_folder(self.folder)
+
+    def _abandon_after(self, step: int) -> None:
+        """Checkpoints of a branch that was left by going back are kept, but no longer counted or resumed.
+
+        Of branches left at the same step the last is kept.
+        """
+        for later in self.steps():
+            if later > step:
+                aside = self.folder / f"abandoned-{self.name(later)}-at-{step}"
+                if aside.exists():
+                    self._remove(aside)
+                os.rename(self.folder / self.name(later), aside)
 
     def prune(self, keep_last: int) -> None:
         """Remove all but the newest `keep_last` checkpoints."""

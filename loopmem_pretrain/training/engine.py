@@ -25,7 +25,7 @@ from loopmem_pretrain.model.backend import Backend, TorchBackend
 from loopmem_pretrain.model.init import initialize
 from loopmem_pretrain.model.loopmem import LoopedLayer, PlainLayer
 from loopmem_pretrain.model.memory import SharedMemory, SharedRead
-from loopmem_pretrain.parallel.checks import replica_differences
+from loopmem_pretrain.parallel.checks import are_finite, replica_differences
 from loopmem_pretrain.parallel.collectives import all_reduced
 from loopmem_pretrain.parallel.placement import Part, part_of, placement, whole_shape
 from loopmem_pretrain.parallel.stages import stage_bounds
@@ -221,6 +221,10 @@ class TrainingEngine:
     def skipped_steps(self) -> int:
         """Steps DeepSpeed did not apply because a gradient was not finite."""
         return int(self.engine.skipped_steps)
+
+    def weights_are_finite(self) -> bool:
+        """Whether every weight on every rank is a finite number; a collective."""
+        return are_finite(self.engine.module.parameters(), self.device)
 
     def forget_timers(self) -> None:
         """DeepSpeed's pipeline keeps two device events a step until somebody reads them; nobody does."""

@@ -57,6 +57,18 @@ def test_every_damage_is_listed(tmp_path):
         verify(path, ["weights.pt"])
 
 
+def test_going_back_sets_later_checkpoints_aside(tmp_path):
+    """Twice: the second time such a folder is there already."""
+    store = CheckpointStore(tmp_path)
+    for _ in range(2):
+        for step in (5, 10, 15):
+            publish(tmp_path, step)
+        store.go_back_to(5)
+        assert store.steps() == [5] and store.latest() == store.folder / store.name(5)
+        left = sorted(path.name for path in store.folder.glob("*step*"))
+        assert left == ["abandoned-step_00000010-at-5", "abandoned-step_00000015-at-5", "step_00000005"]
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[]", json.dumps({"format": "other"}), json.dumps({"format": "loopmem-checkpoint", "version": 99})],
