@@ -25,8 +25,10 @@ class Choice(NamedTuple):
     """Whether `latest` does not name it: to be said in the store once it is loaded."""
 
 
-def choose(store: CheckpointStore, rank: int, world_size: int) -> Choice | None:
+def choose(store: CheckpointStore, rank: int, world_size: int, before: int | None = None) -> Choice | None:
     """The newest whole checkpoint; None where the run has none. A collective: each rank reads a share of the files.
+
+    `before`: only of steps before this one.
 
     Raises:
         CheckpointError: all are damaged (each is named, with what is wrong), or a file may not be read.
@@ -36,6 +38,8 @@ def choose(store: CheckpointStore, rank: int, world_size: int) -> Choice | None:
         log.warning("%s: trying the checkpoints that are there, newest first", doubt)
     problems: dict[Path, list[str]] = {}
     for checkpoint in paths:
+        if before is not None and (step_of(checkpoint.name) or 0) >= before:
+            continue
         manifest, wrong = _examine(checkpoint, rank, world_size)
         if not wrong:
             if problems and rank == 0:

@@ -21,6 +21,7 @@ _FIX = "restore the file, or use another checkpoint; `loopmem checkpoint list RU
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Size = Annotated[int, Field(gt=0, lt=2**63)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 # Both become paths: no way up, no absolute path, no backslash, no hidden file.
@@ -50,7 +51,18 @@ class _Position(_Part):
     step: Count
     samples: Count
     tokens: Count
-    skipped_ranges: list[list[Count]] = []
+    skipped_ranges: list[Annotated[list[Count], Field(min_length=2, max_length=2)]] = []
+
+
+class _Losses(_Part):
+    window: list[Finite]
+    high: list[Finite]
+    first_high: Count
+
+
+class _Statistics(_Part):
+    bad_in_a_row: Count
+    losses: _Losses
 
 
 class _Dataset(_Part):
@@ -87,6 +99,7 @@ class _Manifest(_Part):
     validation_loss: Annotated[float, Field(allow_inf_nan=False)] | None = None
     seconds: dict[str, Seconds] = {}
     versions: dict[str, str] = {}
+    statistics: _Statistics | None = None
     wandb_id: str | None = None
     run_id: str | None = None
     form: Literal["merged"] | None = None

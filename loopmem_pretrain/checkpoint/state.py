@@ -1,16 +1,16 @@
 """What a checkpoint keeps of a run, what is restored from it, and what is said about it.
 
 Kept: weights, float32 master weights, optimizer moments and engine counters (DeepSpeed's files), the position in the
-run, a description of the data, the names of all parameters, the configuration, the number of ranks, the states of
-random generators, the id of the run at Weights & Biases, one sample and its loss. Not kept, because it is a function of
-the step: learning rate, beta1, ponder weight, the order of samples.
+run, the losses that later ones are compared with, a description of the data, the names of all parameters, the
+configuration, the number of ranks, the states of random generators, the id of the run at Weights & Biases, one sample
+and its loss. Not kept, because it is a function of the step: learning rate, beta1, ponder weight, the order of samples.
 """
 
 import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 import torch.distributed as dist
 
 from loopmem_pretrain.checkpoint import probe
-from loopmem_pretrain.checkpoint.choose import choose
+from loopmem_pretrain.checkpoint.choose import Choice, choose
 from loopmem_pretrain.checkpoint.generators import restore_generators
 from loopmem_pretrain.checkpoint.safe_load import check_pickles, pickles
 from loopmem_pretrain.checkpoint.store import RUN_ID, CheckpointStore
@@ -42,9 +42,11 @@ class Position:
     step: int = 0
     """Optimizer steps done."""
     samples: int = 0
-    """Training samples consumed."""
+    """The next sample of the order: samples consumed, and those left out."""
     tokens: int = 0
     """Training tokens consumed."""
+    skipped_ranges: list[list[int]] = field(default_factory=list)
+    """[first, last) samples of the order that rewinds left out."""
 
 
 class Engine(probe.Engine, Protocol):
@@ -64,6 +66,14 @@ class Engine(probe.Engine, Protocol):
     def skipped_steps(self) -> int: ...
 
 
+class Watch(Protocol):
+    """What is remembered of the steps before."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: Mapping[str, Any] | None) -> None: ...
+
+
 class Run(probe.Run, Protocol):
     """What resuming needs of a run; the trainer is one."""
 
@@ -81,6 +91,9 @@ class Run(probe.Run, Protocol):
     @property
     def engine(self) -> Engine: ...
 
+    @property
+    def watch(self) -> Watch: ...
+
     def on_rank_zero(self, action: Callable[[], object]) -> None: ...
 
     def together(self, action: Callable[[], T]) -> T: ...
@@ -94,6 +107,7 @@ def facts(run: Run) -> dict[str, Any]:
         "run_id": read_run_id(run.run_dir),
         "position": asdict(run.position),
         "skipped_steps": run.engine.skipped_steps,
+        "statistics": run.watch.state(),
         **layout(run),
         "versions": {name: version(name) for name in ("loopmem-pretrain", "torch", "deepspeed")},
         "data": run.dataset.describe(),
@@ -139,6 +153,27 @@ def resume(run: Run) -> Path | None:
     choice = choose(run.store, run.rank, run.world_size)
     if choice is None:
         return None
+    _restore(run, choice)
+    return choice.checkpoint
+
+
+def go_back(run: Run, choice: Choice) -> None:
+    """Load an older checkpoint into a run under way, and leave out the samples consumed since.
+
+    Later checkpoints are set aside. The run goes on as a fresh start from that checkpoint, with other samples, would.
+
+    Raises:
+        CheckpointError: saved for other data or by another run, or holding more than weights.
+    """
+    samples = run.position.samples
+    _restore(run, choice)
+    run.position.skipped_ranges.append([run.position.samples, samples])
+    run.position.samples = samples
+    run.on_rank_zero(lambda: run.store.go_back_to(run.position.step))
+
+
+def _restore(run: Run, choice: Choice) -> None:
+    """Check and load a checkpoint that is whole."""
     checkpoint, manifest = choice.checkpoint, choice.manifest
     changed = description_differences(manifest["data"], run.dataset.describe())
     if changed:
@@ -149,6 +184,7 @@ def resume(run: Run) -> Path | None:
     run.on_rank_zero(lambda: _refuse_foreign(run, checkpoint, manifest))
     run.together(lambda: check_pickles(pickles(checkpoint)[run.rank :: run.world_size]))
     run.position = Position(**manifest["position"])
+    run.watch.restore(manifest.get("statistics"))
     before = BEFORE_SIZES | manifest
     moved = [f"{key} {before[key]} -> {now}" for key, now in layout(run).items() if before.get(key, now) != now]
     skipped_steps = manifest.get("skipped_steps", 0)
@@ -167,7 +203,6 @@ def resume(run: Run) -> Path | None:
         log.info("resumed from %s at step %d%s; %s", os.fspath(checkpoint), run.position.step, dealt, compared)
         for line in not_restored:
             log.warning("not restored: %s", line)
-    return checkpoint
 
 
 def _restore_the_rest(run: Run, checkpoint: Path, manifest: dict[str, Any]) -> list[str]:

@@ -123,9 +123,7 @@ class CheckpointStore:
         sync_folder(source)
         if target.exists():
             self._remove(target)  # the same step trained again after an older checkpoint was resumed by hand
-        for later in self.steps():
-            if later > step:  # of a branch that was left by going back; kept, but no longer counted or resumed
-                self._set_aside(self.name(later), f"abandoned-{self.name(later)}-at-{step}")
+        self._abandon_after(step)
         os.rename(source, target)
         sync_folder(self.folder)
         write_file(self.folder / "latest", f"{target.name}\n".encode())
@@ -137,6 +135,18 @@ class CheckpointStore:
         for path in damaged:
             self._set_aside(path.name, f"damaged-{path.name}")
         sync_folder(self.folder)
+
+    def go_back_to(self, step: int) -> None:
+        """Make the published checkpoint of `step` the one that is resumed, and set later ones aside."""
+        write_file(self.folder / "latest", f"{self.name(step)}\n".encode())
+        self._abandon_after(step)
+        sync_folder(self.folder)
+
+    def _abandon_after(self, step: int) -> None:
+        """Checkpoints of a branch that was left by going back are kept, but no longer counted or resumed."""
+        for later in self.steps():
+            if later > step:
+                self._set_aside(self.name(later), f"abandoned-{self.name(later)}-at-{step}")
 
     def _set_aside(self, name: str, aside: str) -> None:
         """Rename a checkpoint; one that was set aside under that name before stays."""

@@ -85,6 +85,9 @@ def run_problems(config: RunConfig) -> list[Problem]:
                 f"'{training.ponder_schedule}' modulates model.ponder_weight, which is 0",
             )
         )
+    if config.faults.spike_action == "rewind" and config.checkpoint.keep_last < 2:
+        why = "1 may be of a spike that has just begun; faults.spike_action rewind needs at least 2"
+        problems.append((("checkpoint", "keep_last"), why))
     problems += _checkpoint_problems(config)
     problems += parallel_problems(config.model, config.data, config.parallel, training, optimizer)
     return problems

@@ -99,17 +99,17 @@ class FaultConfig(Section):
     """What a run bears, and when it stops by itself."""
 
     max_skipped_steps: int = Field(default=10, gt=0)
-    """Steps in a row that may go unapplied, because loss or gradients are not finite, before the run gives up."""
+    """The run gives up after so many steps in a row whose loss or gradients are not finite; they are not applied."""
     spike_action: Literal["off", "warn", "rewind"] = "warn"
     """On a loss spike: nothing; a warning; or back to the last checkpoint before it, leaving out the data since."""
     spike_score: float = Field(default=8.0, gt=0)
     """A step is high when its loss is this many robust standard deviations (1.4826 MAD) above the window's median."""
     spike_window_steps: int = Field(default=128, ge=16)
-    """Steps before that a loss is compared with."""
+    """A loss is compared with those of so many steps before it, high ones left out; half as many are needed."""
     spike_patience_steps: int = Field(default=5, gt=0)
     """High steps in a row that make a spike; single ones are bad samples and pass."""
     max_rewinds: int = Field(default=3, ge=0)
-    """Rewinds without a new checkpoint between them before the run gives up."""
+    """Rewinds to one checkpoint, or to older ones, before the run gives up."""
     time_limit_seconds: int | None = Field(default=None, gt=0)
     """A start stops cleanly, checkpoint included, before it has run this long; unset runs on."""
     hang_timeout_seconds: int = Field(default=900, gt=0)
@@ -134,7 +134,7 @@ class LoggingConfig(Section):
 
 
 class AlarmConfig(Section):
-    """What is watched at every log interval. Halting and gate alarms warn; a non-finite loss ends the run."""
+    """What is watched at every log interval, and only warned about."""
 
     after_steps: int = Field(default=1000, ge=0)
     """Halting and gate alarms are silent before this step."""

@@ -1,4 +1,4 @@
-"""Whether ranks that should hold the same weights do hold the same weights, bit for bit.
+"""Whether weights are what they should be: the same bits on all ranks that hold them, and finite.
 
 Weights that several ranks hold (over data-parallel ranks; norms, routers and gates over tensor-parallel ranks; tied
 weights over pipeline stages) stay equal only as long as every rank gives them the same gradient. Nothing in training
@@ -68,6 +68,27 @@ def replicas_differ(lines: Sequence[str], step: int) -> TrainingGaveUp:
         "resume from a checkpoint written before the drift; if it comes again on the same rank, suspect its device, "
         "if on all of them, report it with the configuration",
     )
+
+
+def are_finite(parameters: Iterable[Tensor], device: torch.device) -> bool:
+    """Whether all parameters are finite on all ranks, each of which looks at what it holds; a collective.
+
+    Costs one pass over the parameters and one read of the device.
+    """
+    bad = torch.zeros((), dtype=torch.int32, device=device)
+    for parameter in parameters:
+        bad |= ~held_part(parameter).isfinite().all().to(device)
+    dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+    return not bad.item()
+
+
+def held_part(parameter: Tensor) -> Tensor:
+    """What this rank holds of `parameter`: under ZeRO 3 its share without the padding, else all of it."""
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter.detach()
+    share = parameter.ds_tensor.detach()
+    first = dist.get_rank(parameter.ds_process_group) * share.numel()  # type: ignore[attr-defined]
+    return share.flatten()[: max(0, parameter.ds_numel - first)]  # type: ignore[attr-defined]
 
 
 def fingerprint(tensor: Tensor) -> Tensor:

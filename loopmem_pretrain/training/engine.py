@@ -26,7 +26,7 @@ from loopmem_pretrain.model.backend import Backend, TorchBackend
 from loopmem_pretrain.model.init import initialize
 from loopmem_pretrain.model.loopmem import LoopedLayer, PlainLayer
 from loopmem_pretrain.model.memory import SharedMemory, SharedRead
-from loopmem_pretrain.parallel.checks import replica_differences
+from loopmem_pretrain.parallel.checks import are_finite, replica_differences
 from loopmem_pretrain.parallel.collectives import all_reduced
 from loopmem_pretrain.parallel.placement import Part, part_of, placement, whole_shape
 from loopmem_pretrain.parallel.stages import stage_bounds
@@ -73,7 +73,7 @@ class TrainingEngine:
         layers = model.num_hidden_layers
         self.step_context = pipeline.StepContext(
             model,
-            LoopAccumulator(model, layers, device, ranks_per_layer=topology.world_size // topology.pipeline_size),
+            LoopAccumulator(model, layers, device),
             self.accumulation_steps,
             token_parts=topology.tensor_size if parallel.sequence_parallel else 1,
         )
@@ -223,6 +223,10 @@ class TrainingEngine:
     def skipped_steps(self) -> int:
         """Steps DeepSpeed did not apply because a gradient was not finite."""
         return int(self.engine.skipped_steps)
+
+    def weights_are_finite(self) -> bool:
+        """Whether every weight on every rank is a finite number; a collective."""
+        return are_finite(self.engine.module.parameters(), self.device)
 
     def forget_timers(self) -> None:
         """DeepSpeed's pipeline keeps two device events a step until somebody reads them; nobody does."""

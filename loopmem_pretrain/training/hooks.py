@@ -10,7 +10,6 @@ import time
 from typing import TYPE_CHECKING, Protocol
 
 from loopmem_pretrain.data.sampler import validation_batches, validation_samples
-from loopmem_pretrain.errors import TrainingGaveUp
 from loopmem_pretrain.model.flops import training_flops_per_token
 from loopmem_pretrain.parallel.checks import replicas_differ
 from loopmem_pretrain.progress import ProgressBar
@@ -90,11 +89,11 @@ class LogHook:
 
     def after_step(self, trainer: "Trainer") -> None:
         step, config = trainer.position.step, trainer.config
-        # Also before every checkpoint: a loss that is not finite must end the run before it is saved.
-        due = step % config.logging.interval_steps == 0 or step % config.checkpoint.interval_steps == 0
-        if not (due or trainer.pending or trainer.ending):
+        # Also before every checkpoint: weights that are not finite must end the run before they are saved.
+        if step % config.logging.interval_steps and not trainer.save_is_due and not trainer.pending:
             return
-        metrics = self._measure(trainer)
+        losses = trainer.watch.read()
+        metrics = self._measure(trainer, losses)
         for logger in self.loggers:
             logger.log(metrics)
         self.alarms.check(metrics)
@@ -102,6 +101,7 @@ class LogHook:
             self.bar.update(trainer.position.step, _headline(metrics))
         self._start_interval(trainer)
         trainer.agree()
+        trainer.watch.check(trainer, losses)
 
     def close(self, trainer: "Trainer") -> None:
         for logger in self.loggers:
@@ -110,14 +110,14 @@ class LogHook:
             self.bar.close()
 
     def _start_interval(self, trainer: "Trainer") -> None:
-        self.started, self.first_step, self.paused = time.perf_counter(), trainer.position.step, trainer.pause_seconds
+        self.started, self.paused = time.perf_counter(), trainer.pause_seconds
 
-    def _measure(self, trainer: "Trainer") -> Metrics:
+    def _measure(self, trainer: "Trainer", losses: list[float]) -> Metrics:
         """One line of metrics.jsonl; the host waits for the device here and nowhere else."""
         config, position, step = trainer.config, trainer.position, trainer.position.step - 1
-        steps = position.step - self.first_step
-        cross_entropy = float(trainer.loss_sum) / steps
-        trainer.loss_sum.zero_()
+        steps = len(losses)
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        cross_entropy = math.fsum(finite) / len(finite) if finite else math.nan
         loops = trainer.engine.step_context.accumulator.read_and_reset()
         trainer.engine.forget_timers()
         seconds = time.perf_counter() - self.started - (trainer.pause_seconds - self.paused)
@@ -173,7 +173,7 @@ class CheckpointHook:
         self.warned = False
 
     def after_step(self, trainer: "Trainer") -> None:
-        if trainer.position.step % trainer.config.checkpoint.interval_steps and not trainer.ending:
+        if not trainer.save_is_due:
             return
         with trainer.pause():
             trainer.saver.save(wait=trainer.ending)
@@ -198,30 +198,14 @@ class CheckpointHook:
 
 
 class Alarms:
-    """Watches each line of metrics: warns about halting and gates, ends the run on a loss that is not finite."""
+    """Watches each line of metrics and warns about halting and gates."""
 
     def __init__(self, trainer: "Trainer") -> None:
         self.config = trainer.config
         self.talks = trainer.rank == 0
         self.raised: set[str] = set()
-        self.skipped = trainer.engine.skipped_steps
 
     def check(self, metrics: Metrics) -> None:
-        """Called on every rank with the same losses, so that all of them end together.
-
-        Raises:
-            TrainingGaveUp: the loss is not finite.
-        """
-        if not math.isfinite(metrics["loss"]):
-            raise TrainingGaveUp(
-                f"the loss is {metrics['loss']} at step {metrics['step']} "
-                f"(gradient norm {metrics['grad_norm']}, {metrics['skipped_steps']} steps skipped so far)",
-                "the last checkpoint is from before: lower optimizer.lr or optimizer.gradient_clipping, lengthen "
-                "schedule.warmup_steps, or look at the data of these steps, in a new run_dir",
-            )
-        if metrics["skipped_steps"] > self.skipped:
-            self.skipped = metrics["skipped_steps"]
-            self._warn(f"{self.skipped} steps not applied so far, their gradients were not finite", metrics)
         if metrics["step"] < self.config.alarms.after_steps:
             return
         for layer, loops in enumerate(metrics.get("expected_loops", [])):

@@ -13,48 +13,50 @@ ROWS = ("lambdas", "halting_probs", "cosine", "local_gate", "global_gate")
 
 
 class LoopAccumulator:
-    """Sums of each layer's statistics, [layers, 5 rows, N], over micro-batches since the last read."""
+    """Sums of each layer's statistics over micro-batches since the last read; visits that are not finite are left out.
 
-    def __init__(self, model: ModelConfig, layers: int, device: torch.device, ranks_per_layer: int = 1) -> None:
+    One row a layer: [5 rows x N], cost, weight * cost, number of visits.
+    """
+
+    def __init__(self, model: ModelConfig, layers: int, device: torch.device) -> None:
         self.model = model
-        self.ranks_per_layer = ranks_per_layer
-        """Ranks that see each layer: all those of its pipeline stage."""
-        self.sums = torch.zeros(layers, len(ROWS), max(1, model.max_loops), device=device)
-        self.ponder = torch.zeros(2, device=device)
-        """Sums of cost and of weight * cost, each a mean over layers"""
-        self.count = 0
+        self.sums = torch.zeros(layers, len(ROWS) * max(1, model.max_loops) + 3, device=device)
 
-    def add(self, layer: int, stats: LoopStats, cost: Tensor, weight: float, first: bool) -> None:
-        """Add one visit of layer `layer` of the model, `first` on this rank; no host synchronisation.
+    def add(self, layer: int, stats: LoopStats, cost: Tensor, weight: float) -> None:
+        """Add one visit of layer `layer` of the model; no host synchronisation.
 
         `weight` is that of the ponder cost in this step.
         """
         absent = torch.zeros_like(stats.lambdas)
-        rows = [
-            stats.lambdas,
-            stats.halting_probs.detach().mean(dim=(0, 1)),
-            stats.cosine,
-            absent if stats.local_gate is None else stats.local_gate,
-            absent if stats.global_gate is None else stats.global_gate,
-        ]
-        self.sums[layer] += torch.stack(rows)
-        share = cost.detach() / self.model.num_hidden_layers
-        self.ponder[0] += share
-        self.ponder[1] += share * weight
-        self.count += first
+        cost = cost.detach().reshape(1)
+        visit = torch.cat(
+            [
+                stats.lambdas,
+                stats.halting_probs.detach().mean(dim=(0, 1)),
+                stats.cosine,
+                absent if stats.local_gate is None else stats.local_gate,
+                absent if stats.global_gate is None else stats.global_gate,
+                cost,
+                cost * weight,
+                torch.ones_like(cost),
+            ]
+        )
+        self.sums[layer] += torch.where(visit.isfinite().all(), visit, 0.0)
 
     def read_and_reset(self) -> dict[str, Any]:
-        """Means over micro-batches and ranks, on the host: the one read of an interval. A collective."""
-        if not self.model.max_loops or not self.count:
+        """Means over micro-batches and ranks, on the host: the one read of an interval. A collective.
+
+        NaN where no visit of a layer was finite.
+        """
+        if not self.model.max_loops:
             return {}
-        means = torch.cat([self.sums.flatten(), self.ponder]) / self.count
-        if dist.is_initialized():
-            dist.all_reduce(means)  # other stages add zeros
-            means /= self.ranks_per_layer
-        rows, ponder = means[:-2].view_as(self.sums), means[-2:].tolist()
+        sums = self.sums.clone()
         self.sums.zero_()
-        self.ponder.zero_()
-        self.count = 0
+        if dist.is_initialized():
+            dist.all_reduce(sums)  # ranks without a layer add zeros
+        means = sums[:, :-1] / sums[:, -1:]
+        ponder = means[:, -2:].mean(dim=0).tolist()
+        rows = means[:, :-2].reshape(-1, len(ROWS), self.model.max_loops)
         return {"ponder_cost": ponder[0], "ponder_loss": ponder[1], **describe_means(rows, self.model)}
 
 

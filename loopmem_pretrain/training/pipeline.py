@@ -123,7 +123,7 @@ def run_layers(functions: Sequence[Callable[..., Any]], tied: nn.ModuleDict, x: 
                 means = step.model.num_hidden_layers * step.accumulation_steps * step.token_parts
                 gradient = step.ponder_weight / means
                 x = InjectGradient.apply(x, cost, gradient)  # type: ignore[no-untyped-call]
-            step.accumulator.add(index, stats, cost, step.ponder_weight, first=index == step.first_layer)
+            step.accumulator.add(index, stats, cost, step.ponder_weight)
         index += 1
     return x
 

@@ -25,8 +25,10 @@ from loopmem_pretrain.parallel.start import place_from_environment, rank_zero_is
 from loopmem_pretrain.parallel.topology import Topology
 from loopmem_pretrain.training import run_folder
 from loopmem_pretrain.training.engine import TrainingEngine, init_distributed
+from loopmem_pretrain.training.faults import FaultWatch
 from loopmem_pretrain.training.hardware import choose_device
 from loopmem_pretrain.training.hooks import Hook, make_hooks
+from loopmem_pretrain.training.spikes import Spike
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +77,7 @@ class Trainer:
         """Whether this rank was asked by SIGUSR2 to compare replicas, and whether all ranks have agreed to."""
         self.pause_seconds: float = 0.0
         self.saver = Saver(self)
-        self.loss_sum = torch.zeros((), device=self.device)
+        self.watch: FaultWatch = FaultWatch(config.faults)
         self.pending: dict[str, Any] = {}
         """Measurements that wait for the next line of metrics.jsonl, such as a validation loss."""
 
@@ -92,10 +94,15 @@ class Trainer:
             with self._signals():
                 batches = self._batches()
                 while self.position.step < self.stop_at_step and not self.stop_reason:
-                    self.loss_sum += self.engine.train_batch(batches, self.position.step)
+                    skipped = self.engine.skipped_steps
+                    loss = self.engine.train_batch(batches, self.position.step)
+                    self.watch.record(loss, applied=self.engine.skipped_steps == skipped)
                     self._advance()
                     for hook in self.hooks:
                         hook.after_step(self)
+                        if self.watch.spike and self._rewind(self.watch.spike):
+                            batches = self._batches()
+                            break  # nothing of the steps just undone is to be compared or saved
             done = self.position.step >= self.config.training.train_steps
             status = "done" if done else "interrupted"
             reason = (
@@ -157,6 +164,20 @@ class Trainer:
         self.position.step += 1
         self.position.samples += samples
         self.position.tokens += samples * self.config.data.seq_length
+
+    def _rewind(self, spike: Spike) -> bool:
+        """Undo `spike` where there is a checkpoint from before it, and go on as a fresh start from there would."""
+        if not self.watch.rewind(self, spike):
+            return False
+        for hook in reversed(self.hooks):
+            hook.close(self)
+        self.hooks = make_hooks(self)
+        return True
+
+    @property
+    def save_is_due(self) -> bool:
+        """Whether a checkpoint of the step just done is to be written."""
+        return self.ending or self.position.step % self.config.checkpoint.interval_steps == 0
 
     @property
     def ending(self) -> bool:

@@ -309,16 +309,6 @@ def test_the_logged_loss_is_a_mean_also_under_a_cyclic_ponder_weight(tmp_path, s
         assert line["ponder_cost"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, sentences):
-    config = config_for(tmp_path, sentences)
-    before = "trainer.loss_sum += float('nan')"
-    _, error = run(config, before=before)
-    assert error.exit_code == 7
-    assert json.loads((tmp_path / "status.json").read_text())["status"] == "failed"
-    assert not (tmp_path / "checkpoints" / "latest").exists()
-    assert lines(tmp_path)[-1]["loss"] is None  # the line that explains the end is there
-
-
 def test_alarms(tmp_path, sentences):
     alarms = {"after_steps": 0, "min_expected_loops": 2.9, "min_gate": 0.9}
     handler = f"logging.FileHandler({str(tmp_path / 'log')!r})"

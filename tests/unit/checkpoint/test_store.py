@@ -57,6 +57,19 @@ def test_every_damage_is_listed(tmp_path):
         verify(path, ["weights.pt"])
 
 
+def test_going_back_sets_later_checkpoints_aside(tmp_path):
+    """Twice: the second time such a folder is there already."""
+    store = CheckpointStore(tmp_path)
+    for _ in range(2):
+        for step in (5, 10, 15):
+            publish(tmp_path, step)
+        store.go_back_to(5)
+        assert store.steps() == [5] and store.latest() == store.folder / store.name(5)
+    left = sorted(path.name for path in store.folder.glob("*step*"))
+    aside = ["abandoned-step_00000010-at-5", "abandoned-step_00000015-at-5"]
+    assert left == [aside[0], f"{aside[0]}-2", aside[1], f"{aside[1]}-2", "step_00000005"]
+
+
 def test_the_older_whole_checkpoint_is_suggested(tmp_path):
     for step in (1, 2, 3):
         publish(tmp_path, step)

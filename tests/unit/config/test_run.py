@@ -58,6 +58,11 @@ def test_micro_batch_that_does_not_divide_the_batch(files):
     assert said.endswith("training.micro_batch_size: 3 does not divide global_batch_size 8")
 
 
+def test_rewinding_with_one_checkpoint(files):
+    said = said_about(files, "faults.spike_action=rewind", "checkpoint.keep_last=1")
+    assert "checkpoint.keep_last" in said and "at least 2" in said
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cyclic"])
 def test_ponder_schedule_without_a_weight(files, schedule):
     said = said_about(files, f"training.ponder_schedule={schedule}")
