@@ -254,7 +254,7 @@ class Trainer:
         return cast(T, result)
 
     def write_status(self, status: run_folder.Status, reason: str) -> None:
-        if self.rank == 0:
+        if self.rank == 0 and not self.watchdog.has_found_hang:
             run_folder.write_status(self.run_dir, status, reason, self.position.step)
 
     @contextlib.contextmanager

@@ -54,6 +54,9 @@ class Watchdog:
         """Goes up with all progress; the trainer writes it, the thread reads it."""
         self.passed: set[Phase] = set()
         """Phases that have been gone through once."""
+        self.has_found_hang = False
+        """The process is about to end; a main thread that comes back, because other ranks have ended, waits in `close`
+        and leaves status.json alone."""
         self.closed = threading.Event()
         self.disk_complains = False
         self.guard: Guard | None = Guard(rank, run_dir)
@@ -157,6 +160,7 @@ class Watchdog:
 
     def _end(self, silent: float, limit: int, field: str) -> None:
         """Write the stacks, say so, and end this process: its main thread cannot."""
+        self.has_found_hang = True
         where = f"rank {self.rank}: no progress for {silent:.0f} s {self._where()}"
         stacks = self._write_stacks(where)
         fault = HangDetected(
@@ -166,7 +170,7 @@ class Watchdog:
         )
         os.write(2, f"loopmem (rank {self.rank}): error: {fault}\n".encode())  # sys.stderr may be locked by what hangs
         try:
-            run_folder.write_failure(self.run_dir, fault, is_cause=False)
+            run_folder.write_failure(self.run_dir, fault)
         except (LoopMemError, OSError) as error:
             os.write(2, f"loopmem (rank {self.rank}): cannot record this in status.json: {error}\n".encode())
         time.sleep(LINGER)
