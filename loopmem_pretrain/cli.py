@@ -68,6 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
     with_config(command("prepare-data", prepare_data, "Turn text into token shards; the same command continues."))
     train_ = with_config(command("train", train, "Pretrain a model; the same command resumes."))
     train_.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine (else: torchrun, or one)")
+    help_ = "with --ranks: start again after a lost or hanging rank, at most K times without a new checkpoint between"
+    train_.add_argument("--max-restarts", type=int, default=0, metavar="K", help=help_)
     train_.add_argument("--stop-at-step", type=int, metavar="STEP", help="end this start after STEP with a checkpoint")
     train_.add_argument("--trust", action="store_true", help="resume from a checkpoint that another run wrote")
     convert_ = command("convert", convert, "Write a run's model as a Hugging Face folder.")
@@ -158,6 +160,13 @@ def train(options: Any) -> int:
 
     if options.stop_at_step is not None and options.stop_at_step < 1:
         raise ConfigError(f"--stop-at-step {options.stop_at_step} is not valid", "give a step of 1 or more")
+    if options.max_restarts < 0:
+        raise ConfigError(f"--max-restarts {options.max_restarts} is not valid", "give 0 or more")
+    if options.max_restarts and options.ranks is None:
+        raise ConfigError(
+            "--max-restarts needs --ranks: a process cannot restart itself",
+            "add --ranks N, or let torchrun (its own --max-restarts) or the scheduler restart",
+        )
     if options.ranks is None or "RANK" in os.environ:
         return train_here(options.config, options.overrides, options.stop_at_step, options.trust)
     if options.ranks < 1:
@@ -166,7 +175,8 @@ def train(options: Any) -> int:
     check_topology(config, options.ranks)
     flags = ["--stop-at-step", str(options.stop_at_step)] if options.stop_at_step else []
     flags += ["--trust"] if options.trust else []
-    return train_on_ranks(options.ranks, ["--config", options.config, *flags, *options.overrides], config.run_dir)
+    arguments = ["--config", options.config, *flags, *options.overrides]
+    return train_on_ranks(options.ranks, arguments, config, options.max_restarts)
 
 
 def convert(options: Any) -> int:

@@ -97,7 +97,7 @@ class Saver:
         started = time.perf_counter()
         while not self._all_done(save):
             save.thread.join(POLL)
-        self.longest_seconds = max(self.longest_seconds, time.perf_counter() - save.started)
+        self.longest_seconds = max(self.longest_seconds, save.took)
         if not final:
             self.seconds += time.perf_counter() - started
         failures: list[Any] = [None] * self.run.world_size
@@ -169,6 +169,8 @@ class _Save:
         self.folder = self.store.folder / self.store.incomplete_name(self.step)
         self.states, self.texts, self.facts, self.seconds, self.failure = states, texts, facts, seconds, failure
         self.started = time.perf_counter() - seconds["copy"]
+        self.took = 0.0
+        """Seconds from its beginning until its thread ended."""
         self.given_up = threading.Event()
         # A daemon: a process that ends without waiting leaves an incomplete folder, as if it had been killed.
         self.thread = threading.Thread(target=self._work, name=f"save-{self.step}", daemon=True)
@@ -190,6 +192,7 @@ class _Save:
             raise  # a bug: the traceback is printed
         finally:
             self.states = {}
+            self.took = time.perf_counter() - self.started
 
     def _write(self) -> None:
         """This rank's files, and the record that they are whole."""

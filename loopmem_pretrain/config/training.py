@@ -111,11 +111,11 @@ class FaultConfig(Section):
     max_rewinds: int = Field(default=3, ge=0)
     """Rewinds to one checkpoint, or to older ones, before the run gives up."""
     time_limit_seconds: int | None = Field(default=None, gt=0)
-    """A start stops cleanly, checkpoint included, before it has run this long; unset runs on."""
+    """A start stops cleanly, checkpoint included, before its processes have run this long; unset runs on."""
     hang_timeout_seconds: int = Field(default=900, gt=0)
-    """No progress in a step or validation for so long is a hang: stacks of all threads are written, the rank ends."""
+    """No micro-batch of a step or validation for so long is a hang: stacks of all threads are written, ranks end."""
     slow_phase_timeout_seconds: int = Field(default=7200, gt=0)
-    """The same for starting, resuming and saving."""
+    """The same for starting, resuming, saving, and the first step and validation, which may compile."""
 
 
 class LoggingConfig(Section):

@@ -139,6 +139,10 @@ class TrainingEngine:
 
         return make
 
+    def on_micro_batch(self, call: Callable[[], None]) -> None:
+        """Call `call` whenever this rank begins the forward pass of a micro-batch, in training and validation."""
+        self.engine.module.register_forward_pre_hook(lambda module, inputs: call())
+
     def train_batch(self, batches: Batches, step: int) -> Tensor:
         """One optimizer step (`accumulation_steps` micro-batches); mean cross-entropy of all ranks, on the device."""
         self._set_schedules(step)

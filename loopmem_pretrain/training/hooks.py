@@ -54,7 +54,7 @@ class ValidateHook:
     def after_step(self, trainer: "Trainer") -> None:
         if trainer.position.step % trainer.config.validation.interval_steps and not trainer.ending:
             return
-        with trainer.pause():
+        with trainer.pause("validation"):
             batches = validation_batches(
                 trainer.validation_dataset,
                 dp_rank=trainer.topology.data_rank,
@@ -155,7 +155,7 @@ class ReplicaHook:
         if not trainer.check_replicas and (not interval or step % interval):
             return
         trainer.check_replicas = False
-        with trainer.pause():
+        with trainer.pause("replica check"):
             differences = trainer.engine.replica_differences()
         if differences:
             raise replicas_differ(differences, step)
@@ -175,7 +175,7 @@ class CheckpointHook:
     def after_step(self, trainer: "Trainer") -> None:
         if not trainer.save_is_due:
             return
-        with trainer.pause():
+        with trainer.pause("save"):
             trainer.saver.save(wait=trainer.ending)
         self._mind_the_time(trainer)
 

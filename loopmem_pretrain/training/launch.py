@@ -1,14 +1,28 @@
 """Starting `loopmem train`: in this process, as one of several ranks, or as the parent of several ranks."""
 
+import faulthandler
 import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from loopmem_pretrain.errors import EXIT_DONE, EnvironmentFault, HangDetected, LoopMemError
 from loopmem_pretrain.quiet import prepare_imports
+
+if TYPE_CHECKING:
+    from loopmem_pretrain.config.run import RunConfig
+
+log = logging.getLogger(__name__)
+
+# Exit codes of a rank after which the same command may well succeed.
+RESTART_AFTER = (EnvironmentFault.exit_code, HangDetected.exit_code)
+# Between the end of the ranks and their restart: the data workers of a rank that was killed hold the lock of the run
+# folder until they look for their parent, which they do every 5 seconds.
+PAUSE = 6.0
 
 
 def train_here(config_path: str, overrides: Sequence[str], stop_at_step: int | None, trust: bool) -> int:
@@ -20,6 +34,7 @@ def train_here(config_path: str, overrides: Sequence[str], stop_at_step: int | N
 
     config = load_config(RunConfig, config_path, overrides, run_problems)
     check_topology(config, place_from_environment().world_size)
+    faulthandler.enable(2)  # SIGSEGV, and SIGABRT by NCCL or the guard, write the stacks of all threads to stderr
     prepare_imports(config.training.device)
     import torch.distributed as dist
 
@@ -67,14 +82,67 @@ def _lost_rank(error: RuntimeError) -> LoopMemError | None:
     return None
 
 
-def train_on_ranks(ranks: int, arguments: Sequence[str], run_dir: str) -> int:
+class Ended(NamedTuple):
+    """How the ranks of one start ended."""
+
+    code: int
+    """0, or the exit code of the rank that failed first; -N where signal N ended it."""
+    fault: EnvironmentFault | None = None
+    """What to raise instead of returning the code."""
+    may_restart: bool = False
+    """Whether the same command may succeed: a rank was killed, or ended with one of RESTART_AFTER."""
+
+
+def train_on_ranks(ranks: int, arguments: Sequence[str], config: "RunConfig", max_restarts: int = 0) -> int:
     """Start `ranks` processes on this machine, each `loopmem train ARGUMENTS`, and wait for them.
 
+    After a rank was lost or hung all are started again, at most `max_restarts` times without a new checkpoint between.
     Returns 0, also where a signal stopped the run cleanly, or the exit code of the rank that failed first.
 
     Raises:
         EnvironmentFault: a rank was killed.
     """
+    from loopmem_pretrain.checkpoint.store import CheckpointStore
+
+    begin, limit = time.monotonic(), config.faults.time_limit_seconds
+    store = CheckpointStore(config.run_dir)
+
+    def start() -> Ended:
+        used = int(time.monotonic() - begin)  # by starts before: the limit is that of this command
+        left = [f"faults.time_limit_seconds={max(1, limit - used)}"] if limit is not None and used else []
+        return _start_ranks(ranks, [*arguments, *left], Path(config.run_dir))
+
+    ended = start_again(start, lambda: store.steps()[-1:], max_restarts)
+    if ended.fault is not None:
+        raise ended.fault
+    return ended.code
+
+
+def start_again(
+    start: Callable[[], Ended], newest: Callable[[], object], max_restarts: int, pause: float = PAUSE
+) -> Ended:
+    """`start()` until it ends in a way that a restart cannot mend, or has been repeated in vain `max_restarts` times.
+
+    `newest` names the newest checkpoint: a repetition that has moved it was not in vain.
+    """
+    in_vain = 0
+    while True:
+        before = newest()
+        ended = start()
+        if not ended.may_restart or max_restarts == 0:
+            return ended
+        if newest() != before:
+            in_vain = 0
+        if in_vain == max_restarts:
+            log.error("giving up after %d restarts without a new checkpoint (--max-restarts)", in_vain)
+            return ended
+        in_vain += 1
+        cause = f"a rank was ended by signal {-ended.code}" if ended.code < 0 else f"exit code {ended.code}"
+        log.warning("%s; restart %d of %d in %.0f s", cause, in_vain, max_restarts, pause)
+        time.sleep(pause)
+
+
+def _start_ranks(ranks: int, arguments: Sequence[str], run_dir: Path) -> Ended:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -97,6 +165,7 @@ def train_on_ranks(ranks: int, arguments: Sequence[str], run_dir: str) -> int:
         elastic_launch(launch, sys.executable)("-m", "loopmem_pretrain", "train", *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        may_restart = _may_restart(failure.exitcode, [each.exitcode for each in error.failures.values()])
         if failure.exitcode < 0:
             cause = (
                 "it aborted itself: see its last message; on GPUs NCCL does so when a rank is gone, or does not come "
@@ -108,20 +177,33 @@ def train_on_ranks(ranks: int, arguments: Sequence[str], run_dir: str) -> int:
                 f"rank {rank} was ended by signal {-failure.exitcode}; the other ranks were ended too",
                 f"{cause}; start the same command to resume from the last checkpoint",
             )
-            run_folder.write_failure(Path(run_dir), fault)
-            raise fault from None
-        status = run_folder.read_status(Path(run_dir)) or {}
+            # Of a rank that the guard ended, the guard has told why.
+            run_folder.write_failure(run_dir, fault, is_cause=failure.exitcode != -signal.SIGABRT)
+            return Ended(failure.exitcode, fault, may_restart)
+        status = run_folder.read_status(run_dir) or {}
         if status.get("status") == "running" or "lost contact" in status.get("reason", ""):
             reason = f"rank {rank} ended with exit code {failure.exitcode}; its message is in the log"
-            run_folder.write_status(Path(run_dir), "failed", reason, status.get("step"))
-        return int(failure.exitcode)
+            run_folder.write_status(run_dir, "failed", reason, status.get("step"))
+        return Ended(failure.exitcode, None, may_restart)
     except SignalException as error:
-        status = run_folder.read_status(Path(run_dir)) or {}
+        status = run_folder.read_status(run_dir) or {}
         if status.get("status") in ("interrupted", "done"):
-            return EXIT_DONE  # the ranks were given the signal too; they saved and stopped
-        raise EnvironmentFault(
+            return Ended(EXIT_DONE)  # the ranks were given the signal too; they saved and stopped
+        fault = EnvironmentFault(
             f"ended by {error.sigval.name} before the ranks had saved and stopped",
             "start the same command to resume from the last checkpoint; a smaller logging.interval_steps lets the "
             "ranks notice a signal sooner",
-        ) from None
-    return EXIT_DONE
+        )
+        return Ended(fault.exit_code, fault)
+    return Ended(EXIT_DONE)
+
+
+def _may_restart(first: int, codes: Sequence[int]) -> bool:
+    """Whether a restart may help ranks of which one ended with `first` before the others; `codes` are those of all.
+
+    Not where SIGTERM or SIGINT was meant to end a rank, nor where a rank was only lost because it ended with an error
+    that will come again. Others that were ended by a signal got it from the launcher.
+    """
+    if first < 0:
+        return -first not in (signal.SIGTERM, signal.SIGINT)
+    return first in RESTART_AFTER and all(code < 0 or code in RESTART_AFTER for code in codes)

@@ -29,6 +29,8 @@ from loopmem_pretrain.training.faults import FaultWatch
 from loopmem_pretrain.training.hardware import choose_device
 from loopmem_pretrain.training.hooks import Hook, make_hooks
 from loopmem_pretrain.training.spikes import Spike
+from loopmem_pretrain.training.time_limit import TimeLimit
+from loopmem_pretrain.training.watchdog import Phase, Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +62,14 @@ class Trainer:
         self.turns = 0  # of on_rank_zero
         self.locks: list[Any] = []  # held by rank 0 until its process ends
         self.on_rank_zero(lambda: self.locks.append(run_folder.prepare(config, self.run_dir)))
+        self.watchdog = Watchdog(self.run_dir, self.rank, config.faults)  # from here on the folder is ours
+        try:
+            self._open(config, stop_at_step)
+        except BaseException:
+            self.watchdog.close()
+            raise
+
+    def _open(self, config: RunConfig, stop_at_step: int | None) -> None:
         self.dataset, self.validation_dataset = self.together(
             lambda: (
                 open_training(config.data, config.training.seed, config.model.vocab_size),
@@ -67,6 +77,7 @@ class Trainer:
             )
         )
         self.engine = TrainingEngine(config, self.device, self.topology)
+        self.engine.on_micro_batch(self.watchdog.micro_batch)
         self.store = CheckpointStore(config.run_dir)
         self.position: Position = Position()
         self.validated: tuple[int, float] | None = None
@@ -78,26 +89,34 @@ class Trainer:
         self.pause_seconds: float = 0.0
         self.saver = Saver(self)
         self.watch: FaultWatch = FaultWatch(config.faults)
+        self.time_limit = TimeLimit(config.faults.time_limit_seconds)
         self.pending: dict[str, Any] = {}
         """Measurements that wait for the next line of metrics.jsonl, such as a validation loss."""
 
-        resume(self)
+        with self.watchdog.phase("resume"):
+            resume(self)
+        self.watchdog.step = self.position.step
         self._introduce()
         self.hooks: list[Hook] = make_hooks(self)
 
     def train(self) -> run_folder.Status:
         """Run until the last step, `stop_at_step`, or a request to stop; returns how it ended."""
+        with contextlib.closing(self.watchdog):
+            return self._train()
+
+    def _train(self) -> run_folder.Status:
         self.write_status("running", "training")
         status: run_folder.Status = "failed"
         reason = "ended by an unexpected error"
         try:
-            with self._signals():
+            with self._signals(), self.watchdog.phase("step"):
                 batches = self._batches()
                 while self.position.step < self.stop_at_step and not self.stop_reason:
                     skipped = self.engine.skipped_steps
                     loss = self.engine.train_batch(batches, self.position.step)
                     self.watch.record(loss, applied=self.engine.skipped_steps == skipped)
                     self._advance()
+                    self.watchdog.step_done(self.position.step)
                     for hook in self.hooks:
                         hook.after_step(self)
                         if self.watch.spike and self._rewind(self.watch.spike):
@@ -121,12 +140,13 @@ class Trainer:
             reason = f"{type(error).__name__}: {error}"
             raise
         finally:
-            self.write_status(status, reason)
-            for hook in reversed(self.hooks):
-                try:
-                    hook.close(self)
-                except OSError as error:
-                    log.error("cannot close a log: %s", error)
+            with self.watchdog.phase("end"):
+                self.write_status(status, reason)
+                for hook in reversed(self.hooks):
+                    try:
+                        hook.close(self)
+                    except OSError as error:
+                        log.error("cannot close a log: %s", error)
         return status
 
     def _introduce(self) -> None:
@@ -185,25 +205,33 @@ class Trainer:
         return self.position.step >= self.stop_at_step or self.stop_reason is not None
 
     def agree(self) -> None:
-        """What any rank was asked by a signal, all ranks do now. A collective, called where the host waits anyway."""
+        """What any rank was asked by a signal or by its clock, all ranks do now.
+
+        A collective, called where the host waits anyway.
+        """
         names = ("SIGTERM", "SIGINT", "SIGUSR1")
         stop = names.index(self.signal) + 1 if self.signal else 0
-        asked = torch.tensor([stop, int(self.check_asked), int(self.saver.has_failed)], device=self.device)
+        mine = (stop, self.check_asked, self.saver.has_failed, self.time_limit.is_due(self.saver.longest_seconds))
+        asked = torch.tensor([int(value) for value in mine], device=self.device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        stop, check, save_failed = asked.tolist()
+        stop, check, save_failed, is_due = asked.tolist()
         if stop:
             self.stop_reason = f"stopped by {names[stop - 1]}"
+        elif is_due:
+            self.stop_reason = f"stopped before faults.time_limit_seconds ({self.time_limit.seconds}) are over"
         self.check_replicas, self.check_asked = bool(check), False
         if save_failed:
-            self.saver.finish()
+            with self.pause("save"):
+                self.saver.finish()
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
+    def pause(self, phase: Phase) -> Iterator[None]:
         """Time spent inside (validation, saving) does not count as training time."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # or steps still queued would be booked as pause
         start = time.perf_counter()
-        yield
+        with self.watchdog.phase(phase):
+            yield
         self.pause_seconds += time.perf_counter() - start
 
     def on_rank_zero(self, action: Callable[[], object]) -> None:
@@ -247,7 +275,7 @@ class Trainer:
         return cast(T, result)
 
     def write_status(self, status: run_folder.Status, reason: str) -> None:
-        if self.rank == 0:
+        if self.rank == 0 and not self.watchdog.has_found_hang:
             run_folder.write_status(self.run_dir, status, reason, self.position.step)
 
     @contextlib.contextmanager

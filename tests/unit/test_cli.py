@@ -182,3 +182,11 @@ def test_reader_that_went_away(buffered):
     result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment, check=False)
     os.close(writer)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_restarts_need_a_parent(refused):
+    assert "--max-restarts needs --ranks" in refused(2, "train", "--config", RUN, "--max-restarts", "2")
+
+
+def test_restarts_below_0(refused):
+    assert "--max-restarts -1 is not valid" in refused(2, "train", "--config", RUN, "--ranks=2", "--max-restarts=-1")

@@ -1,11 +1,11 @@
-"""What the libraries really say when a rank is gone or hangs becomes a named error."""
+"""What the libraries say when a rank is gone or hangs becomes a named error; what may be mended is started again."""
 
 import time
 
 import pytest
 
 from loopmem_pretrain.errors import EnvironmentFault, HangDetected
-from loopmem_pretrain.training.launch import _lost_rank
+from loopmem_pretrain.training.launch import Ended, _lost_rank, _may_restart, start_again
 from tests.distributed import run_ranks
 
 ON_RANK = "tests.unit.training.test_launch:wait_for_rank"
@@ -57,3 +57,51 @@ def test_a_rank_that_hangs():
 
 def test_other_errors_stay_bugs():
     assert _lost_rank(RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")) is None
+
+
+def endings(*codes):
+    """A start for each code, in this order; a negative one is a signal."""
+    left = list(codes)
+    return left, lambda: Ended(code := left.pop(0), may_restart=_may_restart(code, [code]))
+
+
+def test_no_restart_unless_asked_for():
+    left, start = endings(6, 0)
+    assert start_again(start, list, 0).code == 6
+    assert left == [0]
+
+
+@pytest.mark.parametrize("code", [6, 8, -9, -6, -11])
+def test_lost_and_hanging_ranks_are_started_again(code, caplog):
+    _, start = endings(code, 0)
+    assert start_again(start, list, 1, pause=0).code == 0
+    assert "restart 1 of 1" in caplog.text
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 3, 4, 5, 7, 130, -15, -2])
+def test_what_a_restart_cannot_mend_is_left(code):
+    left, start = endings(code, 0)
+    assert start_again(start, list, 3, pause=0).code == code
+    assert left == [0]
+
+
+def test_restarts_in_vain_are_counted(caplog):
+    left, start = endings(6, -9, 8, 6)
+    assert start_again(start, lambda: [10], 2, pause=0).code == 8
+    assert left == [6]
+    assert "giving up after 2 restarts without a new checkpoint" in caplog.text
+
+
+def test_a_new_checkpoint_renews_the_restarts():
+    left, start = endings(6, 6, 6, 6, 6, 0)
+    newest = iter([10, 10, 10, 20, 20, 30, 30, 40, 40, 50, 50])  # before and after each start
+    assert start_again(start, lambda: next(newest), 1, pause=0).code == 0
+    assert left == []
+
+
+@pytest.mark.parametrize(
+    ("codes", "may_restart"),
+    [([-9, -15], True), ([-9, 6, -9], True), ([8, 8, -9], True), ([6, 1], False), ([6, -15, 7], False)],
+)
+def test_the_other_ranks_of_a_start(codes, may_restart):
+    assert _may_restart(codes[0], codes) is may_restart
