@@ -187,8 +187,9 @@ class Trainer:
 
     def _rewind(self, spike: Spike) -> bool:
         """Undo `spike` where there is a checkpoint from before it, and go on as a fresh start from there would."""
-        if not self.watch.rewind(self, spike):
-            return False
+        with self.watchdog.phase("resume"):
+            if not self.watch.rewind(self, spike):
+                return False
         for hook in reversed(self.hooks):
             hook.close(self)
         self.hooks = make_hooks(self)
