@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from loopmem_pretrain.checkpoint.store import read_manifest
+from loopmem_pretrain.checkpoint.manifest import read_manifest
 from tests.e2e.test_training import config_for, run
 
 MB = 2**20
