@@ -48,7 +48,7 @@ MOMENTS: dict[str, tuple[str, str]] = {
     "save: before a file": ("checkpoint.saving.write_state", "die()"),
     "save: in a file": ("checkpoint.saving.write_state", "args[0].write_bytes(b'PK' * 5000); die()"),
     "save: before the hashes": ("checkpoint.saving.hash_files", "die()"),
-    "save: before a rank's record": ("checkpoint.saving.write_file", "die()"),
+    "save: before a rank's record": ("checkpoint.saving.leave_record", "die()"),
     "save: before the manifest": ("checkpoint.store.CheckpointStore.publish", "die()"),
     "save: manifest written, not renamed": ("checkpoint.store.sync_folder", "call(); die()"),
     "save: renamed, `latest` not moved": ("checkpoint.store.sync_folder", "call(); die()"),
@@ -303,11 +303,10 @@ def full_disks(bench: Bench) -> None:
         read_only = """
 import loopmem_pretrain.checkpoint.saving as saving
 make = saving.make_folder
-def refuse(store, step):
-    make(store, step)
+def refuse(store, step, token):
+    make(store, step, token)
     if step == 6:
-        (store.folder / store.incomplete_name(step) / "written").rmdir()
-        (store.folder / store.incomplete_name(step)).rmdir()
+        (store.folder / store.incomplete_name(step, token)).rmdir()
 saving.make_folder = refuse
 """
         ended = on_ranks(config, ranks, first=read_only)

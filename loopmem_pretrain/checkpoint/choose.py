@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from loopmem_pretrain.checkpoint.manifest import DamagedCheckpoint, read_manifest
 from loopmem_pretrain.checkpoint.store import Candidates, CheckpointStore, damage, step_of, unlisted
-from loopmem_pretrain.errors import CheckpointError
+from loopmem_pretrain.errors import CheckpointError, EnvironmentFault
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def choose(store: CheckpointStore, rank: int, world_size: int, before: int | Non
         problems[checkpoint] = wrong
         if rank == 0:
             log.warning("%s is damaged:\n    %s", os.fspath(checkpoint), "\n    ".join(wrong))
-    if not problems:
+    if not problems or before is not None:
         return None
     lines = [f"{checkpoint.name}: {line}" for checkpoint, wrong in problems.items() for line in wrong]
     raise CheckpointError(
@@ -72,23 +72,52 @@ def _agree_on_candidates(store: CheckpointStore, rank: int) -> Candidates:
 
 
 def _examine(checkpoint: Path, rank: int, world_size: int) -> tuple[dict[str, Any], list[str]]:
-    """The manifest and what all ranks together find wrong; each hashes its share of the files."""
-    manifest: dict[str, Any] = {}
-    wrong: list[str] | CheckpointError
-    try:
-        manifest = read_manifest(checkpoint)
-        wrong = damage(checkpoint, manifest, sorted(manifest["files"])[rank::world_size])
-        if rank == 0:
-            wrong += unlisted(checkpoint, manifest)
-            if manifest["step"] != step_of(checkpoint.name):
-                wrong.append(f"manifest.json: is of step {manifest['step']:,}")
-    except DamagedCheckpoint as error:
-        wrong = [error.problem]
-    except CheckpointError as error:  # no damage: told to all ranks below, so that none waits
-        wrong = error
+    """The manifest, as rank 0 reads it, and what all ranks together find wrong; each hashes its share of the files.
+
+    Raises:
+        CheckpointError: a file may not be read, or a later version wrote it.
+        EnvironmentFault: a rank sees damage where rank 0 sees none: a shared file system that is behind.
+    """
+    told: list[Any] = [None]
+    if rank == 0:
+        told = [_first_look(checkpoint)]
+    dist.broadcast_object_list(told, src=0)
+    if isinstance(told[0], CheckpointError):
+        raise told[0]
+    manifest, wrong = told[0]
+    mine: list[str] | CheckpointError = []
+    if manifest:
+        try:
+            mine = damage(checkpoint, manifest, sorted(manifest["files"])[rank::world_size])
+        except CheckpointError as error:  # told to all ranks below, so that none waits
+            mine = error
     shares: list[Any] = [None] * world_size
-    dist.all_gather_object(shares, wrong)
+    dist.all_gather_object(shares, mine)
     for share in shares:
         if isinstance(share, CheckpointError):
             raise share
-    return manifest, list(dict.fromkeys(line for share in shares for line in share))
+    found = sorted({line for share in shares for line in share})
+    seen: list[Any] = [None]
+    if rank == 0 and found:
+        seen = [damage(checkpoint, manifest, [line.partition(":")[0] for line in found])]
+    dist.broadcast_object_list(seen, src=0)
+    if found and not seen[0]:
+        raise EnvironmentFault(
+            f"in {checkpoint} other ranks see damage where rank 0 sees none: {'; '.join(found)}",
+            "a shared file system may be behind, or broken on some machine: start the same command again",
+        )
+    return manifest, [*wrong, *(seen[0] or [])]
+
+
+def _first_look(checkpoint: Path) -> tuple[dict[str, Any], list[str]] | CheckpointError:
+    """The manifest and what is wrong with it and beside it; or an error that is no damage."""
+    try:
+        manifest = read_manifest(checkpoint)
+        wrong = unlisted(checkpoint, manifest)
+        if manifest["step"] != step_of(checkpoint.name):
+            wrong.append(f"manifest.json: is of step {manifest['step']:,}")
+        return manifest, wrong
+    except DamagedCheckpoint as error:
+        return {}, [error.problem]
+    except CheckpointError as error:
+        return error

@@ -5,16 +5,18 @@ A wrong merge, a lost part or a weight of another layer shows here, before a sin
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from loopmem_pretrain.checkpoint.position import Position
 from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.data.dataset import ValidationDataset
-from loopmem_pretrain.errors import CheckpointError
+from loopmem_pretrain.errors import CheckpointError, TrainingGaveUp
 
 FILE = "probe.json"
 
@@ -34,15 +36,29 @@ class Run(Protocol):
 
     config: RunConfig
     validation_dataset: ValidationDataset
+    position: Position
 
     @property
     def engine(self) -> Engine: ...
 
+    def on_rank_zero(self, action: Callable[[], object]) -> None: ...
+
 
 def take_probe(run: Run) -> bytes:
-    """The content of probe.json: the first held-out sample and its loss now. A collective, one forward pass."""
+    """The content of probe.json: the first held-out sample and its loss now. A collective, one forward pass.
+
+    Raises:
+        TrainingGaveUp: the loss is not finite.
+    """
     tokens = [int(token) for token in run.validation_dataset[0]]
-    return (json.dumps({"loss": _loss(run, tokens), "tokens": tokens}) + "\n").encode()
+    loss = _loss(run, tokens)
+    if not math.isfinite(loss):
+        raise TrainingGaveUp(
+            f"the weights of step {run.position.step} give the loss {loss} on the first validation sample: not saved",
+            "the newest checkpoint is from before: lower optimizer.lr or optimizer.gradient_clipping, or lengthen "
+            "schedule.warmup_steps, in a new run_dir",
+        )
+    return (json.dumps({"loss": loss, "tokens": tokens}) + "\n").encode()
 
 
 def check_probe(run: Run, checkpoint: Path) -> str:
@@ -51,16 +67,12 @@ def check_probe(run: Run, checkpoint: Path) -> str:
     Raises:
         CheckpointError: they differ by more than TOLERANCE, or the stored sample cannot be read.
     """
-    path = checkpoint / FILE
-    if not path.exists():
+    found: list[Any] = [None]
+    run.on_rank_zero(lambda: found.__setitem__(0, _read(checkpoint / FILE, run.config.model.vocab_size)))
+    dist.broadcast_object_list(found, src=0)  # or a rank that does not see the file would skip the forward pass
+    if found[0] is None:
         return "no stored sample to compare with"  # written by a version that stored none
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        expected, tokens = float(stored["loss"]), [int(token) for token in stored["tokens"]]
-        if len(tokens) < 2 or not 0 <= min(tokens) <= max(tokens) < run.config.model.vocab_size:
-            raise ValueError("not a sample of this vocabulary")
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} holds no stored sample: {error}", "resume from another checkpoint") from None
+    expected, tokens = found[0]
     loss = _loss(run, tokens)
     limit = TOLERANCE[run.config.training.precision]
     if not math.isclose(loss, expected, rel_tol=limit):
@@ -70,6 +82,20 @@ def check_probe(run: Run, checkpoint: Path) -> str:
             "start with the sizes it was saved with (see `loopmem checkpoint show`), and report this as a bug",
         )
     return f"loss on the stored sample {loss:.6f}, when saved {expected:.6f}"
+
+
+def _read(path: Path, vocab_size: int) -> tuple[float, list[int]] | None:
+    """The stored loss and sample; None where there is no such file."""
+    if not path.exists():
+        return None
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        loss, tokens = float(stored["loss"]), [int(token) for token in stored["tokens"]]
+        if len(tokens) < 2 or not 0 <= min(tokens) <= max(tokens) < vocab_size or not math.isfinite(loss):
+            raise ValueError("not a sample of this vocabulary and its loss")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} holds no stored sample: {error}", "resume from another checkpoint") from None
+    return loss, tokens
 
 
 def _loss(run: Run, tokens: list[int]) -> float:

@@ -39,8 +39,8 @@ def reshape(path: str | Path, out: str | Path | None = None) -> Path:
             _in_place(checkpoint)
         return checkpoint
     run_dir = Path(out)
-    if CheckpointStore(run_dir).latest() is not None:
-        raise ConfigError(f"{run_dir} holds checkpoints already", "give --out another folder, or leave it away")
+    if (run_dir / "config.yaml").exists() or CheckpointStore(run_dir).latest() is not None:
+        raise ConfigError(f"{run_dir} is a run folder already", "give --out another folder, or leave it away")
     run_dir.mkdir(parents=True, exist_ok=True)
     with _not_in_training(run_dir):
         return _into(run_dir, checkpoint)
@@ -87,6 +87,8 @@ def _into(run_dir: Path, source: Path) -> Path:
     if not is_merged(manifest):
         merge(source, folder / MERGED)
     hashes = hash_files(folder, list_files(folder))
+    for each in (folder / MERGED, *(folder / MERGED).iterdir()):
+        sync_folder(each)
     ours = ("format", "version", "step", "files", "sha256")  # what publishing writes itself
     facts = {key: value for key, value in manifest.items() if key not in ours}
     write_file(run_dir / "config.yaml", (source / "config.yaml").read_bytes())

@@ -4,13 +4,17 @@
     a thread      write this rank's files, flush, hash  (training goes on)
     of rank 0     when all ranks have written: manifest, rename, move `latest`, remove old checkpoints
 
-The threads need no collective: each leaves a record of its files in `.incomplete-step_.../written/`, and rank 0's waits
+The threads need no collective: each leaves a record of its files in `.incomplete-step_...-written/`, and rank 0's waits
 for all records. The ranks' main threads learn of a failure when they agree the next time (`Trainer.agree`).
+
+A random token in the folder's name keeps ranks of a start that was thought dead out of the save of the next one.
 """
 
 import json
 import logging
+import math
 import os
+import secrets
 import shutil
 import threading
 import time
@@ -29,14 +33,15 @@ from loopmem_pretrain.checkpoint.snapshot import HostBuffers, compact
 from loopmem_pretrain.checkpoint.store import CheckpointStore, hash_files
 from loopmem_pretrain.config.load import dump_config
 from loopmem_pretrain.config.training import CheckpointConfig
-from loopmem_pretrain.data.files import sync_folder, write_file
+from loopmem_pretrain.data.files import sync_folder
 from loopmem_pretrain.errors import EnvironmentFault, LoopMemError
 
 log = logging.getLogger(__name__)
 
-WRITTEN = "written"
 POLL = 0.05
 """Seconds between looks at whether others are done."""
+GRACE = 10.0
+"""Seconds that rank 0 of a start that ends waits for the records of ranks that may be gone."""
 FAILURES = 2
 """Saves that may fail in a row, but for this one, before the run ends: each interval more could be lost work."""
 
@@ -54,8 +59,9 @@ class Saver:
         self.run = run
         self.seconds = 0.0
         """That training has waited for saves, in this start."""
-        self.longest_seconds = 0.0
-        """From the start of a save to its publication, at most so far."""
+        self.started, self.has_warned = time.perf_counter(), False
+        """Since when `seconds` counts, and whether it was remarked on that they are many."""
+        self._longest_seconds = 0.0
         self._buffers = HostBuffers(pin_memory=run.device.type == "cuda")
         self._save: _Save | None = None
         self._failed_in_a_row = 0
@@ -65,12 +71,30 @@ class Saver:
         """Whether this rank's part of the save under way has failed."""
         return self._save is not None and self._save.failure is not None
 
+    @property
+    def longest_seconds(self) -> float:
+        """From the start of a save to its publication, at most so far; one under way counts as far as it has come."""
+        now = 0.0 if self._save is None else self._save.took or time.perf_counter() - self._save.started
+        return max(self._longest_seconds, now)
+
+    def close(self) -> None:
+        """Let this rank's thread come to its end; not a collective, for a start that ends with or without an error.
+
+        A process that ended while torch writes would abort. What is whole is published; rank 0 waits a little for the
+        records of the others, who may be gone.
+        """
+        if self._save is None:
+            return
+        self._save.wait_for_others = time.monotonic() + GRACE
+        self._save.thread.join()
+
     def save(self, wait: bool) -> None:
         """Save the current step. With `wait`, or where `checkpoint.asynchronous` is off, return when it is published.
 
         Raises:
             EnvironmentFault: disk full or not writable, at once where it is waited for, else the second time in a row.
                 The newest checkpoint is then the one before.
+            TrainingGaveUp: the loss on the stored sample is not finite: nobody could go on from such a checkpoint.
         """
         self.finish()
         started = time.perf_counter()
@@ -97,13 +121,15 @@ class Saver:
         started = time.perf_counter()
         while not self._all_done(save):
             save.thread.join(POLL)
-        self.longest_seconds = max(self.longest_seconds, save.took)
+        self._longest_seconds = max(self._longest_seconds, save.took)
         if not final:
             self.seconds += time.perf_counter() - started
         failures: list[Any] = [None] * self.run.world_size
         dist.all_gather_object(failures, save.failure)
         told = [f"rank {rank}: {failure}" for rank, failure in enumerate(failures) if failure]
         if told:
+            if self.run.rank == 0:
+                self.run.store.discard_incomplete()  # it may be what fills the disk
             fault = EnvironmentFault(
                 f"cannot save the checkpoint of step {save.step} in {save.folder.parent}: {'; '.join(told)}",
                 "free space or mend permissions there; the previous checkpoint is whole",
@@ -133,21 +159,25 @@ class Saver:
         """Make the folder, collect the state and start the thread."""
         run, step = self.run, self.run.position.step
         started = time.perf_counter()
-        run.on_rank_zero(lambda: make_folder(run.store, step))
         probe = take_probe(run)
-        states: dict[str, Any] = run.engine.collect_states(run.store.folder, run.store.incomplete_name(step))
+        token = [secrets.token_hex(4)]
+        dist.broadcast_object_list(token, src=0)
+        run.on_rank_zero(lambda: make_folder(run.store, step, token[0]))
+        states: dict[str, Any] = run.engine.collect_states(run.store.folder, run.store.incomplete_name(step, token[0]))
         states[generators_file(run.rank)] = generator_states()
-        copied, failure = {}, None
+        copied, texts, facts, failure = {}, {}, {}, None
         try:
+            if run.rank == 0:
+                texts = {PROBE_FILE: probe, "config.yaml": dump_config(run.config).encode()}
+                facts = state.facts(run)
             for name, value in states.items():
-                copied[name] = compact(value) if wait else self._buffers.copy(name, value)
+                copied[name] = value if wait else self._buffers.copy(name, value)
             if run.device.type == "cuda":
                 torch.cuda.synchronize(run.device)
-        except (MemoryError, RuntimeError) as error:  # told to all ranks like a failure to write
+        except (MemoryError, RuntimeError, OSError) as error:  # told to all ranks like a failure to write
             failure = f"cannot copy the state to host memory: {error}"
-        texts = {PROBE_FILE: probe, "config.yaml": dump_config(run.config).encode()} if run.rank == 0 else {}
         seconds = {"copy": time.perf_counter() - started}
-        save = _Save(run, copied, texts, state.facts(run), seconds, failure)
+        save = _Save(run, token[0], copied, texts, facts, seconds, failure)
         save.thread.start()
         return save
 
@@ -158,6 +188,7 @@ class _Save:
     def __init__(
         self,
         run: Run,
+        token: str,
         states: dict[str, Any],
         texts: Mapping[str, bytes],
         facts: Mapping[str, Any],
@@ -166,7 +197,11 @@ class _Save:
     ) -> None:
         self.step, self.store, self.rank, self.world_size = run.position.step, run.store, run.rank, run.world_size
         self.keep: CheckpointConfig = run.config.checkpoint
-        self.folder = self.store.folder / self.store.incomplete_name(self.step)
+        self.token = token
+        self.folder = self.store.folder / self.store.incomplete_name(self.step, token)
+        self.records = records_folder(self.folder)
+        self.wait_for_others = math.inf
+        """Until when (monotonic seconds) rank 0 waits for the others' records."""
         self.states, self.texts, self.facts, self.seconds, self.failure = states, texts, facts, seconds, failure
         self.started = time.perf_counter() - seconds["copy"]
         self.took = 0.0
@@ -200,30 +235,28 @@ class _Save:
         for name, content in self.texts.items():
             (self.folder / name).write_bytes(content)
         for name, value in self.states.items():
-            write_state(self.folder / name, value)
+            write_state(self.folder / name, compact(value))
         self.seconds["write"] = time.perf_counter() - started
         files = hash_files(self.folder, [*self.texts, *self.states])
         self.seconds["flush_and_hash"] = time.perf_counter() - started - self.seconds["write"]
-        record = {"files": files, "seconds": self.seconds}
-        write_file(self.folder / WRITTEN / _record_name(self.rank), json.dumps(record).encode())
+        leave_record(self.records, self.rank, {"files": files, "seconds": self.seconds})
 
     def _records(self) -> list[dict[str, Any]]:
         """Of all ranks, when they are there."""
-        missing = [self.folder / WRITTEN / _record_name(rank) for rank in range(self.world_size)]
+        missing = [self.records / _record_name(rank) for rank in range(self.world_size)]
         records: list[dict[str, Any]] = []
         while missing:
-            if not missing[0].exists():
-                if self.given_up.wait(POLL):
-                    raise _GivenUp
-                continue
-            records.append(json.loads(missing.pop(0).read_text(encoding="utf-8")))
+            if missing[0].exists():
+                records.append(json.loads(missing.pop(0).read_text(encoding="utf-8")))
+            elif self.given_up.wait(POLL) or time.monotonic() > self.wait_for_others:
+                raise _GivenUp
         return records
 
     def _publish(self, records: list[dict[str, Any]]) -> None:
-        shutil.rmtree(self.folder / WRITTEN)
         files = {name: entry for record in records for name, entry in record["files"].items()}
         phases = {name: round(max(record["seconds"][name] for record in records), 4) for name in self.seconds}
-        self.store.publish(self.step, files, {**self.facts, "seconds": phases})
+        self.store.publish(self.step, files, {**self.facts, "seconds": phases}, self.token)
+        shutil.rmtree(self.records, ignore_errors=True)  # the next save removes what may be left of it
         self.store.prune(self.keep)
         sync_folder(self.store.folder)
 
@@ -236,16 +269,29 @@ def write_state(path: Path, value: Any) -> None:
     torch.save(value, path)
 
 
+def leave_record(folder: Path, rank: int, record: Mapping[str, Any]) -> None:
+    """The name of the record is the last that a rank writes: when rank 0 sees it, it may remove the folder."""
+    temporary = folder / f".{rank}.tmp"
+    temporary.write_text(json.dumps(record), encoding="utf-8")
+    os.replace(temporary, folder / _record_name(rank))
+
+
 def _record_name(rank: int) -> str:
     return f"rank_{rank:05d}.json"
 
 
-def make_folder(store: CheckpointStore, step: int) -> None:
+def records_folder(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}-written")
+
+
+def make_folder(store: CheckpointStore, step: int, token: str) -> None:
+    folder = store.folder / store.incomplete_name(step, token)
     try:
         store.discard_incomplete()
-        (store.folder / store.incomplete_name(step) / WRITTEN).mkdir(parents=True)
+        folder.mkdir(parents=True)
+        records_folder(folder).mkdir()
     except OSError as error:
         raise EnvironmentFault(
-            f"cannot save the checkpoint of step {step} in {os.fspath(store.folder)}: {error.strerror}",
+            f"cannot save the checkpoint of step {step} in {os.fspath(store.folder)}: {error.strerror or error}",
             "free space or mend permissions there; the previous checkpoint is whole",
         ) from error

@@ -7,10 +7,11 @@ and its loss. Not kept, because it is a function of the step: learning rate, bet
 """
 
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from loopmem_pretrain.checkpoint import probe
 from loopmem_pretrain.checkpoint.choose import Choice, choose
 from loopmem_pretrain.checkpoint.generators import restore_generators
+from loopmem_pretrain.checkpoint.position import Position
 from loopmem_pretrain.checkpoint.safe_load import check_pickles, pickles
 from loopmem_pretrain.checkpoint.store import RUN_ID, CheckpointStore
 from loopmem_pretrain.checkpoint.universal import MERGED, Merged, is_merged, merge
@@ -31,22 +33,10 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+TRUSTED = "trusted_run_ids"
+"""File in the run folder with the ids of other runs whose checkpoints --trust has let in."""
 WANDB_ID = "wandb_id"
 """File in the run folder with the run's id at Weights & Biases."""
-
-
-@dataclass
-class Position:
-    """How far a run has come; saved with every checkpoint."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    samples: int = 0
-    """The next sample of the order: samples consumed, and those left out."""
-    tokens: int = 0
-    """Training tokens consumed."""
-    skipped_ranges: list[list[int]] = field(default_factory=list)
-    """[first, last) samples of the order that rewinds left out."""
 
 
 class Engine(probe.Engine, Protocol):
@@ -80,7 +70,6 @@ class Run(probe.Run, Protocol):
     run_dir: Path
     store: CheckpointStore
     dataset: BlendedDataset
-    position: Position
     validated: tuple[int, float] | None
     """Step and loss of the last validation."""
     rank: int
@@ -94,13 +83,11 @@ class Run(probe.Run, Protocol):
     @property
     def watch(self) -> Watch: ...
 
-    def on_rank_zero(self, action: Callable[[], object]) -> None: ...
-
     def together(self, action: Callable[[], T]) -> T: ...
 
 
 def facts(run: Run) -> dict[str, Any]:
-    """What the manifest says besides the files."""
+    """What the manifest says besides the files; read on rank 0 only."""
     names = run.engine.public_names
     wandb_id = run.run_dir / WANDB_ID
     return {
@@ -112,11 +99,17 @@ def facts(run: Run) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("loopmem-pretrain", "torch", "deepspeed")},
         "data": run.dataset.describe(),
         "tokenizer_sha256": run.dataset.datasets[0].stream.manifest.tokenizer.sha256,
-        "validation_loss": run.validated[1] if run.validated and run.validated[0] == run.position.step else None,
+        "validation_loss": _validation_loss(run),
         "wandb_id": wandb_id.read_text(encoding="utf-8").strip() if wandb_id.is_file() else None,
         "parameter_names": names,
         "parameter_shapes": run.engine.whole_shapes,
     }
+
+
+def _validation_loss(run: Run) -> float | None:
+    """Of this step, where one was measured and is a number."""
+    step, loss = run.validated or (-1, math.nan)
+    return loss if step == run.position.step and math.isfinite(loss) else None
 
 
 # What a checkpoint without these keys, written before there were such sizes, was saved with.
@@ -154,6 +147,8 @@ def resume(run: Run) -> Path | None:
     if choice is None:
         return None
     _restore(run, choice)
+    # Where an older one was chosen by hand: checkpoints of the branch that is left must not come back later.
+    run.on_rank_zero(lambda: run.store.leave_branch(run.position.step))
     return choice.checkpoint
 
 
@@ -216,8 +211,9 @@ def _restore_the_rest(run: Run, checkpoint: Path, manifest: dict[str, Any]) -> l
         if names
     ]
     wandb_id, recorded = run.run_dir / WANDB_ID, manifest.get("wandb_id")
-    if recorded and not wandb_id.exists() and run.rank == 0:
-        write_file(wandb_id, f"{recorded}\n".encode())
+    if recorded:
+        content = f"{recorded}\n".encode()
+        run.on_rank_zero(lambda: None if wandb_id.exists() else write_file(wandb_id, content))
     return lines
 
 
@@ -245,7 +241,7 @@ def read_run_id(run_dir: Path) -> str:
 def _refuse_foreign(run: Run, checkpoint: Path, manifest: Mapping[str, Any]) -> None:
     """A checkpoint put here from elsewhere is not resumed by accident. Rank 0 only."""
     ours, written_by = read_run_id(run.run_dir), manifest.get("run_id")
-    if written_by == ours:
+    if written_by == ours or (written_by and written_by in _trusted_ids(run)):
         return
     what = f"{checkpoint} was written by {f'run {written_by}' if written_by else 'a run that gave no id'}"
     if not run.trust:
@@ -253,4 +249,12 @@ def _refuse_foreign(run: Run, checkpoint: Path, manifest: Mapping[str, Any]) -> 
             f"{what}, this run folder is of run {ours}",
             "if you know where it comes from, start once with --trust; else remove it, or choose another run_dir",
         )
+    if written_by:  # also when a later start, or a rewind, comes back to it
+        content = "".join(f"{each}\n" for each in [*_trusted_ids(run), written_by])
+        write_file(run.run_dir / TRUSTED, content.encode())
     log.warning("%s; trusted because of --trust", what)
+
+
+def _trusted_ids(run: Run) -> list[str]:
+    path = run.run_dir / TRUSTED
+    return path.read_text(encoding="utf-8").split() if path.exists() else []

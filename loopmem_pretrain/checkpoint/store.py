@@ -50,8 +50,9 @@ class CheckpointStore:
         """Of the folder; `step_of` is the inverse."""
         return f"step_{step:08d}"
 
-    def incomplete_name(self, step: int) -> str:
-        return f".incomplete-{self.name(step)}"
+    def incomplete_name(self, step: int, token: str = "") -> str:
+        """Of the folder that a save of `step` is written into; `token` tells this save from another of the step."""
+        return f".incomplete-{self.name(step)}{'-' if token else ''}{token}"
 
     def steps(self) -> list[int]:
         """Steps of the published checkpoints, oldest first."""
@@ -108,11 +109,13 @@ class CheckpointStore:
     def discard_incomplete(self) -> None:
         """Remove what earlier, interrupted saves left."""
         for path in self.folder.glob(".incomplete-*") if self.folder.is_dir() else []:
-            shutil.rmtree(path)
+            _delete(path)
 
-    def publish(self, step: int, files: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any]) -> Path:
+    def publish(
+        self, step: int, files: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any], token: str = ""
+    ) -> Path:
         """Make the incomplete checkpoint of `step` the newest one; `files` as `hash_files` returned them."""
-        source, target = self.folder / self.incomplete_name(step), self.folder / self.name(step)
+        source, target = self.folder / self.incomplete_name(step, token), self.folder / self.name(step)
         values = {
             "step": step,
             "saved": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -141,6 +144,11 @@ class CheckpointStore:
         write_file(self.folder / "latest", f"{self.name(step)}\n".encode())
         self._abandon_after(step)
         sync_folder(self.folder)
+
+    def leave_branch(self, step: int) -> None:
+        """Set aside what is later than `step`, from which a start now goes on."""
+        if any(later > step for later in self.steps()):
+            self.go_back_to(step)
 
     def _abandon_after(self, step: int) -> None:
         """Checkpoints of a branch that was left by going back are kept, but no longer counted or resumed."""
@@ -195,7 +203,18 @@ class CheckpointStore:
         """First the name, then the content: a removal that is cut short leaves nothing that looks whole."""
         doomed = checkpoint.with_name(f".incomplete-{checkpoint.name}-removed")
         os.rename(checkpoint, doomed)
-        shutil.rmtree(doomed)
+        _delete(doomed)
+
+
+def _delete(path: Path) -> None:
+    """Remove a folder that nothing counts any more; where that fails, say so: the next save tries again."""
+    try:
+        if path.is_symlink():  # a checkpoint that was moved to another disk: what it leads to is not ours to remove
+            path.unlink()
+        else:
+            shutil.rmtree(path)
+    except OSError as error:
+        log.warning("cannot remove %s: %s", os.fspath(path), error.strerror or error)
 
 
 def step_of(name: str) -> int | None:

@@ -87,8 +87,6 @@ def merge(checkpoint: Path, folder: Path) -> Merged:
         EnvironmentFault: too little space where `folder` is.
         CheckpointError: DeepSpeed could not merge it, or a file holds more than weights.
     """
-    from deepspeed.checkpoint import ds_to_universal
-
     manifest = read_manifest(checkpoint)
     names: dict[str, str] = manifest["parameter_names"]
     shapes: dict[str, list[int]] = manifest["parameter_shapes"]
@@ -99,6 +97,21 @@ def merge(checkpoint: Path, folder: Path) -> Merged:
             f"merging {checkpoint} takes {needed / 1e9:,.2f} GB of {folder.parent}, {free / 1e9:,.2f} are free",
             "free space there, or (export only) set TMPDIR to a folder with more",
         )
+    folder.mkdir()
+    try:
+        _merge_into(folder, checkpoint, names, shapes)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise EnvironmentFault(
+            f"cannot merge {checkpoint} in {folder.parent}: {error}",
+            "free space there, or (export only) set TMPDIR to a folder with more",
+        ) from error
+    return Merged(checkpoint, folder)
+
+
+def _merge_into(folder: Path, checkpoint: Path, names: Mapping[str, str], shapes: Mapping[str, list[int]]) -> None:
+    from deepspeed.checkpoint import ds_to_universal
+
     universal = folder / "universal"
     arguments = SimpleNamespace(
         input_folder=str(checkpoint),
@@ -109,13 +122,12 @@ def merge(checkpoint: Path, folder: Path) -> Merged:
         strict=True,
         inject_missing_state=False,
     )
-    folder.mkdir()
     noise = io.StringIO()
     try:
         _check_names(checkpoint, names)
         with weights_only(checkpoint), _mapped(), contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
             ds_to_universal.main(arguments)
-    except CheckpointError:
+    except (CheckpointError, OSError):
         raise
     except Exception as error:
         raise CheckpointError(
@@ -128,7 +140,6 @@ def merge(checkpoint: Path, folder: Path) -> Merged:
             _rewrite(universal / "zero" / name / f"{state}.pt", _file(folder, public_name, state), shapes[public_name])
     shutil.rmtree(universal)
     (folder / "latest_universal").unlink()  # DeepSpeed's pointer to the folder just removed
-    return Merged(checkpoint, folder)
 
 
 @contextlib.contextmanager

@@ -129,7 +129,7 @@ def _check(checkpoints: list[Path], hashes: bool) -> dict[Path, list[str]]:
     for path in checkpoints:
         try:
             manifests[path], wrong[path] = read_manifest(path), []
-        except DamagedCheckpoint as error:
+        except CheckpointError as error:  # also one of a later version: the others are shown nevertheless
             manifests[path], wrong[path] = None, [error.problem]
     total = sum(entry["bytes"] for manifest in manifests.values() if manifest for entry in manifest["files"].values())
     bar = ProgressBar("verify", total, unit="B") if hashes else None
@@ -141,7 +141,7 @@ def _check(checkpoints: list[Path], hashes: bool) -> dict[Path, list[str]]:
                 wrong[path].append(f"manifest.json: is of step {manifest['step']:,}")
     if bar:
         bar.close()
-    return wrong
+    return {path: problems for path, problems in wrong.items() if path.is_dir()}  # a training may have removed some
 
 
 def _counter(bar: ProgressBar | None) -> Callable[[int], None]:

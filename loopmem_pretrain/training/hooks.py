@@ -168,10 +168,6 @@ class ReplicaHook:
 class CheckpointHook:
     """Every `checkpoint.interval_steps` and at the end."""
 
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
-        self.warned = False
-
     def after_step(self, trainer: "Trainer") -> None:
         if not trainer.save_is_due:
             return
@@ -180,9 +176,10 @@ class CheckpointHook:
         self._mind_the_time(trainer)
 
     def _mind_the_time(self, trainer: "Trainer") -> None:
-        waited, elapsed = trainer.saver.seconds, time.perf_counter() - self.started
-        if trainer.rank == 0 and not self.warned and elapsed > LONG_ENOUGH and waited > MUCH * elapsed:
-            self.warned = True
+        saver = trainer.saver
+        waited, elapsed = saver.seconds, time.perf_counter() - saver.started
+        if trainer.rank == 0 and not saver.has_warned and elapsed > LONG_ENOUGH and waited > MUCH * elapsed:
+            saver.has_warned = True
             advice = "raise checkpoint.interval_steps"
             if not trainer.config.checkpoint.asynchronous:
                 advice += " or set checkpoint.asynchronous=true"

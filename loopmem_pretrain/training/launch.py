@@ -20,9 +20,8 @@ log = logging.getLogger(__name__)
 
 # Exit codes of a rank after which the same command may well succeed.
 RESTART_AFTER = (EnvironmentFault.exit_code, HangDetected.exit_code)
-# Between the end of the ranks and their restart: the data workers of a rank that was killed hold the lock of the run
-# folder until they look for their parent, which they do every 5 seconds.
-PAUSE = 6.0
+# Between the end of the ranks and their restart (seconds): what made them end, such as a full disk, may pass.
+PAUSE = 5.0
 
 
 def train_here(config_path: str, overrides: Sequence[str], stop_at_step: int | None, trust: bool) -> int:

@@ -61,7 +61,7 @@ class SpikeDetector:
             self.first_high = step
         self.high.append(loss)
         patience, steps = self.config.spike_patience_steps, len(self.high)
-        if steps == max(patience, size):  # this does not pass: it is the level now
+        if steps >= max(patience, size):  # this does not pass: it is the level now
             self.window, self.high = self.high[-size:], []
         return Spike(self.first_high, step, loss, usual, score) if steps == patience else None
 
@@ -80,4 +80,4 @@ class SpikeDetector:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where `state()` was called; a window that has become shorter keeps its newest losses."""
         self.window = list(state["window"])[-self.config.spike_window_steps :]
-        self.high, self.first_high = list(state["high"]), state["first_high"]
+        self.high, self.first_high = list(state["high"])[-self.config.spike_window_steps :], state["first_high"]

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from loopmem_pretrain.checkpoint.position import Position
 from loopmem_pretrain.checkpoint.saving import Saver
-from loopmem_pretrain.checkpoint.state import Position, resume
+from loopmem_pretrain.checkpoint.state import resume
 from loopmem_pretrain.checkpoint.store import CheckpointStore
 from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.data.dataset import open_training, open_validation
@@ -141,12 +143,17 @@ class Trainer:
             raise
         finally:
             with self.watchdog.phase("end"):
-                self.write_status(status, reason)
+                try:
+                    self.write_status(status, reason)
+                except LoopMemError as error:  # what ended the run is said below, not that the disk is full
+                    log.error("cannot write status.json: %s", error.problem)
                 for hook in reversed(self.hooks):
                     try:
                         hook.close(self)
                     except OSError as error:
                         log.error("cannot close a log: %s", error)
+                if not isinstance(sys.exception(), KeyboardInterrupt):
+                    self.saver.close()
         return status
 
     def _introduce(self) -> None:
@@ -193,6 +200,9 @@ class Trainer:
         for hook in reversed(self.hooks):
             hook.close(self)
         self.hooks = make_hooks(self)
+        if self.stop_reason:  # also asked to stop: the next start must not meet the spike again
+            with self.pause("save"):
+                self.saver.save(wait=True)
         return True
 
     @property
@@ -263,11 +273,17 @@ class Trainer:
 
     def together(self, action: Callable[[], T]) -> T:
         """`action` on every rank, without collectives inside; where it fails on one, all raise a named error."""
-        result, failure = None, None
+        result: Any = None
+        failure: LoopMemError | None = None
         try:
             result = action()
         except LoopMemError as error:
             failure = error
+        except OSError as error:
+            failure = EnvironmentFault(f"rank {self.rank}: {error}", "see to that file, then start again to resume")
+        except Exception as error:
+            log.exception("rank %d failed", self.rank)
+            failure = EnvironmentFault(f"rank {self.rank} failed: {type(error).__name__}: {error}")
         failures: list[LoopMemError | None] = [None] * self.world_size
         dist.all_gather_object(failures, failure)
         first = failure or next((error for error in failures if error is not None), None)

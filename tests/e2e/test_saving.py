@@ -45,9 +45,14 @@ def test_what_is_written_late_is_of_the_step_it_was_taken_at(tmp_path, sentences
 
 
 def test_saving_without_a_thread_beside_training(tmp_path, sentences):
+    impatient = "import loopmem_pretrain.training.hooks as hooks; hooks.LONG_ENOUGH = 0; hooks.MUCH = 1e-6\n"
     for asynchronous in (True, False):
         config = config_for(tmp_path / str(asynchronous), sentences, checkpoint={"asynchronous": asynchronous})
-        assert run(config) == ("done", None)
+        logged = TO_A_FILE.format(str(tmp_path / f"log {asynchronous}"))
+        assert run(config, first=impatient + logged) == ("done", None)
+        said = (tmp_path / f"log {asynchronous}").read_text()
+        assert said.count("s for checkpoints, more than") == 1
+        assert ("checkpoint.asynchronous=true" in said) is not asynchronous
     for step in ("step_00000010", "step_00000020"):
         manifests = [read_manifest(tmp_path / each / "checkpoints" / step) for each in ("True", "False")]
         files, others = (manifest["files"] for manifest in manifests)
@@ -93,10 +98,10 @@ def test_a_folder_that_cannot_be_written_in_the_middle(tmp_path, sentences):
     first = """
 import os, loopmem_pretrain.checkpoint.saving as saving
 make = saving.make_folder
-def read_only(store, step):
+def read_only(store, step, token):
     if step == 10:
         raise saving.EnvironmentFault(f"cannot save the checkpoint of step {step}", "")
-    make(store, step)
+    make(store, step, token)
 saving.make_folder = read_only
 """
     assert run(config, first=first) == ("done", None)
@@ -105,6 +110,70 @@ saving.make_folder = read_only
         "step_00000015",
         "step_00000020",
     ]
+
+
+def test_a_run_that_gives_up_leaves_the_save_under_way_whole(tmp_path, sentences):
+    config = config_for(tmp_path, sentences)
+    before = """
+from loopmem_pretrain.errors import TrainingGaveUp
+train_batch = trainer.engine.train_batch
+def failing(batches, step):
+    if step == 11:
+        raise TrainingGaveUp("enough", "")
+    return train_batch(batches, step)
+trainer.engine.train_batch = failing
+"""
+    _, error = run(config, first=SLOWLY, before=before)
+    assert error.exit_code == 7
+    assert newest(tmp_path) == "step_00000010"
+    assert run(config) == ("done", None)
+
+
+def test_weights_that_give_no_finite_loss_are_not_saved(tmp_path, sentences):
+    """Finite, but too large: every loss is NaN, so no step is applied and no weight changes."""
+    config = config_for(tmp_path, sentences, checkpoint={"interval_steps": 4})
+    before = """
+import torch
+train_batch = trainer.engine.train_batch
+def spoiled(batches, step):
+    if step == 6:
+        with torch.no_grad():
+            for parameter in trainer.engine.engine.module.parameters():
+                parameter.mul_(1e25)
+    return train_batch(batches, step)
+trainer.engine.train_batch = spoiled
+"""
+    _, error = run(config, before=before)
+    assert error.exit_code == 7 and "step 8" in error.problem and "not saved" in error.problem
+    assert newest(tmp_path) == "step_00000004"
+    assert run(config) == ("done", None)
+
+
+def test_what_one_rank_alone_does_not_see_is_no_damage(tmp_path, sentences):
+    """A shared file system may be behind: nothing is renamed, the start ends and may be repeated."""
+    config = config_for(tmp_path, sentences)
+    assert run(config, stop_at_step=10) == ("interrupted", None)
+    behind = """
+import os, loopmem_pretrain.checkpoint.choose as choose
+if os.environ["RANK"] == "1":
+    choose.damage = lambda *_: ["probe.json: missing"]
+"""
+    _, error = run(config, first=behind)
+    assert (
+        error.exit_code == 6 and "other ranks see damage where rank 0 sees none: probe.json: missing" in error.problem
+    )
+    assert newest(tmp_path) == "step_00000010"
+    assert run(config) == ("done", None)
+
+
+def test_an_older_checkpoint_chosen_by_hand_leaves_the_later_branch(tmp_path, sentences):
+    config = config_for(tmp_path, sentences, checkpoint={"interval_steps": 5})
+    assert run(config, stop_at_step=15) == ("interrupted", None)
+    (tmp_path / "checkpoints" / "latest").write_text("step_00000005\n")
+    assert run(config, stop_at_step=7) == ("interrupted", None)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").glob("*step*"))
+    aside = ["abandoned-step_00000010-at-5", "abandoned-step_00000015-at-5"]
+    assert names == [*aside, "step_00000005", "step_00000007"]
 
 
 @pytest.fixture

@@ -135,6 +135,10 @@ def test_a_checkpoint_of_another_run_needs_trust(tmp_path, copied, sentences):
     assert "trusted because of --trust" in trusted.stderr and "at step 2" in trusted.stderr
     manifest = json.loads((tmp_path / "other" / "checkpoints" / "step_00000004" / "manifest.json").read_text())
     assert manifest["run_id"] == (tmp_path / "other" / "run_id").read_text().strip()
+    # A later start, or a rewind, may come back to it.
+    (tmp_path / "other" / "checkpoints" / "latest").write_text("step_00000002\n")
+    again = loopmem("train", "--config", config_path, "--ranks", "2")
+    assert again.returncode == 0, again.stderr
 
 
 def test_a_checkpoint_without_an_id_is_foreign(copied):

@@ -227,3 +227,19 @@ def test_going_back_sets_the_later_branch_aside(tmp_path):
     assert store.latest() == store.folder / store.name(2100)
     aside = sorted(path.name for path in store.folder.glob("abandoned-*"))
     assert aside == ["abandoned-step_00002500-at-2100", "abandoned-step_00003000-at-2100"]
+
+
+def test_a_checkpoint_that_was_moved_away_is_let_go_not_followed(tmp_path):
+    """Its link goes, what it leads to stays, and later saves are not in the way of each other."""
+    first = publish(tmp_path, 5)
+    elsewhere = tmp_path / "elsewhere"
+    first.rename(elsewhere)
+    first.symlink_to(elsewhere)
+    for step in (10, 15):
+        publish(tmp_path, step)
+    store = CheckpointStore(tmp_path)
+    store.prune(CheckpointConfig(keep_last=1))
+    assert store.steps() == [15]
+    assert (elsewhere / "weights.pt").exists()
+    store.discard_incomplete()
+    assert not list(store.folder.glob(".incomplete-*"))

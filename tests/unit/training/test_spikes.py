@@ -78,3 +78,13 @@ def test_its_state_is_all_there_is(cut):
     found += [spike for step, loss in enumerate(losses[cut:], cut + 1) if (spike := second.update(step, loss))]
     assert found == expected and len(found) == 2
     assert second.state() == whole.state()
+
+
+def test_a_window_made_shorter_during_a_spike():
+    """The level is accepted nevertheless, and what is kept does not grow."""
+    long = SpikeDetector(FaultConfig(spike_window_steps=512))
+    spikes(noisy([2.5] * 600 + [4.0] * 200), detector=long)
+    short = SpikeDetector(CONFIG)
+    short.restore(long.state())
+    assert spikes(noisy([4.0] * 100, seed=1), detector=short) == []
+    assert short.high == [] and len(short.window) == 64
