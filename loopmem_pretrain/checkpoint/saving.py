@@ -160,6 +160,7 @@ class Saver:
         run, step = self.run, self.run.position.step
         started = time.perf_counter()
         probe = take_probe(run)
+        sampled = time.perf_counter() - started
         token = [secrets.token_hex(4)]
         dist.broadcast_object_list(token, src=0)
         run.on_rank_zero(lambda: make_folder(run.store, step, token[0]))
@@ -176,7 +177,7 @@ class Saver:
                 torch.cuda.synchronize(run.device)
         except (MemoryError, RuntimeError, OSError) as error:  # told to all ranks like a failure to write
             failure = f"cannot copy the state to host memory: {error}"
-        seconds = {"copy": time.perf_counter() - started}
+        seconds = {"loss_on_sample": sampled, "copy": time.perf_counter() - started - sampled}
         save = _Save(run, token[0], copied, texts, facts, seconds, failure)
         save.thread.start()
         return save
@@ -203,7 +204,7 @@ class _Save:
         self.wait_for_others = math.inf
         """Until when (monotonic seconds) rank 0 waits for the others' records."""
         self.states, self.texts, self.facts, self.seconds, self.failure = states, texts, facts, seconds, failure
-        self.started = time.perf_counter() - seconds["copy"]
+        self.started = time.perf_counter() - sum(seconds.values())
         self.took = 0.0
         """Seconds from its beginning until its thread ended."""
         self.given_up = threading.Event()

@@ -82,7 +82,10 @@ def show_checkpoint(path: str | Path) -> str:
         share = f"{dataset['weight']:.1%} of the samples, {human(dataset['tokens'])} tokens"
         rows.append(("data", f"{dataset['path']}: {share}"))
     rows += [("version", f"{name} {version}") for name, version in manifest.get("versions", {}).items()]
-    rows += [("time", f"{name} {human_seconds(value)}") for name, value in manifest.get("seconds", {}).items()]
+    rows += [
+        ("time", f"{name.replace('_', ' ')} {human_seconds(value)}")
+        for name, value in manifest.get("seconds", {}).items()
+    ]
     sizes = Counter({name: entry["bytes"] for name, entry in files.items()})
     rows.append(("files", f"{len(files):,}, {human_bytes(sizes.total())}"))
     width = max(len(key) for key, _ in rows)
