@@ -240,7 +240,7 @@ def damage_files(bench: Bench) -> None:
         "must go on from the older checkpoint to the same numbers.\n"
     )
     print("| layout | files | damages | found | recovered, identical |\n|---|---|---|---|---|")
-    for layout in ("DP 2, ZeRO 1", "DP 2, ZeRO 3", "TP 2, PP 2"):
+    for layout in ("DP 2, ZeRO 1", "DP 2, ZeRO 3"):
         parallel, ranks = LAYOUTS[layout]
         expected, source = bench.undisturbed(layout), bench.folder / "damage"
         bench.require(on_ranks(bench.config(source, parallel), ranks, stop_at_step=6) == "interrupted", "stop")
