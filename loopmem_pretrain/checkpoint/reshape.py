@@ -91,7 +91,8 @@ def _into(run_dir: Path, source: Path) -> Path:
         sync_folder(each)
     ours = ("format", "version", "step", "files", "sha256")  # what publishing writes itself
     facts = {key: value for key, value in manifest.items() if key not in ours}
-    write_file(run_dir / "config.yaml", (source / "config.yaml").read_bytes())
     if "run_id" in manifest:
         write_file(run_dir / RUN_ID, f"{manifest['run_id']}\n".encode())
-    return store.publish(step, hashes, facts | {"form": MERGED})
+    published = store.publish(step, hashes, facts | {"form": MERGED})
+    write_file(run_dir / "config.yaml", (source / "config.yaml").read_bytes())  # last: now it is a run folder
+    return published

@@ -50,7 +50,7 @@ def test_into_another_run_folder(tmp_path, sentences):
         assert run(config(tmp_path / name, sentences, {}), 1) == ("done", None)  # no trust needed: the same run
     assert exact(tmp_path / "new")[-3:] == exact(tmp_path / "dealt")[-3:]
     again = loopmem("checkpoint", "reshape", tmp_path / "run", "--out", tmp_path / "new")
-    assert again.returncode == 2 and "holds checkpoints already" in again.stderr
+    assert again.returncode == 2 and "is a run folder already" in again.stderr
     with pytest.raises(ConfigError, match="no run folder"):
         reshape(shutil.copytree(tmp_path / "run" / "checkpoints" / "step_00000003", tmp_path / "alone"))
 
