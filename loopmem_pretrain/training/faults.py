@@ -166,9 +166,12 @@ class FaultWatch:
 
 
 def _write(trainer: "Trainer", record: dict[str, Any]) -> None:
-    """One line of faults.jsonl, on rank 0; OSErrors are the trainer's."""
+    """One line of faults.jsonl, on rank 0. What it says was also logged, so a full disk is only remarked on."""
     if trainer.rank != 0:
         return
-    file = JsonlLogger(trainer.run_dir / FAULTS_NAME)
-    file.log({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": trainer.position.step, **record})
-    file.close()
+    try:
+        file = JsonlLogger(trainer.run_dir / FAULTS_NAME)
+        file.log({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": trainer.position.step, **record})
+        file.close()
+    except OSError as error:
+        log.error("cannot write %s: %s", trainer.run_dir / FAULTS_NAME, error.strerror)

@@ -1,6 +1,7 @@
 """Where metrics go: metrics.jsonl always, TensorBoard and Weights & Biases when asked."""
 
 import json
+import logging
 import math
 import os
 import secrets
@@ -12,7 +13,11 @@ from loopmem_pretrain.config.load import dump_config
 from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.errors import EnvironmentFault
 
+log = logging.getLogger(__name__)
+
 Metrics = dict[str, Any]
+MOST_UNWRITTEN = 1 << 20
+"""Bytes of lines that may wait for room on the disk."""
 
 
 class Logger(Protocol):
@@ -24,22 +29,41 @@ class Logger(Protocol):
 
 
 class JsonlLogger:
-    """One JSON object a line, appended and flushed: a torn last line is all a crash can leave."""
+    """One JSON object a line, appended: a torn last line is all a crash can leave.
+
+    A disk that is full for a while, as during a save that fails, does not end a run: lines wait in memory and are
+    written with a later one. When they get too many, and at the end, the OSError is raised.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.file = open(path, "a+b")  # noqa: SIM115 - closed by close()
+        self.file = open(path, "a+b", buffering=0)  # noqa: SIM115 - closed by close()
+        self.unwritten = b""
         if self.file.tell():
             self.file.seek(-1, os.SEEK_END)
             if self.file.read(1) != b"\n":
-                self.file.write(b"\n")  # a crash tore the last line: the next one begins on its own
+                self.unwritten = b"\n"  # a crash tore the last line: the next one begins on its own
 
     def log(self, metrics: Metrics) -> None:
-        self.file.write(json.dumps(_finite(metrics), allow_nan=False).encode() + b"\n")
-        self.file.flush()
+        waiting = len(self.unwritten) > 1
+        self.unwritten += json.dumps(_finite(metrics), allow_nan=False).encode() + b"\n"
+        try:
+            self._write()
+        except OSError as error:
+            if len(self.unwritten) > MOST_UNWRITTEN:
+                raise
+            if not waiting:
+                log.warning("cannot write %s: %s; its lines wait in memory", self.file.name, error.strerror)
 
     def close(self) -> None:
-        os.fsync(self.file.fileno())
-        self.file.close()
+        try:
+            self._write()
+            os.fsync(self.file.fileno())
+        finally:
+            self.file.close()
+
+    def _write(self) -> None:
+        while self.unwritten:
+            self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
 
 
 class TensorBoardLogger:

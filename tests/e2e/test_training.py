@@ -271,8 +271,25 @@ def test_no_space_left_in_a_save(tmp_path, sentences):
     assert run(config) == ("done", None)
 
 
-def test_a_full_disk_under_the_log(tmp_path, sentences):
-    before = "log = trainer.hooks[1].loggers[0]; log.file.close(); log.file = open('/dev/full', 'ab', buffering=0)"
+FULL = "log = trainer.hooks[1].loggers[0]; log.file.close(); log.file = open('/dev/full', 'ab', buffering=0); "
+
+
+def test_a_disk_that_is_full_for_a_while_under_the_log(tmp_path, sentences):
+    """Its lines are written when there is room again."""
+    before = f"""{FULL}
+one = log.log
+def with_room_later(metrics):
+    if metrics["step"] == 15:
+        log.file = open({str(tmp_path / "metrics.jsonl")!r}, "ab", buffering=0)
+    one(metrics)
+log.log = with_room_later
+"""
+    assert run(config_for(tmp_path, sentences), ranks=1, before=before) == ("done", None)
+    assert [line["step"] for line in lines(tmp_path)] == [5, 10, 15, 20]
+
+
+def test_a_disk_that_stays_full_under_the_log(tmp_path, sentences):
+    before = "import loopmem_pretrain.training.loggers as loggers; loggers.MOST_UNWRITTEN = 3000; " + FULL
     _, error = run(config_for(tmp_path, sentences), ranks=1, before=before)
     assert error.exit_code == 6
     assert "No space left" in error.problem
