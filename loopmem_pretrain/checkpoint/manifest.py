@@ -175,7 +175,7 @@ def _parse(path: Path, content: bytes) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{path} is not valid JSON: {error}", _FIX) from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise DamagedCheckpoint(f"{path} is no manifest of this format (expected {FORMAT} version {VERSION})", _FIX)
-    if not intact:
+    if not intact or not content.endswith(b"\n"):
         raise DamagedCheckpoint(f"{path}: content differs from its recorded hash", _FIX)
     return manifest
 

@@ -167,7 +167,7 @@ def test_keys_of_others_may_be_there(checkpoint, content):
 
 def test_a_manifest_from_before_it_had_a_hash(checkpoint, content):
     older = {key: value for key, value in content.items() if key not in ("sha256", "saved", "seconds")}
-    (checkpoint / "manifest.json").write_text(json.dumps(older))
+    (checkpoint / "manifest.json").write_text(json.dumps(older) + "\n")
     assert read_manifest(checkpoint) == older
 
 
