@@ -46,11 +46,18 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 `modeling_loopmem.py` holds all of the model's code; `trust_remote_code=True` allows it to run. It needs torch and
 transformers (tried with 5.16 and 5.23).
 
-Limits of the code: there is no key/value cache, so every new token recomputes its sequence; the sequences of a batch
-must be of equal length (a padding mask is refused).
+Prompts of different lengths go in one batch with `tokenizer(texts, padding=True, padding_side="left")`; where the
+tokenizer has no pad token, set `tokenizer.pad_token = tokenizer.eos_token`. The key/value cache holds every loop of
+every layer, {_cached_numbers(config):,} numbers a token. All loops run for every token: there is no early exit.
 {_loops_hint(config)}
 The licence of the weights, and what the model was trained on, are for whoever publishes this folder to add here.
 """
+
+
+def _cached_numbers(config: ModelConfig) -> int:
+    """Keys and values of one token: K heads of width d each, in every layer and loop."""
+    kv_width = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    return 2 * kv_width * config.num_hidden_layers * max(1, config.max_loops)
 
 
 def _loops_hint(config: ModelConfig) -> str:

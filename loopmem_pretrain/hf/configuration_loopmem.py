@@ -83,8 +83,8 @@ class LoopMemConfig(PretrainedConfig):
     """End of a document; generation stops there."""
     pad_token_id: int | None = None
     """Fills finished sequences of a batch in generation."""
-    use_cache: bool = False
-    """There is no key/value cache yet: generation recomputes the whole sequence for every token."""
+    use_cache: bool = True
+    """Whether generation keeps the keys and values of earlier tokens, those of every loop."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         problems = config_problems(self)
@@ -130,7 +130,6 @@ def _value_problems(config: Any) -> list[str]:
         expect(_is_number(getattr(config, key)), key, "a finite number")
     for key in ("tie_word_embeddings", "use_cache"):
         expect(isinstance(getattr(config, key), bool), key, "true or false")
-    expect(not config.use_cache, "use_cache", "False, there is no key/value cache yet")
     positions = config.max_position_embeddings
     expect(positions is None or (_is_int(positions) and positions > 0), "max_position_embeddings", "none, or above 0")
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):

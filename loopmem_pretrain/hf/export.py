@@ -246,9 +246,9 @@ def write_settings(folder: Path, config: LoopMemConfig) -> None:
     config.save_pretrained(folder)
     pad = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
     generation: Any = GenerationConfig  # untyped
-    generation(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=pad, use_cache=False
-    ).save_pretrained(folder)
+    generation(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=pad).save_pretrained(
+        folder
+    )
     modeling = inline_module(_HERE / "modeling_loopmem.py")
     (folder / "modeling_loopmem.py").write_text(modeling, encoding="utf-8")
     configuration = inline_module(_HERE / "configuration_loopmem.py", {})

@@ -20,7 +20,8 @@ _CONFIGURATION = f"{_PACKAGE}.hf.configuration_loopmem"
 _CONFIGURATION_BESIDE = ".configuration_loopmem"
 _ALLOWED = frozenset({"torch", "transformers"}) | sys.stdlib_module_names
 INLINED: Mapping[str, Path] = {
-    f"{_PACKAGE}.model.{name}": _ROOT / "model" / f"{name}.py" for name in ("init", "backend", "memory", "loopmem")
+    f"{_PACKAGE}.model.{name}": _ROOT / "model" / f"{name}.py"
+    for name in ("init", "backend", "memory", "decoding", "loopmem")
 }
 """Modules whose text replaces their import."""
 

@@ -12,16 +12,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
-from transformers.utils import logging
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.utils.generic import ModelOutput
 
 from loopmem_pretrain.hf.configuration_loopmem import LoopMemConfig
 from loopmem_pretrain.model.backend import TorchBackend
+from loopmem_pretrain.model.decoding import decoding
 from loopmem_pretrain.model.init import initialize
 from loopmem_pretrain.model.loopmem import LoopMemModel, LoopStats, ponder_cost
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -36,8 +35,11 @@ class LoopMemCausalLMOutput(ModelOutput):
     """mean next-token cross-entropy in nats"""
     ponder_cost: Tensor | None = None
     """mean over layers and predicting tokens of (E - 1) / (N - 1)"""
+    past_key_values: DynamicCache | None = None
+    """with a cache: keys and values of all tokens so far, a slot for each layer and loop"""
     loop_stats: tuple[LoopStats, ...] | None = None
-    """with output_loop_stats: halting probabilities, expected loops and gates, one entry a looped layer"""
+    """with output_loop_stats: halting probabilities, expected loops and gates, one entry a looped layer; their means
+    count padding too"""
 
 
 class LoopMemPreTrainedModel(PreTrainedModel):
@@ -81,6 +83,8 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
         labels: Tensor | None = None,
         num_loops: int | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -91,29 +95,48 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
         """Logits of the next token after each of `input_ids` [B, T], and the loss.
 
         Args:
-            input_ids: token ids, [B, T]; every sequence is T long.
-            attention_mask: None or all ones, [B, T].
+            input_ids: token ids, [B, T]; with `past_key_values` those that follow the tokens in it.
+            attention_mask: 0 where a token is padding, on either side, [B, T], or [B, earlier + T] with a cache.
+            position_ids: [B, T]; otherwise tokens that are no padding are counted from 0.
+            past_key_values: a DynamicCache, empty or what an earlier call returned; it is extended in place.
             labels: usually `input_ids` itself, [B, T]; they are shifted here, -100 is not counted. The loss is that of
-                the T - 1 positions that predict a token, the ponder cost is theirs too.
+                the T - 1 positions that predict a token, the ponder cost is theirs too; padding predicts nothing and
+                is not predicted.
             num_loops: applies every layer so often instead of max_loops times; above max_loops it is extrapolation.
             logits_to_keep: only the last so many positions (or the given ones) get logits; 0 means all.
             output_loop_stats: returns `loop_stats`.
-            use_cache: None or False.
+            use_cache: makes a cache where none is given. None: as the config says, and not in training mode.
             return_dict: False for a plain tuple.
 
         Raises:
-            ValueError: padding, a cache, or another request this model cannot meet.
+            ValueError: a request this model cannot meet.
         """
-        self._check_request(input_ids, attention_mask, labels, num_loops, use_cache)
-        hidden, stats = self.model(input_ids, num_loops)
+        self._check_request(input_ids, labels, num_loops)
+        if use_cache is False and past_key_values is not None:
+            raise ValueError("past_key_values with use_cache=False: pass one of them only")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        cache = DynamicCache() if use_cache and past_key_values is None else past_key_values
+        earlier = 0 if cache is None else self._prepare_cache(cache, num_loops)
+        real = _real_tokens(attention_mask, [input_ids.shape[0], earlier + input_ids.shape[1]])
+        told = None  # as in training, where there is nothing to tell
+        if cache is not None or real is not None or position_ids is not None:
+            told = decoding(input_ids.shape[1], earlier, input_ids.device, real, position_ids, cache)
+        hidden, stats = self.model(input_ids, num_loops, told)
         if labels is not None:
             logits_to_keep = 0  # the loss needs them all
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept])
         loss = cross_entropy = ponder = None
         if labels is not None:
-            cross_entropy = self.backend.cross_entropy(logits[:, :-1], labels[:, 1:].to(logits.device))
-            costs = [ponder_cost(layer.expected_loops()[:, :-1], self.config.max_loops) for layer in stats]
+            labels = labels[:, 1:].to(logits.device)
+            expected = [layer.expected_loops()[:, :-1] for layer in stats]
+            if real is not None:
+                predicts = real[:, earlier:-1] & real[:, earlier + 1 :]
+                labels = labels.masked_fill(~predicts, -100)
+                expected = [loops[predicts] for loops in expected]
+            cross_entropy = self.backend.cross_entropy(logits[:, :-1], labels)
+            costs = [ponder_cost(loops, self.config.max_loops) for loops in expected]
             ponder = torch.stack(costs).mean() if costs else torch.zeros_like(cross_entropy)
             loss = cross_entropy + self.config.ponder_weight * ponder
         output = LoopMemCausalLMOutput(
@@ -121,31 +144,35 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
             logits=logits,
             cross_entropy=cross_entropy,
             ponder_cost=ponder,
+            past_key_values=cache,
             loop_stats=tuple(stats) if output_loop_stats else None,
         )
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
-    def _check_request(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        labels: Tensor | None,
-        num_loops: int | None,
-        use_cache: bool | None,
-    ) -> None:
+    def _prepare_cache(self, cache: DynamicCache, num_loops: int | None) -> int:
+        """Give the cache a slot for each layer and loop; returns how many tokens it holds.
+
+        DynamicCache(config=...), which `generate` makes, has one a layer and does not grow by itself.
+        """
+        if not isinstance(cache, DynamicCache):
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__}, and this model needs a DynamicCache: leave "
+                "cache_implementation out"
+            )
+        slots = self.config.num_hidden_layers * max(1, self.config.max_loops if num_loops is None else num_loops)
+        filled = sum(cache.get_seq_length(slot) > 0 for slot in range(len(cache.layers)))
+        if filled not in (0, slots):
+            raise ValueError(
+                f"past_key_values holds {filled} slots and this call needs {slots}, one for each layer and loop: "
+                "continue with the model and the num_loops that filled it"
+            )
+        cache.layers += [DynamicLayer() for _ in range(slots - len(cache.layers))]
+        return cache.get_seq_length()
+
+    def _check_request(self, input_ids: Tensor, labels: Tensor | None, num_loops: int | None) -> None:
         if input_ids.dim() != 2 or not input_ids.numel():
             raise ValueError(f"input_ids must be [batch, tokens] with at least one token, got {list(input_ids.shape)}")
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask {list(attention_mask.shape)} must have the shape of input_ids "
-                f"{list(input_ids.shape)}: attention is causal, other masks are not supported"
-            )
-        if attention_mask is not None and not bool((attention_mask != 0).all()):
-            raise ValueError(
-                "padding is not supported yet: attention_mask contains zeros; pass sequences of equal length, "
-                "or one sequence at a time"
-            )
         if labels is not None and (labels.shape != input_ids.shape or labels.shape[1] < 2):
             raise ValueError(
                 f"labels {list(labels.shape)} must have the shape of input_ids {list(input_ids.shape)}, and at least "
@@ -155,30 +182,34 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
             raise ValueError(f"num_loops={num_loops}: this model does not loop (max_loops 0); leave num_loops out")
         if num_loops is not None and num_loops < 1:
             raise ValueError(f"num_loops={num_loops} is not valid; valid: 1 or above")
-        if use_cache:
-            raise ValueError("use_cache=True: this model has no key/value cache yet; pass use_cache=False")
 
     def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        next_sequence_length: int | None = None,
-        past_key_values: Any = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs: Any,
+        self, input_ids: Tensor, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """The whole sequence every time: there is no cache to continue from.
+        """What transformers prepares.
 
         Raises:
-            ValueError: a filled cache or embeddings instead of token ids.
+            ValueError: prompts that end in padding, or embeddings instead of token ids.
         """
-        if inputs_embeds is not None:
+        if kwargs.get("inputs_embeds") is not None:
             raise ValueError("inputs_embeds is not supported; pass input_ids")
-        if past_key_values is not None and past_key_values.get_seq_length():
-            raise ValueError("past_key_values is not supported yet; pass the whole sequence as input_ids")
-        if kwargs.get("use_cache"):
-            logger.warning_once("use_cache=True: there is no key/value cache yet, every token recomputes its sequence")
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        inputs.update({key: kwargs[key] for key in ("num_loops", "logits_to_keep") if key in kwargs})
-        return {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+        if attention_mask is not None and not bool(attention_mask[:, -1].all()):
+            raise ValueError(
+                "attention_mask ends in padding: generation continues the last token, so prompts of a batch are padded "
+                "on the left; set tokenizer.padding_side = 'left'"
+            )
+        prepare: Any = super().prepare_inputs_for_generation
+        return dict(prepare(input_ids, *args, attention_mask=attention_mask, **kwargs))
+
+
+def _real_tokens(attention_mask: Tensor | None, shape: list[int]) -> Tensor | None:
+    """Which tokens are no padding, bool; None where all are."""
+    if attention_mask is None:
+        return None
+    if list(attention_mask.shape) != shape:
+        raise ValueError(
+            f"attention_mask {list(attention_mask.shape)} must be {shape}, the tokens in the cache and those of "
+            "input_ids: attention is causal, the mask only tells padding"
+        )
+    real = attention_mask != 0
+    return None if bool(real.all()) else real

@@ -74,6 +74,7 @@ def to_huggingface(tokenizer_path: str | Path, out_dir: str | Path) -> None:
         **{name: proto.pieces[index].piece for name, index in names.items() if index is not None},
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
+        "padding_side": "left",  # a batch of prompts is continued at its right end
         "model_input_names": ["input_ids", "attention_mask"],
     }
     write_file(folder / "tokenizer_config.json", (json.dumps(settings, indent=1) + "\n").encode())

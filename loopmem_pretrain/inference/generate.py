@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from loopmem_pretrain.errors import ConfigError
+from loopmem_pretrain.model.decoding import decoding
 from loopmem_pretrain.model.loopmem import LoopMemLM
 
 OnText = Callable[[str], object]
@@ -82,11 +83,15 @@ def _generate_native(
     num_loops: int | None,
     text: "_GrowingText",
 ) -> None:
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
     for _ in range(max_new_tokens):
-        scores = model(ids, num_loops=num_loops).logits[0, -1].float()
+        told = decoding(ids.shape[1], cache.get_seq_length(), ids.device, cache=cache)
+        scores = model(ids, num_loops=num_loops, decoding=told).logits[0, -1].float()
         scores[codec.vocab_size :] = -math.inf  # rows that pad the vocabulary are no tokens
         token = _choose(scores, temperature, top_k)
-        ids = torch.cat((ids, token[None]), dim=1)
+        ids = token[None]
         text.put(token)
         if int(token) == codec.eos_id:
             return
@@ -120,7 +125,6 @@ def _generate_huggingface(
         max_new_tokens=max_new_tokens,
         eos_token_id=codec.eos_id,
         pad_token_id=codec.eos_id,
-        use_cache=False,
         streamer=_SkipPrompt(text),
         **({"suppress_tokens": padding} if padding else {}),
         **({"num_loops": num_loops} if num_loops is not None else {}),

@@ -21,8 +21,8 @@ V vocabulary, N max_loops. Parameter and config field names are the public Huggi
 Precision: halting (lambda, R, p), zeta and the mixture y are float32 under bf16, and never narrower than the model.
 
 A `Backend` (model/backend.py) makes the layers that are cut over devices; no process group is named in the math. The
-memory is in model/memory.py. Only torch, the standard library and these two are imported: the exported Hugging Face
-model inlines the three files as text.
+memory is in model/memory.py, what generation adds (cache, padding) in model/decoding.py. Only torch, the standard
+library and these three are imported: the exported Hugging Face model inlines the files as text.
 """
 
 from collections.abc import Callable
@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loopmem_pretrain.model.backend import Backend, wide
+from loopmem_pretrain.model.decoding import Decoding
 from loopmem_pretrain.model.memory import LayerMemory, SharedMemory, SharedRead
 
 # ---------------------------------------------------------------------------------------------------- one block
@@ -51,17 +52,16 @@ class RMSNorm(nn.Module):
 
 
 class Rotary(NamedTuple):
-    """Cosine and signed sine of the rotary angles, each [T, 1, d]; the first half of the sines is negated."""
+    """Cosine and signed sine of the rotary angles, each [.., T, 1, d]; the first half of the sines is negated."""
 
     cos: Tensor
     sin: Tensor
 
 
-def rotary_angles(tokens: int, head_dim: int, theta: float, like: Tensor) -> Rotary:
+def rotary_angles(positions: Tensor, head_dim: int, theta: float, like: Tensor) -> Rotary:
     """Angles position * theta^(-2i/d), half-split (dimension i turns with i + d/2), on `like`'s device and dtype."""
     exponents = torch.arange(0, head_dim, 2, device=like.device, dtype=wide(like.dtype)) / head_dim
-    positions = torch.arange(tokens, device=like.device, dtype=wide(like.dtype))
-    angles = torch.outer(positions, theta**-exponents)[:, None, :]
+    angles = positions[..., None, None] * theta**-exponents
     cos, sin = angles.cos(), angles.sin()
     return Rotary(torch.cat((cos, cos), dim=-1).to(like.dtype), torch.cat((-sin, sin), dim=-1).to(like.dtype))
 
@@ -87,18 +87,19 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, decoding: Decoding | None) -> Tensor:
         x = self.backend.enter(x)
         q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
         k = self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
         q, k = self.q_norm(rotate(q, rotary)), self.k_norm(rotate(k, rotary))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        mask = None
+        if decoding is not None:
+            mask, (k, v) = decoding.mask, decoding.extend(k, v)
+        causal = mask is None and q.shape[2] > 1  # a single token sees all there is
         mixed = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            is_causal=True,
-            enable_gqa=self.kv_heads != self.heads,
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.kv_heads != self.heads
         )
         return self.o_proj(mixed.transpose(1, 2).flatten(-2))
 
@@ -127,36 +128,48 @@ def add_scaled(x: Tensor, scale: Tensor, branch: Tensor) -> Tensor:
 class Block(nn.Module):
     """Blk(x, c): attention and feed-forward, each added to the residual stream with scale c."""
 
-    def __init__(self, config: Any, backend: Backend) -> None:
+    def __init__(self, config: Any, backend: Backend, index: int) -> None:
         super().__init__()
         self.backend = backend
+        self.index, self.num_layers = index, config.num_hidden_layers
         self.rope_theta = config.rope_theta
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, backend)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FeedForward(config, backend)
 
-    def block(self, x: Tensor, scale: Tensor, rotary: Rotary) -> Tensor:
-        u = add_scaled(x, scale, self.self_attn(self.input_layernorm(x), rotary))
+    def block(self, x: Tensor, scale: Tensor, rotary: Rotary, decoding: Decoding | None = None) -> Tensor:
+        u = add_scaled(x, scale, self.self_attn(self.input_layernorm(x), rotary, decoding))
         return add_scaled(u, scale, self.mlp(self.post_attention_layernorm(u)))
 
-    def rotary(self, hidden: Tensor) -> Rotary:
+    def rotary(self, hidden: Tensor, decoding: Decoding | None = None) -> Rotary:
         tokens = self.backend.whole_length(hidden.shape[1])
-        return rotary_angles(tokens, self.self_attn.head_dim, self.rope_theta, hidden)
+        positions = torch.arange(tokens, device=hidden.device) if decoding is None else decoding.positions
+        return rotary_angles(positions, self.self_attn.head_dim, self.rope_theta, hidden)
+
+    def at_loop(self, n: int, decoding: Decoding | None) -> Decoding | None:
+        """`decoding` for loop n of this layer, n from 1."""
+        return None if decoding is None else decoding.at((n - 1) * self.num_layers + self.index)
 
 
 class PlainLayer(Block):
     """A layer that does not loop: the baselines. c = 1, or 1/(l+1) with `residual_scale: inverse_depth`."""
 
     def __init__(self, config: Any, backend: Backend, index: int) -> None:
-        super().__init__(config, backend)
+        super().__init__(config, backend, index)
         self.scale = 1.0 / (index + 1) if config.residual_scale == "inverse_depth" else 1.0
         self.run: Callable[..., Any] = self.block  # training may wrap it: recomputation, compilation
 
-    def forward(self, hidden: Tensor, memory: "SharedRead | None" = None, num_loops: int | None = None) -> Any:
+    def forward(
+        self,
+        hidden: Tensor,
+        memory: SharedRead | None = None,
+        num_loops: int | None = None,
+        decoding: Decoding | None = None,
+    ) -> tuple[Tensor, None]:
         """[B, T, D] -> ([B, T, D], None); memory and num_loops are for looped layers."""
         scale = torch.full((), self.scale, device=hidden.device, dtype=wide(hidden.dtype))  # a tensor: compiled once
-        return self.run(hidden, scale, self.rotary(hidden)), None
+        return self.run(hidden, scale, self.rotary(hidden, decoding), self.at_loop(1, decoding)), None
 
 
 # ------------------------------------------------------------------------------------------- looping and halting
@@ -209,7 +222,7 @@ class LoopedLayer(Block):
     """A layer that is applied up to N times and learns, per token, when to stop."""
 
     def __init__(self, config: Any, backend: Backend, index: int) -> None:
-        super().__init__(config, backend)
+        super().__init__(config, backend, index)
         self.max_loops = config.max_loops
         self.step_scales = nn.Parameter(torch.empty(config.max_loops))  # raw s_n; zeta_n = softplus(s_n)
         self.halting = nn.Linear(config.hidden_size + 1, 1)
@@ -217,7 +230,11 @@ class LoopedLayer(Block):
         self.run: Callable[..., Any] = self.one_loop  # training may wrap it: recomputation, compilation
 
     def forward(
-        self, hidden: Tensor, memory: SharedRead | None = None, num_loops: int | None = None
+        self,
+        hidden: Tensor,
+        memory: SharedRead | None = None,
+        num_loops: int | None = None,
+        decoding: Decoding | None = None,
     ) -> tuple[Tensor, LoopStats]:
         """Visit the layer: [B, T, D] -> ([B, T, D], LoopStats).
 
@@ -227,7 +244,7 @@ class LoopedLayer(Block):
         loops = self.max_loops if num_loops is None else num_loops
         precise = wide(hidden.dtype)
         zeta = F.softplus(self.step_scales.to(precise))
-        rotary = self.rotary(hidden)
+        rotary = self.rotary(hidden, decoding)
         local_keys = self.memory.normed_local_keys(memory) if self.memory is not None and memory is not None else None
         state = LoopState(
             hidden,
@@ -240,7 +257,7 @@ class LoopedLayer(Block):
             trained = min(n, self.max_loops)
             tau = (trained - 1) / max(1, self.max_loops - 1)
             step = (zeta[trained - 1], zeta.new_full((), tau), torch.full((), n == loops, device=hidden.device))
-            state, report = self.run(state, *step, memory, local_keys, rotary)
+            state, report = self.run(state, *step, memory, local_keys, rotary, self.at_loop(n, decoding))
             reports.append(report)
         return state.output.to(hidden.dtype), collect(reports)
 
@@ -253,12 +270,13 @@ class LoopedLayer(Block):
         memory: SharedRead | None,
         local_keys: Tensor | None,
         rotary: Rotary,
+        decoding: Decoding | None,
     ) -> tuple[LoopState, LoopReport]:
         """Loop n: memory, block, halting, mixture (the drawing at the head of this file)."""
         injected, local_gate, global_gate = state.hidden, None, None
         if self.memory is not None and memory is not None:
             injected, local_gate, global_gate = self.memory(state.hidden, memory, local_keys)
-        hidden = self.block(injected, zeta, rotary)
+        hidden = self.block(injected, zeta, rotary, decoding)
 
         lam = self.halting_lambda(hidden, tau)
         # The last loop takes what is left, its own lambda is only reported. `where` keeps it in the graph: the router
@@ -328,13 +346,15 @@ class LoopMemModel(nn.Module):
         self.memory = SharedMemory(config, backend) if config.local_slots or config.global_slots else None
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor, num_loops: int | None = None) -> tuple[Tensor, list[LoopStats]]:
+    def forward(
+        self, input_ids: Tensor, num_loops: int | None = None, decoding: Decoding | None = None
+    ) -> tuple[Tensor, list[LoopStats]]:
         """[B, T] -> (hidden [B, T, D] after the final norm, one LoopStats a looped layer)."""
         hidden = self.embed_tokens(input_ids)
         memory = self.memory() if self.memory is not None else None
         all_stats: list[LoopStats] = []
         for layer in self.layers:
-            hidden, stats = layer(hidden, memory, num_loops)
+            hidden, stats = layer(hidden, memory, num_loops, decoding)
             all_stats += [] if stats is None else [stats]
         return self.norm(hidden), all_stats
 
@@ -360,9 +380,15 @@ class LoopMemLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, num_loops: int | None = None) -> LoopMemOutput:
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        num_loops: int | None = None,
+        decoding: Decoding | None = None,
+    ) -> LoopMemOutput:
         """`input_ids` and `labels` [B, T]; labels are the next tokens, already shifted."""
-        hidden, stats = self.model(input_ids, num_loops)
+        hidden, stats = self.model(input_ids, num_loops, decoding)
         logits = self.lm_head(hidden)
         if labels is None:
             return LoopMemOutput(logits, stats, None, None, None)

@@ -40,7 +40,7 @@ BAD = [
     ({"tie_word_embeddings": 1}, "tie_word_embeddings: 1 is not valid; valid: true or false"),
 ]
 BAD_HERE_ONLY = [
-    ({"use_cache": True}, "no key/value cache"),
+    ({"use_cache": 1}, "use_cache: 1 is not valid; valid: true or false"),
     ({"max_position_embeddings": 0}, "max_position_embeddings: 0"),
     ({"eos_token_id": 512}, "eos_token_id: 512 is not valid; valid: none, or a token id from 0 to vocab_size - 1"),
     ({"pad_token_id": -1}, "pad_token_id: -1"),

@@ -44,6 +44,12 @@ output.loss.backward()
 with warnings.catch_warnings():
     warnings.simplefilter("error")
     tokens = model.generate(**ids, max_new_tokens=8, do_sample=False)
+    tokenizer.pad_token = tokenizer.eos_token
+    batch = tokenizer([prompt, prompt[:9]], return_tensors="pt", padding=True, return_token_type_ids=False)
+    cached, recomputed = (
+        model.generate(**batch, max_new_tokens=8, do_sample=False, use_cache=keep)[:, -8:].tolist()
+        for keep in (True, False)
+    )
 model.save_pretrained(saved)
 again = AutoModelForCausalLM.from_pretrained(saved, trust_remote_code=True)
 same = torch.equal(again(ids["input_ids"]).logits, output.logits)
@@ -51,6 +57,7 @@ print(json.dumps({
     "class": type(model).__module__.split(".")[0], "dtype": str(model.dtype), "loss": output.loss.item(),
     "context": config.max_position_embeddings, "loops": [s.expected_loops().mean().item() for s in output.loop_stats],
     "grads": all(p.grad is not None for p in model.parameters()), "tokens": tokens[0].tolist(), "saved_same": same,
+    "batch_same": cached == recomputed and cached[0] == tokens[0, -8:].tolist(),
 }))
 """
 
@@ -138,7 +145,8 @@ def test_stranger_loads_it_with_torch_and_transformers_alone(full, tmp_path, tok
     expected = model(ids[:, :-1], labels=ids[:, 1:])
     assert said["class"] == "transformers_modules" and said["dtype"] == "torch.float32"
     assert said["loss"] == pytest.approx(expected.loss.item(), rel=1e-6)
-    assert said["context"] == SEQ_LENGTH and len(said["loops"]) == 2 and said["grads"] and said["saved_same"]
+    assert said["context"] == SEQ_LENGTH and len(said["loops"]) == 2 and said["grads"]
+    assert said["saved_same"] and said["batch_same"]
     for _ in range(8):
         ids = torch.cat((ids, model(ids).logits[:, -1:].argmax(-1)), dim=1)
     assert said["tokens"] == ids[0].tolist()

@@ -57,7 +57,7 @@ def test_parameter_formula(changes):
     assert parameter_counts(model).total == sum(parameter.numel() for parameter in built.parameters())
 
 
-def explicit_attention(q, k, v, is_causal, enable_gqa):
+def explicit_attention(q, k, v, attn_mask, is_causal, enable_gqa):
     if enable_gqa:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     return torch.softmax(q @ k.transpose(-1, -2), dim=-1) @ v

@@ -159,7 +159,7 @@ def test_attention_is_causal_and_loops_do_not_leak():
 
 
 def test_rotation_depends_on_relative_position_only():
-    rotary = rotary_angles(16, 8, 500000.0, torch.zeros(1, dtype=torch.float64))
+    rotary = rotary_angles(torch.arange(16), 8, 500000.0, torch.zeros(1, dtype=torch.float64))
     q, k = torch.randn(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
     turned_q = rotate(q.expand(1, 16, 1, 8), rotary)[0, :, 0]
     turned_k = rotate(k.expand(1, 16, 1, 8), rotary)[0, :, 0]

@@ -1,0 +1,69 @@
+"""What generation adds to a forward pass: positions, a padding mask, and the keys and values of earlier tokens.
+
+In loop n a token attends to what the earlier tokens were in loop n, so every layer keeps keys and values of each loop:
+slot (n - 1) * L + l is loop n of layer l. Memory banks depend on no other token and need no cache.
+
+T tokens of this pass follow `earlier` ones in the cache. Imports torch and the standard library only: the exported
+Hugging Face model inlines this file as text.
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class KeyValueCache(Protocol):
+    """Keys and values of earlier tokens, by slot. transformers' DynamicCache is one."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Append [B, K, T, d] to slot `layer_idx`; returns all keys and values of that slot."""
+
+
+class Decoding(NamedTuple):
+    """What layers are told in generation; training passes none: sequences are whole, unpadded, from position 0."""
+
+    positions: Tensor
+    """of the T tokens, [T] or [B, T]"""
+    mask: Tensor | None
+    """bool, whether a token sees another, [T, earlier + T] or [B, 1, T, earlier + T]; None: all up to itself, which
+    attention can tell where there are no earlier ones or T is 1"""
+    cache: KeyValueCache | None
+    slot: int = 0
+
+    def at(self, slot: int) -> "Decoding":
+        """The same for one layer and loop."""
+        return self._replace(slot=slot)
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of these tokens -> those of the earlier ones and these."""
+        return (keys, values) if self.cache is None else self.cache.update(keys, values, self.slot)
+
+
+def decoding(
+    tokens: int,
+    earlier: int,
+    device: torch.device,
+    real: Tensor | None = None,
+    positions: Tensor | None = None,
+    cache: KeyValueCache | None = None,
+) -> Decoding:
+    """Positions and mask of `tokens` tokens after `earlier` ones in `cache`.
+
+    Args:
+        tokens: T, tokens of this forward pass.
+        earlier: tokens in the cache.
+        device: of the model's input.
+        real: bool [B, earlier + T], False where a token is padding; None without padding.
+        positions: of the T tokens, where they do not count the real tokens from 0.
+        cache: takes and gives keys and values; None for a pass that is not continued.
+    """
+    index = torch.arange(earlier + tokens, device=device)
+    if positions is None:
+        positions = index[earlier:] if real is None else (real.cumsum(-1) - 1).clamp_min(0)[:, earlier:]
+    mask = None
+    if real is not None or (earlier and tokens > 1):
+        mask = index <= index[earlier:, None]
+        if real is not None:  # padding sees itself, so that no softmax is empty
+            mask = mask & real[:, None, None, :] | (index == index[earlier:, None])
+    return Decoding(positions, mask, cache)
