@@ -17,7 +17,8 @@ from loopmem_pretrain.progress import stage_bars
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    options = build_parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = build_parser().parse_args(arguments, argparse.Namespace(arguments=arguments))
     rank = os.environ.get("RANK", "0")
     level = logging.INFO if rank == "0" else logging.ERROR
     logging.basicConfig(level=logging.WARNING, format="loopmem: %(message)s", stream=sys.stderr)
@@ -247,7 +248,7 @@ def evaluate(options: Any) -> int:
         num_loops=options.num_loops,
         max_documents=options.max_documents,
         batch_size=options.batch_size,
-        command=shlex.join(["loopmem", *sys.argv[1:]]),
+        command=shlex.join(["loopmem", *options.arguments]),
     )
     print(describe(evaluation))
     if options.out:

@@ -130,9 +130,13 @@ def _domains(place: Path, is_exported: bool, text: Sequence[str], data: Sequence
 
 
 def _with_bar(scorer: Scorer, domain: Domain, settings: list[Setting], max_documents: int | None) -> DomainScores:
-    bar = ProgressBar(f"eval {domain.name}", 0, unit="document")
+    bar = ProgressBar(f"eval {domain.name}", 0, unit="window")
+
+    def show(windows: int, documents: int) -> None:
+        bar.update(windows, f"{documents:,} documents")
+
     try:
-        return measure(scorer, domain, settings, max_documents, on_documents=bar.update)
+        return measure(scorer, domain, settings, max_documents, show)
     finally:
         bar.close()
 

@@ -73,9 +73,11 @@ def measure(
     domain: Domain,
     settings: Sequence[Setting],
     max_documents: int | None = None,
-    on_documents: Callable[[int], object] = lambda documents: None,
+    on_windows: Callable[[int, int], object] = lambda windows, documents: None,
 ) -> DomainScores:
-    """Score a domain's documents, or the first `max_documents`; `on_documents` is told how many were read so far.
+    """Score a domain's documents, or the first `max_documents`.
+
+    `on_windows` is told how many windows were scored so far, and of how many documents they are.
 
     Raises:
         DataError: no document, a document without a token, or a file that cannot be read.
@@ -99,14 +101,15 @@ def measure(
             yield from windows(number, [scorer.eos_id, *ids], scorer.context)
 
     nats: dict[Setting, dict[int, float]] = {setting: defaultdict(float) for setting in settings}
-    stream = all_windows()
+    stream, done = all_windows(), 0
     while pool := list(islice(stream, POOL * scorer.batch_size)):
         for setting, sums in nats.items():
             values = window_nats(scorer.model, pool, scorer.batch_size, setting)
             for window, value in zip(pool, values, strict=True):
                 _require_finite(value, domain, window, setting)
                 sums[window.document] += value
-        on_documents(len(tokens))
+        done += len(pool)
+        on_windows(done, len(tokens))
     if not tokens:
         raise DataError(f"{domain.name}: holds no document with a visible character", "give a file with text in it")
     scores = [

@@ -119,6 +119,9 @@ def test_two_domains(trained, evaluate, tmp_path):
     for name in ("one.txt", "two.txt"):
         (tmp_path / name).write_text(f"the of and {name}\n")
     result = evaluate(trained, "--text", tmp_path / "one.txt", tmp_path / "two.txt", "--num-loops", 2, 1)
+    assert result["command"].startswith(
+        f"loopmem eval {trained} --text {tmp_path}/one.txt {tmp_path}/two.txt --num-loops"
+    )
     assert [domain["name"] for domain in result["domains"]] == [str(tmp_path / "one.txt"), str(tmp_path / "two.txt")]
     for domain in result["domains"]:
         assert [row["num_loops"] for row in domain["scores"]] == [2, 1]
@@ -173,6 +176,15 @@ def test_a_tokenizer_of_another_model(exported, refused, tmp_path):
     tokenizer["model"]["vocab"]["qqqq"] = 320
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert "has ids up to 320, the model a vocab_size of 320" in refused(3, folder, "--text", text)
+
+
+def test_an_export_that_does_not_say_its_context(exported, refused, tmp_path):
+    folder, text = tmp_path / "hf", tmp_path / "text.txt"
+    shutil.copytree(exported, folder)
+    text.write_text("the of and")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": None}))
+    assert "max_position_embeddings is null" in refused(2, folder, "--text", text)
 
 
 def test_what_is_no_model(refused, tmp_path):
