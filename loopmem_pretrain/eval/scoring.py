@@ -2,8 +2,8 @@
 
 A document is scored as [end of document, token 1, ... token n]: what stands before it in training, then its text. Every
 token after the first is predicted exactly once. Windows of `context` inputs begin every context // 2 tokens, and each
-predicts the tokens that no window before it has: a token of a long document is predicted from at least the context - 1
-- context // 2 tokens before it, in the first window from all that there are.
+predicts the tokens that no window before it has: in the first window from all that stand before, in later ones from at
+least context - context // 2 + 1 tokens, more than half the context.
 
 Attention is causal and halting is per token, so windows of a batch are padded at their ends: padding changes nothing.
 """
