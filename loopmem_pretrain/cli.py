@@ -17,7 +17,8 @@ from loopmem_pretrain.progress import stage_bars
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    options = build_parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = build_parser().parse_args(arguments, argparse.Namespace(arguments=arguments))
     rank = os.environ.get("RANK", "0")
     level = logging.INFO if rank == "0" else logging.ERROR
     logging.basicConfig(level=logging.WARNING, format="loopmem: %(message)s", stream=sys.stderr)
@@ -86,6 +87,18 @@ def build_parser() -> argparse.ArgumentParser:
     generate_.add_argument("--seed", type=int, default=0)
     generate_.add_argument("--num-loops", type=int, metavar="N", help="apply every layer N times instead of max_loops")
     generate_.add_argument("--save", metavar="FILE", help="also write prompt and text to FILE")
+    eval_ = command("eval", evaluate, "Perplexity and bits per byte of a run or an exported folder on held-out text.")
+    eval_.add_argument("model", metavar="RUN_OR_HF", help="run folder, one of its checkpoints, or exported folder")
+    held_out = eval_.add_mutually_exclusive_group()
+    help_ = "text to score, a domain a file: .txt (one document), .jsonl, .parquet"
+    held_out.add_argument("--text", nargs="+", default=[], metavar="FILE", help=help_)
+    help_ = "prepared data, whose validation splits are scored (default: the run's own)"
+    held_out.add_argument("--data", nargs="+", default=[], metavar="PREPARED", help=help_)
+    help_ = "apply every layer N times instead of max_loops, for each N; `all`: 1 to twice max_loops, and memory closed"
+    eval_.add_argument("--num-loops", nargs="+", default=[], metavar="N", help=help_)
+    eval_.add_argument("--max-documents", type=int, metavar="N", help="the first N of each domain (default: all)")
+    eval_.add_argument("--batch-size", type=int, default=8, metavar="B", help="windows in a forward pass (default: 8)")
+    eval_.add_argument("--out", metavar="FILE.json", help="also write every number, unrounded")
     help_ = "What is in a run's checkpoints, whether it is what was written; one rewritten for a start at other sizes."
     checkpoint_ = command("checkpoint", list_checkpoints, help_).add_subparsers(required=True, metavar="VERB")
     list_ = command("list", list_checkpoints, "A table of a run's checkpoints and why each is kept.", checkpoint_)
@@ -219,6 +232,27 @@ def generate(options: Any) -> int:
     print()
     if options.save:
         Path(options.save).write_text(options.prompt + text + "\n", encoding="utf-8")
+    return EXIT_DONE
+
+
+def evaluate(options: Any) -> int:
+    import shlex
+
+    from loopmem_pretrain.eval.evaluate import evaluate, write_evaluation
+    from loopmem_pretrain.tools.evaluation import describe
+
+    evaluation = evaluate(
+        options.model,
+        text=options.text,
+        data=options.data,
+        num_loops=options.num_loops,
+        max_documents=options.max_documents,
+        batch_size=options.batch_size,
+        command=shlex.join(["loopmem", *options.arguments]),
+    )
+    print(describe(evaluation))
+    if options.out:
+        write_evaluation(options.out, evaluation)
     return EXIT_DONE
 
 

@@ -14,6 +14,7 @@ import os
 import struct
 import weakref
 from bisect import bisect_right
+from collections.abc import Iterator
 from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
@@ -88,6 +89,20 @@ class TokenStream:
             done += size
             shard += 1
         return tokens.astype(np.int64)
+
+    def documents(self) -> "Iterator[NDArray[np.int64]]":
+        """The tokens of each document, in order; int64 [its length, with its end-of-document token].
+
+        Raises:
+            DataError: a shard has become shorter since it was opened.
+        """
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+        for shard, start in zip(self.manifest.splits[self.split].shards, self._starts, strict=False):
+            opened = IndexedDataset(str(self.folder / shard.prefix))  # its arrays are gone from memory when it is
+            for length in opened.sequence_lengths.tolist():
+                yield self.read(start, length)
+                start += length
 
     def _check_index(self, shard: Shard) -> None:
         import numpy as np

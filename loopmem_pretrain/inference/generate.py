@@ -59,7 +59,7 @@ def generate_text(
     Raises:
         ConfigError: a value that cannot be meant, or a prompt that does not fit the context.
     """
-    codec: _Codec = tokenizer if isinstance(model, LoopMemLM) else _HuggingFaceCodec(tokenizer)
+    codec = codec_of(model, tokenizer)
     _check_values(model.config, max_new_tokens, temperature, top_k, num_loops)
     ids = codec.encode(prompt) or [codec.eos_id]  # the end of one document is where the next begins
     _check_length(len(ids), max_new_tokens, context_length or getattr(model.config, "max_position_embeddings", None))
@@ -130,6 +130,15 @@ def _generate_huggingface(
         **({"num_loops": num_loops} if num_loops is not None else {}),
         **(drawing or {"do_sample": False}),
     )
+
+
+def codec_of(model: Any, tokenizer: Any) -> _Codec:
+    """What turns text into the model's tokens and back; `model` and `tokenizer` as `generate_text` takes them.
+
+    Raises:
+        ConfigError: a tokenizer of transformers that names no end-of-document token.
+    """
+    return tokenizer if isinstance(model, LoopMemLM) else _HuggingFaceCodec(tokenizer)
 
 
 class _HuggingFaceCodec:

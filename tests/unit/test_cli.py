@@ -121,6 +121,11 @@ def test_run_that_is_not_there(refused, command):
     assert "nowhere/metrics.jsonl does not exist" in refused(3, *command)
 
 
+def test_eval_on_files_and_on_prepared_data(refused):
+    said = refused(2, "eval", "runs/demo", "--text", "a.txt", "--data", "tokens")
+    assert "argument --data: not allowed with argument --text" in said
+
+
 def test_demo_outside_of_the_repository(refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = refused(2, "demo")

@@ -27,6 +27,12 @@ def _rewrite(folder: Path, change: Callable[[dict], None]) -> None:
     (folder / "manifest.json").write_text(json.dumps(values))
 
 
+def test_documents_in_order_across_shards(folder: Path) -> None:
+    documents = list(TokenStream(folder, "train").documents())
+    assert [tokens.tolist() for tokens in documents] == [document for shard in SHARDS for document in shard]
+    assert all(tokens.dtype == np.int64 for tokens in documents)
+
+
 def test_every_range_is_the_same_as_of_one_array(folder: Path) -> None:
     stream = TokenStream(folder, "train")
     everything = np.arange(1, 13)

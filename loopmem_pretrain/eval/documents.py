@@ -1,0 +1,79 @@
+"""Held-out text by domain: files of text, or the validation split of prepared data, as whole documents.
+
+Both give text. A prepared split is decoded with its own tokenizer, and whoever scores it encodes it again: so any model
+can be scored on any prepared data, and bytes are counted in text, not in tokens.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from loopmem_pretrain.config.prepare import SourceConfig
+from loopmem_pretrain.data.corpus import SUFFIXES, iter_documents
+from loopmem_pretrain.data.indexed import TokenStream
+from loopmem_pretrain.data.tokenizer import load_tokenizer
+from loopmem_pretrain.errors import DataError
+
+log = logging.getLogger(__name__)
+
+
+class Domain(NamedTuple):
+    """Documents that are measured together."""
+
+    name: str
+    """The path it is read from."""
+    texts: Iterator[bytes]
+    """Its documents, UTF-8; they can be read once. Reading raises DataError for a damaged file."""
+
+
+def text_domains(paths: Sequence[str]) -> list[Domain]:
+    """One domain a file. A .txt file is one document; others are read as `loopmem prepare-data` reads them.
+
+    Raises:
+        DataError: a file is missing, empty or of an unknown type; all such files at once.
+    """
+    problems = []
+    for path in map(Path, paths):
+        if not path.is_file():
+            problems.append(f"{path}: no such file")
+        elif not path.name.endswith(SUFFIXES):
+            problems.append(f"{path}: unknown type; read are {', '.join(SUFFIXES)}")
+        elif path.stat().st_size == 0:
+            problems.append(f"{path}: empty, 0 bytes")
+    if problems:
+        raise DataError("cannot read the text\n  " + "\n  ".join(problems), "correct the paths after --text")
+    return [Domain(path, _read_file(Path(path))) for path in paths]
+
+
+def prepared_domains(folders: Sequence[str]) -> list[Domain]:
+    """One domain a folder of prepared data: its validation split.
+
+    Raises:
+        DataError: a folder is missing or damaged, or holds no validation split.
+    """
+    return [Domain(folder, _read_prepared(TokenStream(folder, "validation"))) for folder in folders]
+
+
+def _read_file(path: Path) -> Iterator[bytes]:
+    source = SourceConfig(paths=(str(path),), origin="evaluation", license="evaluation")
+    for document in iter_documents(source, files=[path]):
+        yield document.text
+
+
+def _read_prepared(stream: TokenStream) -> Iterator[bytes]:
+    tokenizer = load_tokenizer(stream.folder / stream.manifest.tokenizer.file)
+    decoded = 0
+    for tokens in stream.documents():
+        # The mark at its end decodes to nothing.
+        text = tokenizer.decode(tokens.tolist()).encode("utf-8")
+        decoded += len(text)
+        yield text
+    prepared = stream.manifest.splits["validation"].text_bytes
+    if decoded != prepared:
+        log.warning(
+            "%s: the validation split was made from %s bytes of text and decodes to %s: its tokenizer loses some of it",
+            stream.folder,
+            f"{prepared:,}",
+            f"{decoded:,}",
+        )
