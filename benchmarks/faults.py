@@ -289,12 +289,12 @@ def full_disks(bench: Bench) -> None:
         run_dir = mount / "run"
         ended = on_ranks(bench.config(run_dir, parallel), ranks)
         whole = newest(run_dir)
-        clean = "No space left" in ended or "no room" in ended
+        clean = ended.startswith("EnvironmentFault: cannot save")
         bench.require(clean, f"disk of {megabytes} MB: {ended}")
         subprocess.run(["mount", "-o", "remount,size=64m", mount], check=True)
         again = on_ranks(bench.config(run_dir, parallel), ranks)
         same = again == "done" and logged(run_dir) == bench.undisturbed(layout)
-        said = ended.split(":")[0] + (", no space left" if clean else "")
+        said = ended.split(": rank")[0].split(" in /")[0]
         print(
             f"| a disk of {megabytes} MB | {said} | step {whole} | {again} | {bench.require(same, f'{megabytes} MB')} |"
         )

@@ -221,7 +221,6 @@ class _Save:
         except _GivenUp:
             pass  # another rank has failed and says why
         except (OSError, RuntimeError, LoopMemError) as error:
-            # torch.save reports a full disk as RuntimeError ("unexpected pos", "file write failed").
             self.failure = getattr(error, "problem", None) or f"{type(error).__name__}: {error}"
         except BaseException as error:
             self.failure = f"{type(error).__name__}: {error}"
@@ -267,7 +266,13 @@ class _GivenUp(Exception):
 
 
 def write_state(path: Path, value: Any) -> None:
-    torch.save(value, path)
+    """torch.save, whose errors do not say what is wrong: mostly, that the disk is full."""
+    try:
+        torch.save(value, path)
+    except RuntimeError as error:
+        free = shutil.disk_usage(path.parent).free
+        problem = f"cannot write {path.name}, {free / 1e6:,.1f} MB are free there: {str(error).splitlines()[0]}"
+        raise EnvironmentFault(problem) from error
 
 
 def leave_record(folder: Path, rank: int, record: Mapping[str, Any]) -> None:
