@@ -77,6 +77,6 @@ def test_a_killed_rank_is_started_again(tmp_path, sentences, undisturbed, launch
     assert process.returncode == 0, errors
     assert "resumed from" in errors, errors
     if options:
-        assert "restart 1 of 1 in 6 s" in errors
+        assert "restart 1 of 1 in 5 s" in errors
     assert json.loads((run_dir / "status.json").read_text())["status"] == "done"
     assert measurements(run_dir) == measurements(undisturbed)
