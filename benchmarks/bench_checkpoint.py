@@ -68,7 +68,7 @@ def turns_on_rank(rank: int, world_size: int, config: Any, rounds: int) -> tuple
 
 
 def config_of(folder: Path, options: argparse.Namespace) -> Any:
-    """A run on generated sentences whose model has about 12 million parameters a layer of width 1024."""
+    """A run on generated sentences."""
     root = Path(__file__).resolve().parents[1]
     sys.path.insert(0, os.fspath(root))
     from tests.configs import tiny_run

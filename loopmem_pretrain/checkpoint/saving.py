@@ -43,7 +43,7 @@ POLL = 0.05
 GRACE = 10.0
 """Seconds that rank 0 of a start that ends waits for the records of ranks that may be gone."""
 FAILURES = 2
-"""Saves that may fail in a row, but for this one, before the run ends: each interval more could be lost work."""
+"""Saves in a row that fail and end the run: with each interval more work could be lost."""
 
 
 class Run(state.Run, Protocol):
