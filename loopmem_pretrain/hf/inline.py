@@ -21,7 +21,7 @@ _CONFIGURATION_BESIDE = ".configuration_loopmem"
 _ALLOWED = frozenset({"torch", "transformers"}) | sys.stdlib_module_names
 INLINED: Mapping[str, Path] = {
     f"{_PACKAGE}.model.{name}": _ROOT / "model" / f"{name}.py"
-    for name in ("init", "backend", "memory", "decoding", "loopmem")
+    for name in ("init", "backend", "memory", "decoding", "block", "loopmem")
 }
 """Modules whose text replaces their import."""
 

@@ -25,7 +25,8 @@ from loopmem_pretrain.config.parallel import ParallelConfig
 from loopmem_pretrain.config.training import TrainingConfig
 from loopmem_pretrain.errors import EnvironmentFault
 from loopmem_pretrain.model.backend import Backend
-from loopmem_pretrain.model.loopmem import LoopedLayer, PlainLayer, RMSNorm, make_layer, ponder_cost
+from loopmem_pretrain.model.block import RMSNorm
+from loopmem_pretrain.model.loopmem import LoopedLayer, PlainLayer, make_layer, ponder_cost
 from loopmem_pretrain.model.memory import SharedMemory, SharedRead
 from loopmem_pretrain.parallel.placement import padded_size, placement
 from loopmem_pretrain.parallel.topology import Topology

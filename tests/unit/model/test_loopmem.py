@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from loopmem_pretrain.config.model import ModelConfig
-from loopmem_pretrain.model import loopmem
+from loopmem_pretrain.model import block, loopmem, memory
 from loopmem_pretrain.model.backend import TorchBackend
+from loopmem_pretrain.model.block import add_scaled, rotary_angles, rotate
 from loopmem_pretrain.model.init import initialize
-from loopmem_pretrain.model.loopmem import LoopedLayer, LoopMemLM, rotary_angles, rotate
+from loopmem_pretrain.model.loopmem import LoopedLayer, LoopMemLM
 from loopmem_pretrain.model.memory import dense_read
 from tests.configs import TINY_MODEL
 
@@ -191,9 +192,9 @@ def test_unknown_variants_are_named(field, value):
         LoopMemLM(config, TorchBackend())
 
 
-def test_the_math_file_knows_no_process_groups():
-    text = Path(loopmem.__file__).read_text()
-    assert "distributed" not in text
+def test_the_math_files_know_no_process_groups():
+    for module in (loopmem, block, memory):
+        assert "distributed" not in Path(module.__file__).read_text()
     assert LoopedLayer.one_loop.__doc__
 
 
@@ -203,8 +204,8 @@ def test_a_step_scale_is_not_rounded_to_bfloat16_on_the_way():
     x, branch = (torch.randn(64, 64, generator=generator, dtype=torch.bfloat16) for _ in range(2))
     low, high = torch.tensor(1.0, requires_grad=True), torch.tensor(1.003)
     assert low.bfloat16() == high.bfloat16()
-    assert not torch.equal(loopmem.add_scaled(x * 0, low, branch), loopmem.add_scaled(x * 0, high, branch))
+    assert not torch.equal(add_scaled(x * 0, low, branch), add_scaled(x * 0, high, branch))
     exact = (x.float() + high * branch.float()).bfloat16()
-    assert torch.equal(loopmem.add_scaled(x, high, branch), exact)
-    loopmem.add_scaled(x, low, branch).sum().backward()
+    assert torch.equal(add_scaled(x, high, branch), exact)
+    add_scaled(x, low, branch).sum().backward()
     torch.testing.assert_close(low.grad, branch.float().sum(), rtol=1e-3, atol=1e-2)
