@@ -20,11 +20,11 @@ class Turn(NamedTuple):
     """Seconds of one save written while training waits, and of one written in the background."""
 
     waited: float
-    """for the whole save: copy, write, flush, hash, publish"""
+    """for the whole save: loss on a sample, write, flush, hash, publish"""
     stalled: float
-    """for the copy alone"""
+    """in the background: to begin it, and before the next update of the weights for the copy"""
     behind: float
-    """from there until it was published, training steps beside it"""
+    """from there until it was published, a training step beside it"""
     step_alone: float
     step_beside: float
     """of a training step, without and with a save in the background"""
@@ -57,8 +57,10 @@ def turns_on_rank(rank: int, world_size: int, config: Any, rounds: int) -> tuple
         alone = step()
         waited = save(wait=True)
         step()
-        stalled, started = save(wait=False), time.perf_counter()
+        before, started = trainer.saver.seconds, time.perf_counter()
+        save(wait=False)
         beside = step()
+        stalled = trainer.saver.seconds - before
         trainer.saver.finish()
         turns.append(Turn(waited, stalled, time.perf_counter() - started, alone, beside))
     checkpoint = trainer.store.latest()
@@ -116,8 +118,8 @@ def main() -> None:
     print("| | first turn | later turns |\n|---|---|---|")
     for name, meaning in (
         ("waited", "training waits for all of it"),
-        ("stalled", "in the background: training waits for the copy"),
-        ("behind", "in the background: written and published after"),
+        ("stalled", "in the background: training waits, to begin it and for the copy"),
+        ("behind", "in the background: from its beginning to its publication"),
         ("step_alone", "a training step alone"),
         ("step_beside", "a training step beside a save"),
     ):
@@ -125,7 +127,7 @@ def main() -> None:
         spread = f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
         print(f"| {meaning} | {getattr(first, name):.3f} | {spread} |")
     ratios = [turn.stalled / turn.waited for turn in later]
-    print(f"| **copy over whole save** | {first.stalled / first.waited:.1%} | {statistics.median(ratios):.1%} ", end="")
+    print(f"| **wait in the background over whole save** | {first.stalled / first.waited:.1%} | {statistics.median(ratios):.1%} ", end="")
     print(f"({min(ratios):.1%} to {max(ratios):.1%}) |\n")
     print(f"Phases of the last save, seconds, slowest rank each: {phases}.")
 

@@ -1,10 +1,14 @@
-"""The loss on one stored sample: what has been loaded must compute what was saved.
+"""The loss on a stored sample: what has been loaded must compute what was saved.
 
 A wrong merge, a lost part or a weight of another layer shows here, before a single step is trained on it.
+
+The sample is the first micro-batch of the step after the save, whose loss is that of the saved weights and costs
+nothing; where training waits for the save, and perhaps ends with it, it is the first held-out sample.
 """
 
 import json
 import math
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +32,12 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 class Engine(Protocol):
     """What measuring needs of a training engine."""
 
+    @property
+    def has_loss(self) -> bool:
+        """Whether this rank is the one that is told losses by `on_next_loss`, and writes the sample."""
+
+    def on_next_loss(self, call: Callable[[tuple[Tensor, Tensor], Tensor], None]) -> None: ...
+
     def evaluate(self, batches: Iterator[tuple[Tensor, Tensor]], micro_batches: int) -> Tensor: ...
 
 
@@ -44,21 +54,58 @@ class Run(Protocol):
     def on_rank_zero(self, action: Callable[[], object]) -> None: ...
 
 
-def take_probe(run: Run) -> bytes:
-    """The content of probe.json: the first held-out sample and its loss now. A collective, one forward pass.
+class Sample:
+    """A sample that comes from the training thread, for the thread that saves and waits for it."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self._known = threading.Event()
+        self._taken: tuple[list[list[int]], Tensor] | None = None
+
+    def take(self, batch: tuple[Tensor, Tensor], loss: Tensor) -> None:
+        """Inputs and labels, [B, T] each, and their mean cross-entropy, which may still be under way on the device."""
+        inputs, labels = batch
+        self._taken = torch.cat([inputs, labels[:, -1:]], dim=1).tolist(), loss
+        self._known.set()
+
+    def no_more(self) -> None:
+        """No sample will come where none has come so far."""
+        self._known.set()
+
+    def content(self) -> bytes | None:
+        """The content of probe.json, as soon as it is known; None where no sample has come.
+
+        Raises:
+            TrainingGaveUp: the loss is not finite.
+        """
+        self._known.wait()
+        if self._taken is None:
+            return None
+        tokens, loss = self._taken[0], float(self._taken[1])
+        _require_finite(loss, self.step)
+        return (json.dumps({"loss": loss, "tokens": tokens}) + "\n").encode()
+
+
+def take_sample(run: Run, sample: Sample) -> None:
+    """Give `sample` the first held-out sample and its loss now. A collective, one forward pass.
 
     Raises:
         TrainingGaveUp: the loss is not finite.
     """
-    tokens = [int(token) for token in run.validation_dataset[0]]
+    tokens = [[int(token) for token in run.validation_dataset[0]]]
     loss = _loss(run, tokens)
+    _require_finite(loss, sample.step)
+    batch = torch.tensor(tokens)
+    sample.take((batch[:, :-1], batch[:, 1:]), torch.tensor(loss, dtype=torch.float64))
+
+
+def _require_finite(loss: float, step: int) -> None:
     if not math.isfinite(loss):
         raise TrainingGaveUp(
-            f"the weights of step {run.position.step} give the loss {loss} on the first validation sample: not saved",
+            f"the weights of step {step} give the loss {loss}: not saved",
             "the newest checkpoint is from before: lower optimizer.lr or optimizer.gradient_clipping, or lengthen "
             "schedule.warmup_steps, in a new run_dir",
         )
-    return (json.dumps({"loss": loss, "tokens": tokens}) + "\n").encode()
 
 
 def check_probe(run: Run, checkpoint: Path) -> str:
@@ -84,22 +131,27 @@ def check_probe(run: Run, checkpoint: Path) -> str:
     return f"loss on the stored sample {loss:.6f}, when saved {expected:.6f}"
 
 
-def _read(path: Path, vocab_size: int) -> tuple[float, list[int]] | None:
+def _read(path: Path, vocab_size: int) -> tuple[float, list[list[int]]] | None:
     """The stored loss and sample; None where there is no such file."""
     if not path.exists():
         return None
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        loss, tokens = float(stored["loss"]), [int(token) for token in stored["tokens"]]
-        if len(tokens) < 2 or not 0 <= min(tokens) <= max(tokens) < vocab_size or not math.isfinite(loss):
-            raise ValueError("not a sample of this vocabulary and its loss")
+        loss, tokens = float(stored["loss"]), [[int(token) for token in row] for row in stored["tokens"]]
+        lengths, flat = {len(row) for row in tokens}, [token for row in tokens for token in row]
+        if len(lengths) != 1 or min(lengths) < 2 or not math.isfinite(loss):
+            raise ValueError("not samples of one length and their loss")
+        if not 0 <= min(flat) <= max(flat) < vocab_size:
+            raise ValueError("not samples of this vocabulary")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} holds no stored sample: {error}", "resume from another checkpoint") from None
     return loss, tokens
 
 
-def _loss(run: Run, tokens: list[int]) -> float:
-    """Every rank evaluates the same micro-batch, filled with the one sample: the mean does not depend on sizes."""
-    batch = torch.tensor(tokens).expand(run.config.training.micro_batch_size, -1)
-    inputs, labels = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-    return float(run.engine.evaluate(iter([(inputs, labels)]), 1))
+def _loss(run: Run, tokens: list[list[int]]) -> float:
+    """Every rank evaluates the same micro-batches, each sample equally often: the mean does not depend on sizes."""
+    size = run.config.training.micro_batch_size
+    count = math.lcm(size, len(tokens))
+    samples = torch.tensor(tokens).repeat(count // len(tokens), 1)
+    batches = [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in torch.split(samples, size)]
+    return float(run.engine.evaluate(iter(batches), len(batches)))

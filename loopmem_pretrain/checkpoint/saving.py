@@ -1,8 +1,12 @@
-"""Saving a run: what is kept is copied at once and written while training goes on.
+"""Saving a run: what is kept is copied and written while training goes on.
 
-    main thread   copy the state to host memory         (training waits)
-    a thread      write this rank's files, flush, hash  (training goes on)
+    main thread   collect the state: names and live tensors   (training waits)
+    a thread      copy it to host memory                      (beside the next forward and backward pass; the update of
+                                                               the weights waits until it is done)
+    the thread    write this rank's files, flush, hash        (training goes on)
     of rank 0     when all ranks have written: manifest, rename, move `latest`, remove old checkpoints
+
+The loss that a resumed run must reproduce is that of the next step's first micro-batch, which is computed anyway.
 
 The threads need no collective: each leaves a record of its files in `.incomplete-step_...-written/`, and rank 0's waits
 for all records. The ranks' main threads learn of a failure when they agree the next time (`Trainer.agree`).
@@ -28,13 +32,13 @@ import torch.distributed as dist
 from loopmem_pretrain.checkpoint import state
 from loopmem_pretrain.checkpoint.generators import generator_states, generators_file
 from loopmem_pretrain.checkpoint.probe import FILE as PROBE_FILE
-from loopmem_pretrain.checkpoint.probe import take_probe
-from loopmem_pretrain.checkpoint.snapshot import HostBuffers, compact
+from loopmem_pretrain.checkpoint.probe import Sample, take_sample
+from loopmem_pretrain.checkpoint.snapshot import HostBuffers, compact, frozen
 from loopmem_pretrain.checkpoint.store import CheckpointStore, hash_files
 from loopmem_pretrain.config.load import dump_config
 from loopmem_pretrain.config.training import CheckpointConfig
 from loopmem_pretrain.data.files import sync_folder
-from loopmem_pretrain.errors import EnvironmentFault, LoopMemError
+from loopmem_pretrain.errors import EnvironmentFault, LoopMemError, TrainingGaveUp
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +61,7 @@ class Saver:
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        run.engine.on_update(self._wait_for_copy)
         self.seconds = 0.0
         """That training has waited for saves, in this start."""
         self.started, self.has_warned = time.perf_counter(), False
@@ -85,6 +90,7 @@ class Saver:
         """
         if self._save is None:
             return
+        self._save.sample.no_more()
         self._save.wait_for_others = time.monotonic() + GRACE
         self._save.thread.join()
 
@@ -94,7 +100,8 @@ class Saver:
         Raises:
             EnvironmentFault: disk full or not writable, at once where it is waited for, else the second time in a row.
                 The newest checkpoint is then the one before.
-            TrainingGaveUp: the loss on the stored sample is not finite: nobody could go on from such a checkpoint.
+            TrainingGaveUp: the loss of these weights is not finite: nobody could go on from such a checkpoint. In the
+                background the second time in a row, since one micro-batch may be to blame.
         """
         self.finish()
         started = time.perf_counter()
@@ -113,11 +120,12 @@ class Saver:
         """Wait until the save under way, if any, is published; with `final` any failure is raised.
 
         Raises:
-            EnvironmentFault: as `save` says.
+            EnvironmentFault, TrainingGaveUp: as `save` says.
         """
         save, self._save = self._save, None
         if save is None:
             return
+        save.sample.no_more()
         started = time.perf_counter()
         while not self._all_done(save):
             save.thread.join(POLL)
@@ -126,19 +134,27 @@ class Saver:
             self.seconds += time.perf_counter() - started
         failures: list[Any] = [None] * self.run.world_size
         dist.all_gather_object(failures, save.failure)
-        told = [f"rank {rank}: {failure}" for rank, failure in enumerate(failures) if failure]
-        if told:
+        told = [f"rank {rank}: {failure}" for rank, failure in enumerate(failures) if isinstance(failure, str)]
+        gave_up = [failure for failure in failures if isinstance(failure, TrainingGaveUp)]
+        if told or gave_up:
             if self.run.rank == 0:
                 self.run.store.discard_incomplete()  # it may be what fills the disk
             fault = EnvironmentFault(
                 f"cannot save the checkpoint of step {save.step} in {save.folder.parent}: {'; '.join(told)}",
                 "free space or mend permissions there; the previous checkpoint is whole",
             )
-            self._take_failure(fault, final)
+            self._take_failure(fault if told else gave_up[0], final)
         else:
             self._failed_in_a_row = 0
 
-    def _take_failure(self, fault: EnvironmentFault, final: bool) -> None:
+    def _wait_for_copy(self) -> None:
+        """Before the weights change, the save under way must have its copy of them."""
+        if self._save is not None and not self._save.copied.is_set():
+            started = time.perf_counter()
+            self._save.copied.wait()
+            self.seconds += time.perf_counter() - started
+
+    def _take_failure(self, fault: EnvironmentFault | TrainingGaveUp, final: bool) -> None:
         self._failed_in_a_row += 1
         if final or self._failed_in_a_row >= FAILURES:
             raise fault
@@ -159,26 +175,24 @@ class Saver:
         """Make the folder, collect the state and start the thread."""
         run, step = self.run, self.run.position.step
         started = time.perf_counter()
-        probe = take_probe(run)
+        sample = Sample(step)
+        if wait:  # perhaps no step follows
+            take_sample(run, sample)
+        elif run.engine.has_loss:
+            run.engine.on_next_loss(sample.take)
         sampled = time.perf_counter() - started
         token = [secrets.token_hex(4)]
         dist.broadcast_object_list(token, src=0)
         run.on_rank_zero(lambda: make_folder(run.store, step, token[0]))
         states: dict[str, Any] = run.engine.collect_states(run.store.folder, run.store.incomplete_name(step, token[0]))
         states[generators_file(run.rank)] = generator_states()
-        copied, texts, facts, failure = {}, {}, {}, None
-        try:
-            if run.rank == 0:
-                texts = {PROBE_FILE: probe, "config.yaml": dump_config(run.config).encode()}
-                facts = state.facts(run)
-            for name, value in states.items():
-                copied[name] = value if wait else self._buffers.copy(name, value)
-            if run.device.type == "cuda":
-                torch.cuda.synchronize(run.device)
-        except (MemoryError, RuntimeError, OSError) as error:  # told to all ranks like a failure to write
-            failure = f"cannot copy the state to host memory: {error}"
-        seconds = {"loss_on_sample": sampled, "copy": time.perf_counter() - started - sampled}
-        save = _Save(run, token[0], copied, texts, facts, seconds, failure)
+        states = {name: frozen(value) for name, value in states.items()}
+        texts, facts = {}, {}
+        if run.rank == 0:
+            texts["config.yaml"] = dump_config(run.config).encode()
+            facts = state.facts(run)
+        seconds = {"loss_on_sample": sampled, "collect": time.perf_counter() - started - sampled}
+        save = _Save(run, token[0], states, texts, facts, sample, seconds, None if wait else self._buffers)
         save.thread.start()
         return save
 
@@ -193,8 +207,9 @@ class _Save:
         states: dict[str, Any],
         texts: Mapping[str, bytes],
         facts: Mapping[str, Any],
+        sample: Sample,
         seconds: dict[str, float],
-        failure: str | None,
+        buffers: HostBuffers | None,
     ) -> None:
         self.step, self.store, self.rank, self.world_size = run.position.step, run.store, run.rank, run.world_size
         self.keep: CheckpointConfig = run.config.checkpoint
@@ -203,7 +218,12 @@ class _Save:
         self.records = records_folder(self.folder)
         self.wait_for_others = math.inf
         """Until when (monotonic seconds) rank 0 waits for the others' records."""
-        self.states, self.texts, self.facts, self.seconds, self.failure = states, texts, facts, seconds, failure
+        self.states, self.texts, self.facts, self.seconds = states, dict(texts), facts, seconds
+        self.writes_sample, self.sample, self.buffers = run.engine.has_loss, sample, buffers
+        self.failure: str | TrainingGaveUp | None = None
+        self.device, self.copied = run.device, threading.Event()
+        """Whether training may change the weights."""
+        self.collected = torch.cuda.current_stream(run.device).record_event() if run.device.type == "cuda" else None
         self.started = time.perf_counter() - sum(seconds.values())
         self.took = 0.0
         """Seconds from its beginning until its thread ended."""
@@ -212,30 +232,56 @@ class _Save:
         self.thread = threading.Thread(target=self._work, name=f"save-{self.step}", daemon=True)
 
     def _work(self) -> None:
-        if self.failure:
-            return
         try:
+            self._copy()
             self._write()
             if self.rank == 0:
                 self._publish(self._records())
         except _GivenUp:
             pass  # another rank has failed and says why
+        except TrainingGaveUp as error:
+            self.failure = error
         except (OSError, RuntimeError, LoopMemError) as error:
             self.failure = getattr(error, "problem", None) or f"{type(error).__name__}: {error}"
         except BaseException as error:
             self.failure = f"{type(error).__name__}: {error}"
             raise  # a bug: the traceback is printed
         finally:
+            self.copied.set()
             self.states = {}
             self.took = time.perf_counter() - self.started
+
+    def _copy(self) -> None:
+        """The state to host memory, unless training waits until it is written."""
+        started = time.perf_counter()
+        if self.buffers is not None:
+            try:
+                self.states = self._copies(self.buffers)
+            except (MemoryError, RuntimeError) as error:
+                raise EnvironmentFault(f"cannot copy the state to host memory: {error}") from error
+        self.copied.set()
+        self.seconds["copy"] = time.perf_counter() - started
+
+    def _copies(self, buffers: HostBuffers) -> dict[str, Any]:
+        if self.collected is None:
+            return {name: buffers.copy(name, value) for name, value in self.states.items()}
+        stream: Any = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # beside the one that computes
+        stream.wait_event(self.collected)
+        with torch.cuda.device(self.device), torch.cuda.stream(stream):
+            copies = {name: buffers.copy(name, value) for name, value in self.states.items()}
+        stream.synchronize()
+        return copies
 
     def _write(self) -> None:
         """This rank's files, and the record that they are whole."""
         started = time.perf_counter()
-        for name, content in self.texts.items():
-            (self.folder / name).write_bytes(content)
         for name, value in self.states.items():
             write_state(self.folder / name, compact(value))
+        content = self.sample.content() if self.writes_sample else None
+        if content is not None:
+            self.texts[PROBE_FILE] = content
+        for name, text in self.texts.items():
+            (self.folder / name).write_bytes(text)
         self.seconds["write"] = time.perf_counter() - started
         files = hash_files(self.folder, [*self.texts, *self.states])
         self.seconds["flush_and_hash"] = time.perf_counter() - started - self.seconds["write"]

@@ -37,6 +37,11 @@ class HostBuffers:
         return map_tensors(state, to_buffer)
 
 
+def frozen(state: Any) -> Any:
+    """`state` with the same tensors in containers of its own: other values may change from now on."""
+    return map_tensors(state, lambda tensor: tensor)
+
+
 def compact(state: Any) -> Any:
     """`state` as it can be written: tensors on the CPU, and no part of a larger one, which would be written whole."""
 

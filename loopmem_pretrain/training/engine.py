@@ -35,6 +35,7 @@ from loopmem_pretrain.parallel.topology import Topology
 from loopmem_pretrain.quiet import deepspeed_chatter_held_back
 from loopmem_pretrain.training import pipeline
 from loopmem_pretrain.training.ds_config import deepspeed_config
+from loopmem_pretrain.training.first_loss import FirstLoss
 from loopmem_pretrain.training.master_state import make_moments, set_state
 from loopmem_pretrain.training.metrics import LoopAccumulator
 from loopmem_pretrain.training.optim import beta1, keeps_float32, learning_rate, make_optimizer, ponder_weight
@@ -70,6 +71,7 @@ class TrainingEngine:
 
         model, parallel = config.model, config.parallel
         backend = make_backend(model, parallel, topology)
+        self.first_loss = FirstLoss(backend.cross_entropy)
         layers = model.num_hidden_layers
         self.step_context = pipeline.StepContext(
             model,
@@ -86,10 +88,10 @@ class TrainingEngine:
         self.bounds = stage_bounds(model, config.data.seq_length, topology.pipeline_size)
         with deepspeed_chatter_held_back():
             if self.uses_pipeline:
-                arguments = (model, backend, backend.cross_entropy, self.step_context)
+                arguments = (model, backend, self.first_loss.cross_entropy, self.step_context)
                 module: Any = pipeline.PipelineStage(*arguments, topology, self.bounds)
             else:
-                module = pipeline.WholeModel(model, backend, backend.cross_entropy, self.step_context)
+                module = pipeline.WholeModel(model, backend, self.first_loss.cross_entropy, self.step_context)
         module.universal_checkpoint_info = pipeline.universal_checkpoint_info(table, model, parallel)
         named = [(self.public_names[name], parameter) for name, parameter in module.named_parameters()]
         initialize(named, model, config.training.seed, self._part_of)
@@ -143,9 +145,24 @@ class TrainingEngine:
         """Call `call` whenever this rank begins the forward pass of a micro-batch, in training and validation."""
         self.engine.module.register_forward_pre_hook(lambda module, inputs: call())
 
+    def on_update(self, call: Callable[[], None]) -> None:
+        """Call `call` before each update of the weights: all gradients are there, nothing has changed yet."""
+        self.engine.basic_optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: call())
+
+    def on_next_loss(self, call: Callable[[tuple[Tensor, Tensor], Tensor], None]) -> None:
+        """Call `call(micro_batch, loss)` for the first micro-batch of the next step; where `has_loss`."""
+        self.first_loss.on_next(call)
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether this rank is the first of those that compute the loss."""
+        place = self.topology
+        return place.pipeline_rank == place.pipeline_size - 1 and place.data_rank == place.tensor_rank == 0
+
     def train_batch(self, batches: Batches, step: int) -> Tensor:
         """One optimizer step (`accumulation_steps` micro-batches); mean cross-entropy of all ranks, on the device."""
         self._set_schedules(step)
+        batches = self.first_loss.step(batches)
         if self.uses_pipeline:
             return cast(Tensor, self.engine.train_batch(data_iter=batches)).detach().reshape(())
         self.engine.train()

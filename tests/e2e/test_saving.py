@@ -11,7 +11,8 @@ from tests.e2e.test_training import config_for, exact, lines, run
 
 SLOWLY = """
 import time, torch, loopmem_pretrain.checkpoint.saving as saving
-write = saving._Save._write
+copy, write = saving._Save._copy, saving._Save._write
+saving._Save._copy = lambda save: (time.sleep(0.5), copy(save))[1]
 saving._Save._write = lambda save: (time.sleep(1), write(save))[1]
 """
 TO_A_FILE = "import logging; logging.getLogger('loopmem_pretrain').addHandler(logging.FileHandler({!r}))"
@@ -34,9 +35,12 @@ def newest(run_dir):
 )
 def test_what_is_written_late_is_of_the_step_it_was_taken_at(tmp_path, sentences, parallel, precision):
     config = config_for(tmp_path, sentences, parallel=parallel, training={"precision": precision})
-    # Steps 11 to 20 are trained before the first byte of step 10's checkpoint is written.
+    # Step 11 has gradients before step 10's state is copied; steps 11 to 20 are trained before a byte is written.
     assert run(config, first=SLOWLY) == ("done", None)
     whole = exact(tmp_path)
+    assert lines(tmp_path)[-1]["saving_seconds"] > 0.2  # the update of step 11 has waited for the copy
+    probe = json.loads((tmp_path / "checkpoints" / "step_00000010" / "probe.json").read_text())
+    assert len(probe["tokens"]) == config.training.micro_batch_size  # of step 11, not the held-out sample
     shutil.rmtree(tmp_path / "checkpoints" / "step_00000020")
     (tmp_path / "checkpoints" / "latest").unlink()
     (tmp_path / "metrics.jsonl").unlink()
@@ -57,7 +61,7 @@ def test_saving_without_a_thread_beside_training(tmp_path, sentences):
         manifests = [read_manifest(tmp_path / each / "checkpoints" / step) for each in ("True", "False")]
         files, others = (manifest["files"] for manifest in manifests)
         assert list(files) == list(others) and len(files) > 5
-        assert {"loss_on_sample", "copy", "write", "flush_and_hash"} == set(manifests[0]["seconds"])
+        assert {"loss_on_sample", "collect", "copy", "write", "flush_and_hash"} == set(manifests[0]["seconds"])
         assert manifests[0]["validation_loss"] == pytest.approx(manifests[1]["validation_loss"])
     assert lines(tmp_path / "True")[-1]["saving_seconds"] > 0
 
@@ -118,7 +122,7 @@ def test_a_run_that_gives_up_leaves_the_save_under_way_whole(tmp_path, sentences
 from loopmem_pretrain.errors import TrainingGaveUp
 train_batch = trainer.engine.train_batch
 def failing(batches, step):
-    if step == 11:
+    if step == 10:
         raise TrainingGaveUp("enough", "")
     return train_batch(batches, step)
 trainer.engine.train_batch = failing
@@ -126,6 +130,7 @@ trainer.engine.train_batch = failing
     _, error = run(config, first=SLOWLY, before=before)
     assert error.exit_code == 7
     assert newest(tmp_path) == "step_00000010"
+    assert not (tmp_path / "checkpoints" / "step_00000010" / "probe.json").exists()  # no step has followed
     assert run(config) == ("done", None)
 
 
@@ -144,7 +149,8 @@ def spoiled(batches, step):
 trainer.engine.train_batch = spoiled
 """
     _, error = run(config, before=before)
-    assert error.exit_code == 7 and "step 8" in error.problem and "not saved" in error.problem
+    # The second save in a row: the micro-batch after the first might have been to blame.
+    assert error.exit_code == 7 and "step 12" in error.problem and "not saved" in error.problem
     assert newest(tmp_path) == "step_00000004"
     assert run(config) == ("done", None)
 
@@ -193,7 +199,7 @@ def rehash(checkpoint, name):
 def test_a_model_that_computes_something_else_is_refused(stopped):
     config, checkpoint = stopped
     probe = json.loads((checkpoint / "probe.json").read_text())
-    assert len(probe["tokens"]) == 17
+    assert [len(row) for row in probe["tokens"]] == [17]
     probe["loss"] *= 1.01
     (checkpoint / "probe.json").write_text(json.dumps(probe))
     rehash(checkpoint, "probe.json")
