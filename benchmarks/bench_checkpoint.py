@@ -127,7 +127,8 @@ def main() -> None:
         spread = f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
         print(f"| {meaning} | {getattr(first, name):.3f} | {spread} |")
     ratios = [turn.stalled / turn.waited for turn in later]
-    print(f"| **wait in the background over whole save** | {first.stalled / first.waited:.1%} | {statistics.median(ratios):.1%} ", end="")
+    whole = f"{first.stalled / first.waited:.1%} | {statistics.median(ratios):.1%}"
+    print(f"| **wait in the background over whole save** | {whole} ", end="")
     print(f"({min(ratios):.1%} to {max(ratios):.1%}) |\n")
     print(f"Phases of the last save, seconds, slowest rank each: {phases}.")
 

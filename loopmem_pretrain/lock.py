@@ -11,7 +11,8 @@ def take_lock(path: Path, busy: str, fix: str) -> BinaryIO:
     """Lock the file (made if absent); held until the returned stream is closed or the process ends.
 
     Raises:
-        EnvironmentFault: another process holds it; `busy` says what that means and `fix` what to do.
+        EnvironmentFault: another process holds it, `busy` says what that means and `fix` what to do; or the file system
+            offers no locks.
         OSError: the file cannot be opened.
     """
     stream = path.open("ab")
@@ -20,4 +21,10 @@ def take_lock(path: Path, busy: str, fix: str) -> BinaryIO:
     except BlockingIOError:
         stream.close()
         raise EnvironmentFault(busy, fix) from None
+    except OSError as error:
+        stream.close()
+        raise EnvironmentFault(
+            f"cannot lock {path}: {error.strerror}: its file system has no locks, and two processes could write there",
+            "choose a folder on a file system with flock (on Lustre: mounted with -o flock)",
+        ) from None
     return stream

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from loopmem_pretrain.errors import EXIT_DONE, EnvironmentFault, HangDetected, LoopMemError
+from loopmem_pretrain.errors import EXIT_DONE, EXIT_INTERRUPTED, EnvironmentFault, HangDetected, LoopMemError
 from loopmem_pretrain.quiet import prepare_imports
 
 if TYPE_CHECKING:
@@ -51,6 +51,11 @@ def train_here(config_path: str, overrides: Sequence[str], stop_at_step: int | N
     except LoopMemError as error:
         run_folder.write_failure(Path(config.run_dir), error)
         raise
+    except KeyboardInterrupt:
+        # The second one; a thread may be writing a checkpoint, and torch aborts when the interpreter ends under it.
+        print("loopmem: interrupted at once; the same command continues from the newest checkpoint", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(EXIT_INTERRUPTED)
     if dist.is_initialized():
         dist.destroy_process_group()
     return EXIT_DONE

@@ -32,7 +32,7 @@ from loopmem_pretrain.training.hardware import choose_device
 from loopmem_pretrain.training.hooks import Hook, make_hooks
 from loopmem_pretrain.training.spikes import Spike
 from loopmem_pretrain.training.time_limit import TimeLimit
-from loopmem_pretrain.training.watchdog import Phase, Watchdog
+from loopmem_pretrain.training.watchdog import Phase, Watchdog, ends_after
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,8 @@ class Trainer:
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self.turns = 0  # of on_rank_zero
         self.locks: list[Any] = []  # held by rank 0 until its process ends
-        self.on_rank_zero(lambda: self.locks.append(run_folder.prepare(config, self.run_dir)))
+        with ends_after(config.faults.slow_phase_timeout_seconds, f"opening the run folder {self.run_dir}"):
+            self.on_rank_zero(lambda: self.locks.append(run_folder.prepare(config, self.run_dir)))
         self.watchdog = Watchdog(self.run_dir, self.rank, config.faults)  # from here on the folder is ours
         try:
             self._open(config, stop_at_step)

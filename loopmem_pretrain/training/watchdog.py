@@ -43,6 +43,31 @@ LINGER = 5.0
 JOB_IDS = {"slurm_job_id": "SLURM_JOB_ID", "torchelastic_restart_count": "TORCHELASTIC_RESTART_COUNT"}
 
 
+@contextlib.contextmanager
+def ends_after(seconds: float, what: str) -> Iterator[None]:
+    """The process ends with exit code 8, its stacks on stderr, where the block takes longer than `seconds`.
+
+    For the time before a run folder is known to be ours, when nothing may be written to it.
+    """
+
+    def end() -> None:
+        fault = HangDetected(
+            f"{what} takes longer than {seconds:.0f} s (faults.slow_phase_timeout_seconds); the stacks are above",
+            "see whether the file system of the run folder answers, then start the same command again",
+        )
+        faulthandler.dump_traceback(2)
+        os.write(2, f"loopmem: error: {fault}\n".encode())
+        os._exit(HangDetected.exit_code)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 class Watchdog:
     """Watches this rank from now until `close`."""
 

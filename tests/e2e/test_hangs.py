@@ -1,6 +1,7 @@
 """Hangs and time limits of whole runs: one rank stops making progress, all end, and the stacks tell which it was."""
 
 import json
+import os
 import time
 
 import pytest
@@ -109,3 +110,13 @@ def test_a_time_limit_is_kept(tmp_path, sentences):
     start = time.monotonic()
     assert run(config, ranks=1) == ("interrupted", None)
     assert time.monotonic() - start < 25
+
+
+def test_a_run_folder_that_does_not_answer_ends_all_ranks(tmp_path, sentences):
+    config = config_for(tmp_path / "run", sentences, faults={"slow_phase_timeout_seconds": 4})
+    (tmp_path / "run").mkdir()
+    os.mkfifo(tmp_path / "run" / "config.yaml")  # whoever reads it waits for ever
+    with pytest.raises(AssertionError) as ended:
+        run_ranks(ON_RANK, 2, config, None, "", "")
+    assert str(ended.value).count("exit code 8") == 2
+    assert not (tmp_path / "run" / "status.json").exists()  # nobody knows yet whose folder it is

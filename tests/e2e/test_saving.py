@@ -1,12 +1,16 @@
 """Checkpoints written while training goes on: whole, of one moment; a save that fails is told and tried again."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
 from loopmem_pretrain.checkpoint.manifest import MANIFEST, encode_manifest, read_manifest
 from loopmem_pretrain.checkpoint.store import hash_files
+from loopmem_pretrain.config.load import dump_config
 from tests.e2e.test_training import config_for, exact, lines, run
 
 SLOWLY = """
@@ -233,3 +237,25 @@ open(f'{folder}/{trainer.rank}', 'w').write(repr((random.random(), torch.rand(2)
     said = (tmp_path / "log").read_text()
     assert "not restored: states of the random generators torch, cuda, numpy, python of rank 3" in said
     assert "not restored: states of the random generators torch, cuda, numpy, python of rank 1" not in said
+
+
+def test_interrupted_twice_during_a_save_ends_at_once(tmp_path, sentences):
+    """The thread that writes is inside torch then, which aborts a process that ends in order."""
+    config = config_for(tmp_path / "run", sentences, checkpoint={"interval_steps": 4}, logging={"interval_steps": 1})
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    code = """
+import os, signal, sys, time, torch, loopmem_pretrain.checkpoint.saving as saving
+def write(save):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGINT)
+    while True:
+        torch.save(torch.zeros(1_000_000), save.folder / "large")
+saving._Save._write = write
+from loopmem_pretrain.cli import main
+sys.exit(main(["train", "--config", sys.argv[1]]))
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    command = [sys.executable, "-c", code, str(tmp_path / "config.yaml")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+    assert ended.returncode == 130 and "interrupted at once" in ended.stderr
