@@ -186,17 +186,38 @@ def _rewrite(source: Path, target: Path, shape: list[int]) -> None:
     source.unlink()
 
 
-def fp32_weights(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
-    """(public name, float32 tensor) of every parameter, one at a time, in the model's order."""
+class Weights(Mapping[str, Tensor]):
+    """The float32 weights of a merged form by public name, in the model's order; each mapped when it is asked for."""
+
+    def __init__(self, merged: Merged) -> None:
+        self.merged = merged
+
+    def __getitem__(self, public_name: str) -> Tensor:
+        if public_name not in self.merged.shapes:
+            raise KeyError(public_name)
+        return self.merged.read(public_name, "fp32")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.merged.names)
+
+    def __len__(self) -> int:
+        return len(self.merged.names)
+
+
+@contextlib.contextmanager
+def mapped_weights(checkpoint: Path) -> Iterator[Weights]:
+    """The weights of a checkpoint, mapped from the disk; inside the block only, where they had to be merged first."""
     verify(checkpoint)
     if is_merged(read_manifest(checkpoint)):
-        yield from _weights(Merged(checkpoint, checkpoint / MERGED))
+        yield Weights(Merged(checkpoint, checkpoint / MERGED))
         return
     check_pickles(pickles(checkpoint))
     with tempfile.TemporaryDirectory(prefix="loopmem-universal-") as folder:
-        yield from _weights(merge(checkpoint, Path(folder) / MERGED))
+        yield Weights(merge(checkpoint, Path(folder) / MERGED))
 
 
-def _weights(merged: Merged) -> Iterator[tuple[str, Tensor]]:
-    for public_name in merged.names:
-        yield public_name, merged.read(public_name, "fp32").clone()
+def fp32_weights(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
+    """(public name, float32 tensor) of every parameter, one at a time, in the model's order."""
+    with mapped_weights(checkpoint) as weights:
+        for public_name, value in weights.items():
+            yield public_name, value.clone()

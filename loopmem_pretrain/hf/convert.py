@@ -1,12 +1,12 @@
 """A run's checkpoint as a Hugging Face folder: weights, tokenizer and sample text are found, then exported."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from loopmem_pretrain.checkpoint.manifest import read_manifest
 from loopmem_pretrain.checkpoint.store import checkpoint_at, verify
-from loopmem_pretrain.checkpoint.universal import fp32_weights
+from loopmem_pretrain.checkpoint.universal import mapped_weights
 from loopmem_pretrain.config.load import load_config
 from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.data.manifest import load_manifest
@@ -14,9 +14,6 @@ from loopmem_pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from loopmem_pretrain.errors import DataError
 from loopmem_pretrain.progress import ProgressBar
 from loopmem_pretrain.quiet import prepare_imports
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 SAMPLE_DOCUMENTS = 8
 
@@ -71,34 +68,29 @@ def convert_run(
     check_destination(out_dir, overwrite)
     source = open_checkpoint(path)
     tokenizer = load_tokenizer(source.tokenizer_path)
-    report = export(
-        source.config.model,
-        _shown(fp32_weights(source.checkpoint), len(read_manifest(source.checkpoint)["parameter_names"])),
-        source.tokenizer_path,
-        out_dir,
-        sample_texts=list(sample_texts(source.config, tokenizer)),
-        dtype=dtype,
-        seq_length=source.config.data.seq_length,
-        overwrite=overwrite,
-    )
+    bar = ProgressBar("convert", len(read_manifest(source.checkpoint)["parameter_names"]), unit="parameter")
+    bar.update(0, "merging ZeRO slices")  # most of the wait
+    with mapped_weights(source.checkpoint) as weights:
+        report = export(
+            source.config.model,
+            weights,
+            source.tokenizer_path,
+            out_dir,
+            sample_texts=list(sample_texts(source.config, tokenizer)),
+            dtype=dtype,
+            seq_length=source.config.data.seq_length,
+            overwrite=overwrite,
+            on_written=lambda done: bar.update(done, "written; comparing comes next" if done == bar.total else ""),
+        )
+    bar.close()
     match = report.comparison
     return (
         f"{report.folder}: step {source.step}, {report.parameters:,} parameters, {report.weight_bytes / 1e6:,.1f} MB "
         f"{report.dtype} in {len(report.weight_files)} file(s)\n"
-        f"compared on {match.texts} texts, {match.tokens:,} tokens: logits differ by at most "
-        f"{match.max_abs_difference:.1e} (allowed {match.tolerance:.1e}), loss {match.exported_loss:.6f} "
-        f"against {match.reference_loss:.6f}"
+        f"compared on {match.texts} texts, {match.tokens:,} tokens: {match.places} values of layers and loops agree, "
+        f"logits differ by at most {match.max_abs_difference:.1e} (allowed {match.tolerance:.1e}), loss "
+        f"{match.exported_loss:.6f} against {match.reference_loss:.6f}; {match.greedy_tokens} greedy tokens the same"
     )
-
-
-def _shown(weights: "Iterable[tuple[str, Tensor]]", total: int) -> "Iterator[tuple[str, Tensor]]":
-    """The same weights, with a progress bar: merging the slices before the first one is most of the wait."""
-    bar = ProgressBar("convert", total, unit="parameter")
-    bar.update(0, "merging ZeRO slices")
-    for done, item in enumerate(weights, start=1):
-        yield item
-        bar.update(done, "read; writing and comparing come next" if done == total else "")
-    bar.close()
 
 
 def sample_texts(config: RunConfig, tokenizer: Tokenizer) -> Iterator[str]:

@@ -4,36 +4,27 @@ The folder is written beside its destination, loaded afresh by transformers in a
 package, compared with the model it came from, and only then gets its name.
 """
 
-import json
-import shutil
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
 from loopmem_pretrain.config.model import ModelConfig
 from loopmem_pretrain.data.files import disk_faults
 from loopmem_pretrain.data.tokenizer import Tokenizer, load_tokenizer
-from loopmem_pretrain.errors import ConfigError, ConversionError, EnvironmentFault
+from loopmem_pretrain.errors import ConfigError, ConversionError
 from loopmem_pretrain.hf.card import model_card
 from loopmem_pretrain.hf.configuration_loopmem import LoopMemConfig
 from loopmem_pretrain.hf.inline import inline_module
 from loopmem_pretrain.hf.staging import check_destination, staged
 from loopmem_pretrain.hf.tokenizer import check_parity, to_huggingface
 from loopmem_pretrain.hf.verify import Comparison, verify_folder
-from loopmem_pretrain.model.backend import TorchBackend
-from loopmem_pretrain.model.loopmem import LoopMemLM
+from loopmem_pretrain.hf.weights import DTYPES, DType, check_weights, write_weights
 
-DType = Literal["float32", "bfloat16"]
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HERE = Path(__file__).resolve().parent
-_SMALL_FILES = 64 * 2**20  # room for tokenizer, code and card, generously
 
 
 class ExportReport(NamedTuple):
@@ -55,7 +46,7 @@ class ExportReport(NamedTuple):
 
 def export(
     model_config: ModelConfig,
-    weights: Iterable[tuple[str, Tensor]],
+    weights: Mapping[str, Tensor],
     tokenizer_path: str | Path,
     out_dir: str | Path,
     *,
@@ -64,12 +55,14 @@ def export(
     seq_length: int,
     overwrite: bool = False,
     max_shard_size: str = "5GB",
+    on_written: Callable[[int], None] = lambda count: None,
 ) -> ExportReport:
     """Write `out_dir` for `AutoModelForCausalLM.from_pretrained(out_dir, trust_remote_code=True)`.
 
     Args:
         model_config: the model's sizes.
-        weights: (public name, float32 tensor), each parameter once; a tied head may be left out.
+        weights: public name -> float32 tensor; a tied head may be left out. Each is asked for when it is needed, so it
+            may be mapped from the disk; of every other memory, this takes that of the largest part.
         tokenizer_path: the training tokenizer.
         out_dir: a folder that does not exist or is empty, or, with `overwrite`, an earlier export.
         sample_texts: real text, on which tokenizers, logits and loss are compared; logits and loss on the first
@@ -78,17 +71,18 @@ def export(
         seq_length: tokens of a training sequence; becomes `max_position_embeddings`.
         overwrite: replace an earlier export.
         max_shard_size: weights are cut into files no larger than this.
+        on_written: is told how many tensors are written.
 
     Raises:
         ConfigError: the destination, the dtype or the sample texts cannot be meant.
         DataError: the tokenizer cannot be read.
-        ConversionError: weights do not fit the config, or the exported model computes something else (logits or loss
-            differ by more than 1e-5 * max(1, largest reference logit)); nothing is left at `out_dir`.
+        ConversionError: weights do not fit the config, or the exported model computes something else
+            (hf/verify.py:verify_folder); nothing is left at `out_dir`.
         EnvironmentFault: disk full, no permission.
     """
     check_destination(out_dir, overwrite)
-    if dtype not in _DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is not valid", f"use one of {', '.join(_DTYPES)}")
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not valid", f"use one of {', '.join(DTYPES)}")
     if seq_length < 2:
         raise ConfigError(f"seq_length {seq_length} is not valid", "give the length of a training sequence")
     tokenizer = load_tokenizer(tokenizer_path)
@@ -99,18 +93,18 @@ def export(
             "export with the tokenizer the model was trained with",
         )
     tokens = tokenize_samples(tokenizer, sample_texts)
-    # A bfloat16 export is compared with what it can hold: rounded, then float32 again.
-    kept = {key: value.to(_DTYPES[dtype]).float() for key, value in collect_weights(model_config, weights).items()}
+    shapes = check_weights(model_config, weights)
+    parameters = sum(map(math.prod, shapes.values()))
     config = huggingface_config(model_config, tokenizer, seq_length, dtype)
     with staged(out_dir, overwrite) as folder:
         write_tokenizer(folder, tokenizer_path, sample_texts)
-        files = write_weights(folder, kept, dtype, max_shard_size)
+        files = write_weights(folder, weights, shapes, dtype, max_shard_size, on_written)
         with disk_faults(folder):
             write_settings(folder, config)
+        comparison = verify_folder(folder, model_config, weights, list(sample_texts), tokens, seq_length, DTYPES[dtype])
+        with disk_faults(folder):
             (folder / "README.md").write_text(model_card(model_config, dtype, seq_length), encoding="utf-8")
-        comparison = verify_folder(folder, model_config, kept, list(sample_texts), tokens, seq_length)
-    parameters = sum(value.numel() for value in kept.values())
-    size = parameters * _DTYPES[dtype].itemsize
+    size = parameters * DTYPES[dtype].itemsize
     return ExportReport(Path(out_dir).expanduser().resolve(), dtype, parameters, size, files, comparison)
 
 
@@ -148,49 +142,6 @@ def write_tokenizer(folder: Path, tokenizer_path: str | Path, texts: Sequence[st
         )
 
 
-def collect_weights(model_config: ModelConfig, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """All parameters by name, on the CPU, float32 and each in memory of its own; a tied head is left out.
-
-    Raises:
-        ConversionError: missing, unexpected, repeated, of another shape or type, not finite, or a tied head that is
-            not the embedding; the names are in the message.
-    """
-    with torch.device("meta"):
-        expected = {name: value.shape for name, value in LoopMemLM(model_config, TorchBackend()).named_parameters()}
-    found: dict[str, Tensor] = {}
-    problems: list[str] = []
-    head = None
-    for name, tensor in weights:
-        value = tensor.detach().to("cpu").contiguous()
-        if value.untyped_storage().nbytes() != value.nbytes:
-            value = value.clone()  # a view of a checkpoint's flat buffer would keep, and save, all of it
-        if value.dtype != torch.float32:
-            problems.append(f"{name}: {value.dtype}, expected torch.float32")
-        elif not bool(torch.isfinite(value).all()):
-            problems.append(f"{name}: {int((~torch.isfinite(value)).sum()):,} of {value.numel():,} values not finite")
-        if name in found:
-            problems.append(f"{name}: given twice")
-        elif name in expected and value.shape != expected[name]:
-            problems.append(f"{name}: shape {list(value.shape)}, expected {list(expected[name])}")
-        elif name == "lm_head.weight" and model_config.tie_word_embeddings:
-            head = value
-            continue
-        elif name not in expected:
-            problems.append(f"{name}: unexpected")
-        found[name] = value
-    problems += [f"{name}: missing" for name in expected if name not in found]
-    embedding = found.get("model.embed_tokens.weight")
-    if head is not None and embedding is not None and not torch.equal(head, embedding):
-        problems.append("lm_head.weight: tied (tie_word_embeddings), yet not equal to model.embed_tokens.weight")
-    if problems:
-        shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
-        raise ConversionError(
-            "the weights are not those of the model config:\n  " + "\n  ".join(shown),
-            "export with the config the checkpoint was trained with",
-        )
-    return {name: found[name] for name in expected}
-
-
 def huggingface_config(config: ModelConfig, tokenizer: Tokenizer, seq_length: int, dtype: DType) -> LoopMemConfig:
     """config.json of an exported folder."""
     settings = {
@@ -207,38 +158,6 @@ def huggingface_config(config: ModelConfig, tokenizer: Tokenizer, seq_length: in
         },
     }
     return LoopMemConfig(**settings)
-
-
-def write_weights(folder: Path, weights: dict[str, Tensor], dtype: DType, max_shard_size: str) -> tuple[str, ...]:
-    """Write model*.safetensors (and an index where there are several); returns their names.
-
-    Raises:
-        EnvironmentFault: disk full, no permission.
-    """
-    size = sum(value.numel() for value in weights.values()) * _DTYPES[dtype].itemsize
-    with disk_faults(folder):
-        free = shutil.disk_usage(folder).free
-    if free < size + _SMALL_FILES:
-        raise EnvironmentFault(
-            f"no room to write {folder.parent}: {free:,} bytes are free, {size + _SMALL_FILES:,} are needed",
-            "free space, or export to another disk",
-        )
-    # The cut is planned on tensors without memory, of the type that will be written.
-    plan = {name: torch.empty(value.shape, dtype=_DTYPES[dtype], device="meta") for name, value in weights.items()}
-    split = split_torch_state_dict_into_shards(plan, max_shard_size=max_shard_size)
-    with disk_faults(folder):
-        for file, names in split.filename_to_tensors.items():
-            shard = {name: weights[name].to(_DTYPES[dtype]) for name in names}
-            try:
-                save_file(shard, folder / file, metadata={"format": "pt"})
-            except SafetensorError as error:
-                raise EnvironmentFault(
-                    f"cannot write {folder / file}: {error}", "check the disk's space, quota and permissions"
-                ) from error
-        if split.is_sharded:
-            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    return tuple(split.filename_to_tensors)
 
 
 def write_settings(folder: Path, config: LoopMemConfig) -> None:

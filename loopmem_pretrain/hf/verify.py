@@ -1,4 +1,9 @@
-"""Compares an exported folder, loaded afresh in a process of its own, with the model it was made from."""
+"""Compares an exported folder, loaded afresh in a process of its own, with the checkpoint it was made from.
+
+Both compute at the same time, the exported model in its process and the reference here, and every value that the
+exported one sends is compared as it comes: gates, states and halting probabilities of each layer and loop, then logits.
+Nothing is kept, and both models' weights stay mapped from the disk (hf/fresh_load.py), so neither is whole in memory.
+"""
 
 import json
 import os
@@ -6,6 +11,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -14,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loopmem_pretrain.errors import ConversionError, EnvironmentFault
+from loopmem_pretrain.hf import fresh_load
 from loopmem_pretrain.model.backend import TorchBackend
 from loopmem_pretrain.model.loopmem import LoopMemLM
 
 RELATIVE_TOLERANCE = 1e-5
-_SCRIPT = Path(__file__).with_name("fresh_load.py")
+PROMPT_TOKENS, NEW_TOKENS = 32, 16
 _REPORT = "nothing was exported; report this together with the model's config"
 
 
@@ -29,19 +37,25 @@ class Comparison(NamedTuple):
     """Texts compared."""
     tokens: int
     """Tokens of all texts: so many rows of logits."""
+    places: int
+    """Tensors compared: gates, states, halting probabilities and logits of all texts."""
     max_abs_difference: float
     """Largest |exported - reference| of any logit."""
     scale: float
     """Largest |reference logit|."""
     tolerance: float
-    """What the difference may be: 1e-5 * max(1, scale)."""
+    """What the difference of logits may be: 1e-5 * max(1, scale)."""
     reference_loss: float
-    """Mean next-token cross-entropy of the texts in nats, model in memory."""
+    """Mean next-token cross-entropy of the texts in nats, by the reference."""
     exported_loss: float
     """The same from the exported folder; may differ by the tolerance too."""
+    greedy_tokens: int
+    """Tokens that `generate` continued a text by, each the reference's best."""
+    expected_loops: tuple[float, ...]
+    """Mean over the tokens, for each layer that loops."""
 
 
-def reference_model(config: Any, weights: dict[str, Tensor]) -> LoopMemLM:
+def reference_model(config: Any, weights: Mapping[str, Tensor]) -> LoopMemLM:
     """The model of `model/loopmem.py` over exactly these tensors, without a copy of them."""
     with torch.device("meta"):
         model = LoopMemLM(config, TorchBackend())
@@ -53,9 +67,15 @@ def reference_model(config: Any, weights: dict[str, Tensor]) -> LoopMemLM:
 
 
 def verify_folder(
-    folder: Path, config: Any, weights: dict[str, Tensor], texts: list[str], tokens: list[list[int]], seq_length: int
+    folder: Path,
+    config: Any,
+    weights: Mapping[str, Tensor],
+    texts: list[str],
+    tokens: list[list[int]],
+    seq_length: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Comparison:
-    """Load `folder` with transformers in a fresh process and compare its tokens, logits and loss.
+    """Load `folder` with transformers in a fresh process and compare what it computes, all in float32.
 
     Args:
         folder: exported folder.
@@ -63,25 +83,44 @@ def verify_folder(
         weights: public name -> float32 tensor, what the folder should hold.
         texts: real text.
         tokens: its token ids, each text at least one long and one of them at least two.
-        seq_length: logits are compared on so many tokens of each text at most.
+        seq_length: the models are compared on so many tokens of each text at most.
+        dtype: the reference's weights are rounded to, as the folder's are.
 
     Raises:
-        ConversionError: it does not load, loading reports keys, or tokens, logits or loss differ; with the numbers.
+        ConversionError: it does not load, loading reports keys, or tokens, a value of some layer and loop, logits, loss
+            or greedy text differ; with the first place that differs, and the numbers.
         EnvironmentFault: the process that loads it was killed.
     """
     reference = reference_model(config, weights)
+    if dtype != torch.float32:
+        fresh_load.convert_by_parts(reference, lambda value: value.to(dtype).float())
     samples = [ids[:seq_length] for ids in tokens]
-    request = {"threads": torch.get_num_threads(), "texts": texts, "samples": samples}
+    prompt = max(samples, key=len)[:PROMPT_TOKENS]
+    request = {"texts": texts, "samples": samples, "prompt": prompt, "new_tokens": NEW_TOKENS}
+    with _fresh_process(folder, request) as stream:
+        _check_loading(stream, tokens)
+        continuation = json.loads(_line(stream))
+        with torch.inference_mode():
+            logits = reference(torch.tensor([prompt + continuation])).logits[0, len(prompt) - 1 : -1]
+        comparison = _Comparing(stream, reference).run(samples)
+    _check_greedy(logits, continuation, comparison.tolerance)
+    return comparison._replace(greedy_tokens=len(continuation))
+
+
+@contextmanager
+def _fresh_process(folder: Path, request: dict[str, Any]) -> Iterator[IO[bytes]]:
+    """What fresh_load.py sends; an EOFError of the block becomes the reason why that process ended."""
     with tempfile.TemporaryDirectory(prefix="loopmem-verify-") as name:
         work = Path(name)
-        (work / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        content = {"threads": torch.get_num_threads(), **request}
+        (work / "request.json").write_text(json.dumps(content), encoding="utf-8")
         environment = {
             **os.environ,
             "HF_MODULES_CACHE": str(work / "modules"),
             "HF_HUB_OFFLINE": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
         }
-        command = [sys.executable, "-P", str(_SCRIPT), str(folder), str(work / "request.json")]
+        command = [sys.executable, "-P", fresh_load.__file__, str(folder), str(work / "request.json")]
         with (
             (work / "stderr").open("wb") as stderr,
             subprocess.Popen(
@@ -90,8 +129,7 @@ def verify_folder(
         ):
             assert process.stdout is not None
             try:
-                _check_loading(process.stdout, tokens)
-                return _compare(process.stdout, reference, samples)
+                yield process.stdout
             except EOFError:
                 process.wait()
                 tail = (work / "stderr").read_text(encoding="utf-8", errors="replace").strip()[-2000:]
@@ -114,44 +152,91 @@ def _check_loading(stream: IO[bytes], tokens: list[list[int]]) -> None:
         )
 
 
-def _compare(stream: IO[bytes], reference: LoopMemLM, samples: list[list[int]]) -> Comparison:
-    difference = scale = 0.0
-    losses, predictions = [0.0, 0.0], 0
-    for number, ids in enumerate(samples):
-        shape = json.loads(_line(stream))
-        content = bytearray(_bytes(stream, 4 * shape[0] * shape[1]))
-        exported = torch.frombuffer(content, dtype=torch.float32).view(shape)
-        with torch.inference_mode():
-            expected = reference(torch.tensor([ids])).logits[0]
-        if not bool(torch.isfinite(expected).all()):
+class _Comparing:
+    """Runs the reference and compares each value with the one that the exported model sends."""
+
+    def __init__(self, stream: IO[bytes], reference: LoopMemLM) -> None:
+        self.stream, self.reference = stream, reference
+        self.text = self.places = 0
+
+    def run(self, samples: list[list[int]]) -> Comparison:
+        difference = scale = 0.0
+        losses, predictions = [0.0, 0.0], 0
+        loops: list[Tensor] = []
+        fresh_load.watch(self.reference, self.compare)
+        for self.text, ids in enumerate(samples):
+            with torch.inference_mode():
+                output = self.reference(torch.tensor([ids]))
+            exported = self.compare("logits", output.logits)
+            difference = max(difference, float((exported - output.logits).abs().max()))
+            scale = max(scale, float(output.logits.abs().max()))
+            targets = torch.tensor(ids[1:])
+            for index, logits in enumerate((output.logits[0], exported[0])):
+                losses[index] += float(F.cross_entropy(logits[:-1].double(), targets, reduction="sum"))
+            predictions += len(targets)
+            loops.append(torch.tensor([float(layer.expected_loops().sum()) for layer in output.stats]))
+        tokens = sum(len(ids) for ids in samples)
+        means = [total / predictions for total in losses]
+        tolerance = RELATIVE_TOLERANCE * max(1.0, scale)
+        if abs(means[0] - means[1]) > tolerance:
             raise ConversionError(
-                f"the model itself computes logits that are not finite (sample text {number})",
-                "export a checkpoint of a healthy model",
-            )
-        if exported.shape != expected.shape or not bool(torch.isfinite(exported).all()):
-            raise ConversionError(
-                f"sample text {number}: logits of the exported model are {list(exported.shape)} and "
-                f"{int((~torch.isfinite(exported)).sum())} of them not finite; expected {list(expected.shape)}",
+                f"the exported model computes something else: its loss over {tokens} tokens is {means[1]:.6f} instead "
+                f"of {means[0]:.6f}; they may differ by {tolerance:.3e}",
                 _REPORT,
             )
-        difference = max(difference, float((exported - expected).abs().max()))
-        scale = max(scale, float(expected.abs().max()))
-        targets = torch.tensor(ids[1:])
-        for index, logits in enumerate((expected, exported)):
-            losses[index] += float(F.cross_entropy(logits[:-1].double(), targets, reduction="sum"))
-        predictions += len(targets)
-    tokens = sum(len(ids) for ids in samples)
-    tolerance = RELATIVE_TOLERANCE * max(1.0, scale)
-    means = [total / predictions for total in losses]
-    result = Comparison(len(samples), tokens, difference, scale, tolerance, *means)
-    if difference > tolerance or abs(means[0] - means[1]) > tolerance:
+        return Comparison(
+            texts=len(samples),
+            tokens=tokens,
+            places=self.places,
+            max_abs_difference=difference,
+            scale=scale,
+            tolerance=tolerance,
+            reference_loss=means[0],
+            exported_loss=means[1],
+            greedy_tokens=0,
+            expected_loops=tuple((torch.stack(loops).sum(0) / tokens).tolist()),
+        )
+
+    def compare(self, place: str, expected: Tensor) -> Tensor:
+        """The exported model's values of the same place."""
+        where = f"{place} (sample text {self.text})"
+        if not bool(torch.isfinite(expected).all()):
+            raise ConversionError(
+                f"the model itself computes values that are not finite: {where}",
+                "export a checkpoint of a healthy model",
+            )
+        sent, shape = json.loads(_line(self.stream))
+        if sent != place or shape != list(expected.shape):
+            raise ConversionError(
+                f"the exported model computes {sent} {shape} where {where} {list(expected.shape)} was expected", _REPORT
+            )
+        content = bytearray(_bytes(self.stream, 4 * expected.numel()))
+        exported = torch.frombuffer(content, dtype=torch.float32).view(shape)
+        scale = float(expected.abs().max())
+        difference, allowed = float((exported - expected).abs().max()), RELATIVE_TOLERANCE * max(1.0, scale)
+        if not difference <= allowed:  # nor NaN
+            raise ConversionError(
+                f"the exported model computes something else, first in {where}: values differ by up to "
+                f"{difference:.3e} (largest reference value {scale:.3e}); allowed is {allowed:.3e}",
+                _REPORT,
+            )
+        self.places += 1
+        return exported
+
+
+def _check_greedy(logits: Tensor, continuation: list[int], tolerance: float) -> None:
+    """Each token the exported model chose has the best of the reference's logits [tokens, V], ties aside."""
+    chosen = logits.gather(-1, torch.tensor(continuation)[:, None])[:, 0]
+    behind = logits.max(dim=-1).values - chosen
+    wrong = (behind > 2 * tolerance).nonzero()
+    if len(wrong):
+        first = int(wrong[0])
         raise ConversionError(
-            f"the exported model computes something else: over {tokens} tokens logits differ by up to "
-            f"{difference:.3e} (largest reference logit {scale:.3e}) and the loss is {means[1]:.6f} instead of "
-            f"{means[0]:.6f}; allowed is {tolerance:.3e} for both",
+            f"the exported model's greedy text differs at its token {first}, computed with the key/value cache: "
+            f"{continuation[first]} instead of {int(logits[first].argmax())}, whose logit is "
+            f"{float(behind[first]):.3e} larger; allowed is {2 * tolerance:.3e}",
             _REPORT,
         )
-    return result
 
 
 def _line(stream: IO[bytes]) -> bytes:
@@ -172,6 +257,6 @@ def _broken_off(code: int, stderr: str) -> ConversionError | EnvironmentFault:
     if code < 0:
         return EnvironmentFault(
             f"the process that loads the exported folder was ended by signal {signal.Signals(-code).name}",
-            "if memory ran out, export where there is memory for two float32 copies of the model",
+            "if memory ran out, export where there is more: docs/huggingface.md says what it takes",
         )
     return ConversionError(f"the exported folder does not load (exit code {code}):\n{stderr}", _REPORT)

@@ -6,14 +6,9 @@ import pytest
 import torch
 
 from loopmem_pretrain.errors import ConfigError, ConversionError, EnvironmentFault
-from loopmem_pretrain.hf.export import (
-    collect_weights,
-    huggingface_config,
-    write_settings,
-    write_tokenizer,
-    write_weights,
-)
+from loopmem_pretrain.hf.export import huggingface_config, write_settings, write_tokenizer
 from loopmem_pretrain.hf.load import load_hf
+from loopmem_pretrain.hf.weights import check_weights, write_weights
 from tests.unit.hf.conftest import TEXTS, model_config, native_model
 
 
@@ -21,7 +16,8 @@ from tests.unit.hf.conftest import TEXTS, model_config, native_model
 def folder(tmp_path, tokenizer_path, tokenizer):
     model = native_model(model_config("full"))
     write_tokenizer(tmp_path, tokenizer_path, TEXTS)
-    write_weights(tmp_path, collect_weights(model.config, model.named_parameters()), "float32", "100KB")
+    weights = dict(model.named_parameters())
+    write_weights(tmp_path, weights, check_weights(model.config, weights), "float32", "100KB")
     write_settings(tmp_path, huggingface_config(model.config, tokenizer, 64, "float32"))
     return tmp_path
 
