@@ -17,6 +17,8 @@ _CHOICES = {
     "retrieval": ("dense", "topk", "product_keys"),
 }
 _TOPK = 32
+FORMAT_VERSION = 1
+"""Of config.json and the tensors it describes; rises when code that reads the version before would misread them."""
 _POSITIVE = (
     "vocab_size",
     "hidden_size",
@@ -39,6 +41,8 @@ class LoopMemConfig(PretrainedConfig):
     # Trainer gathers every other output of a forward pass over all batches of an evaluation.
     keys_to_ignore_at_inference = ["past_key_values", "cross_entropy", "ponder_cost", "loop_stats"]  # noqa: RUF012
 
+    format_version: int = FORMAT_VERSION
+    """Of this file and the tensors beside it."""
     vocab_size: int = 50304
     """V: rows of the embedding and of the head."""
     hidden_size: int = 768
@@ -95,8 +99,19 @@ class LoopMemConfig(PretrainedConfig):
 
 def config_problems(config: Any) -> list[str]:
     """What is wrong with the fields of a config, one line each: field, value, and what would be valid."""
-    problems = _value_problems(config)
-    return problems or _cross_problems(config)
+    return _version_problems(config) or _value_problems(config) or _cross_problems(config)
+
+
+def _version_problems(config: Any) -> list[str]:
+    version = config.format_version
+    if _is_int(version) and 1 <= version <= FORMAT_VERSION:
+        return []
+    if _is_int(version) and version > FORMAT_VERSION:
+        return [
+            f"format_version: {version} is newer than {FORMAT_VERSION}, the newest that this code reads; use "
+            "newer code, or the code that lies beside it (trust_remote_code=True)"
+        ]
+    return [f"format_version: {version!r} is not valid; valid: 1 to {FORMAT_VERSION}"]
 
 
 def _is_int(value: Any) -> bool:

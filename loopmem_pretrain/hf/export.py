@@ -154,6 +154,7 @@ def huggingface_config(config: ModelConfig, tokenizer: Tokenizer, seq_length: in
         "dtype": dtype,
         "auto_map": {
             "AutoConfig": "configuration_loopmem.LoopMemConfig",
+            "AutoModel": "modeling_loopmem.LoopMemModel",
             "AutoModelForCausalLM": "modeling_loopmem.LoopMemForCausalLM",
         },
     }

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from loopmem_pretrain.errors import ConfigError, ConversionError, EnvironmentFault
-from loopmem_pretrain.hf.configuration_loopmem import LoopMemConfig
+from loopmem_pretrain.hf.configuration_loopmem import FORMAT_VERSION, LoopMemConfig
 from loopmem_pretrain.hf.modeling_loopmem import LoopMemForCausalLM
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -63,7 +63,23 @@ def load_hf(
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
     except Exception as error:  # tokenizers raises plain Exception for what it cannot parse
         raise ConversionError(f"{path}: the tokenizer cannot be loaded: {error}", _AGAIN) from error
+    _check_tokenizer(path, config, tokenizer)
     return model.to(place).eval(), tokenizer
+
+
+def _check_tokenizer(path: Path, config: LoopMemConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    problems = []
+    if len(tokenizer) > config.vocab_size:
+        problems.append(f"it has {len(tokenizer):,} tokens, the model's vocab_size is {config.vocab_size:,}")
+    for name in ("bos_token_id", "eos_token_id"):
+        ids = getattr(tokenizer, name), getattr(config, name)
+        if None not in ids and ids[0] != ids[1]:
+            problems.append(f"its {name} is {ids[0]}, the model's {ids[1]}")
+    if problems:
+        raise ConversionError(
+            f"{path}: the tokenizer is not the model's: {'; '.join(problems)}",
+            "take tokenizer.json and tokenizer_config.json of the folder that `loopmem convert` wrote",
+        )
 
 
 def _device(name: str) -> torch.device:
@@ -98,6 +114,13 @@ def _config(path: Path) -> LoopMemConfig:
         raise ConfigError(
             f"{file}: model_type is {kind!r}, not {LoopMemConfig.model_type!r}: the model is of another kind",
             "give the path of a folder that `loopmem convert` wrote, or load it with transformers",
+        )
+    version = values.get("format_version", FORMAT_VERSION)
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise ConversionError(
+            f"{file}: format_version: {version} is newer than {FORMAT_VERSION}, the newest this package reads",
+            "use a newer version of the package, or load the folder with transformers and its own code "
+            "(trust_remote_code=True)",
         )
     try:
         return LoopMemConfig.from_dict(values)  # type: ignore[no-any-return, no-untyped-call]

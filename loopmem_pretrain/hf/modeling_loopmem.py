@@ -1,6 +1,6 @@
-"""Looped memory transformer for transformers: `AutoModelForCausalLM`, `generate`, `save_pretrained`.
+"""Looped memory transformer for transformers: `AutoModelForCausalLM`, `AutoModel`, `generate`, `save_pretrained`.
 
-Glue only: the math is LoopMemModel's, and initial weights follow the one table of initializers, here as in training.
+Glue only: the math is LoopMemBody's, and initial weights follow the one table of initializers, here as in training.
 The export replaces the imports of both by their text, so an exported model folder needs torch and transformers only.
 """
 
@@ -20,7 +20,7 @@ from loopmem_pretrain.hf.configuration_loopmem import LoopMemConfig
 from loopmem_pretrain.model.backend import TorchBackend
 from loopmem_pretrain.model.decoding import decoding
 from loopmem_pretrain.model.init import initialize
-from loopmem_pretrain.model.loopmem import LoopMemModel, LoopStats, ponder_cost
+from loopmem_pretrain.model.loopmem import LoopMemBody, LoopStats, ponder_cost
 
 
 @dataclass
@@ -66,14 +66,14 @@ class LoopMemPreTrainedModel(PreTrainedModel):
 
 
 class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
-    """The language model: LoopMemModel and a head."""
+    """The language model: LoopMemBody and a head."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: LoopMemConfig) -> None:
         super().__init__(config)
         self.backend = TorchBackend()
-        self.model = LoopMemModel(config, self.backend)
+        self.model = LoopMemBody(config, self.backend)
         self.lm_head = self.backend.lm_head(config.hidden_size, config.vocab_size)
         for name, module in self.named_modules():
             module.public_name = name  # type: ignore[assignment]  # _init_weights is handed modules without names
@@ -213,3 +213,52 @@ def _real_tokens(attention_mask: Tensor | None, shape: list[int]) -> Tensor | No
         )
     real = attention_mask != 0
     return None if bool(real.all()) else real
+
+
+@dataclass
+class LoopMemModelOutput(ModelOutput):
+    """What a forward pass without the head returns."""
+
+    last_hidden_state: Tensor | None = None
+    """after the final norm, [B, T, D]"""
+    past_key_values: DynamicCache | None = None
+    """as in LoopMemCausalLMOutput"""
+    loop_stats: tuple[Any, ...] | None = None
+    """as in LoopMemCausalLMOutput"""
+
+
+class LoopMemModel(LoopMemForCausalLM):
+    """The model without its head: `AutoModel`. The head's weights are left out when a language model is loaded."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {}
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^lm_head\."]
+
+    def __init__(self, config: LoopMemConfig) -> None:
+        super().__init__(config)
+        self.lm_head = nn.Identity()
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """No: it gives no logits."""
+        return False
+
+    def forward(  # type: ignore[override]  # another output, and no labels
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, return_dict: bool | None = None, **request: Any
+    ) -> LoopMemModelOutput | tuple[Any, ...]:
+        """Hidden states [B, T, D] of `input_ids` [B, T].
+
+        Args:
+            input_ids: as in LoopMemForCausalLM.forward.
+            attention_mask: as there.
+            return_dict: False for a plain tuple.
+            request: what else LoopMemForCausalLM.forward takes, but for labels and logits_to_keep.
+
+        Raises:
+            ValueError: a request this model cannot meet.
+        """
+        if not request.keys().isdisjoint({"labels", "logits_to_keep"}):
+            raise ValueError("this model has no head: labels and logits_to_keep are for LoopMemForCausalLM")
+        output: Any = super().forward(input_ids, attention_mask, return_dict=True, **request)
+        hidden = LoopMemModelOutput(output.logits, output.past_key_values, output.loop_stats)
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return hidden if as_dict else hidden.to_tuple()

@@ -224,7 +224,7 @@ def make_layer(config: Any, backend: Backend, index: int) -> PlainLayer | Looped
     return LoopedLayer(config, backend, index) if config.max_loops else PlainLayer(config, backend, index)
 
 
-class LoopMemModel(nn.Module):
+class LoopMemBody(nn.Module):
     """Embedding, layers, shared memory and final norm."""
 
     def __init__(self, config: Any, backend: Backend) -> None:
@@ -258,12 +258,12 @@ class LoopMemOutput(NamedTuple):
 
 
 class LoopMemLM(nn.Module):
-    """The language model: LoopMemModel and a head, with loss = cross-entropy + ponder_weight * ponder cost."""
+    """The language model: LoopMemBody and a head, with loss = cross-entropy + ponder_weight * ponder cost."""
 
     def __init__(self, config: Any, backend: Backend) -> None:
         super().__init__()
         self.config, self.backend = config, backend
-        self.model = LoopMemModel(config, backend)
+        self.model = LoopMemBody(config, backend)
         self.lm_head = backend.lm_head(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight

@@ -40,6 +40,8 @@ BAD = [
     ({"tie_word_embeddings": 1}, "tie_word_embeddings: 1 is not valid; valid: true or false"),
 ]
 BAD_HERE_ONLY = [
+    ({"format_version": 2, "max_loops": "many"}, "format_version: 2 is newer than 1, the newest that this code reads"),
+    ({"format_version": 0}, "format_version: 0 is not valid; valid: 1 to 1"),
     ({"use_cache": 1}, "use_cache: 1 is not valid; valid: true or false"),
     ({"max_position_embeddings": 0}, "max_position_embeddings: 0"),
     ({"eos_token_id": 512}, "eos_token_id: 512 is not valid; valid: none, or a token id from 0 to vocab_size - 1"),

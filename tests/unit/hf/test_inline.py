@@ -86,7 +86,7 @@ def test_the_real_modeling_file():
     defined = {node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
     assert not any(module.startswith("loopmem_pretrain") for module in imported)
     assert "configuration_loopmem" in imported  # relative
-    assert {"LoopMemModel", "LoopMemForCausalLM", "LoopStats", "initialize"} <= defined
+    assert {"LoopMemBody", "LoopMemModel", "LoopMemForCausalLM", "LoopStats", "initialize"} <= defined
 
 
 def test_the_real_configuration_file():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from loopmem_pretrain.errors import ConfigError, ConversionError, EnvironmentFault
 from loopmem_pretrain.hf.export import huggingface_config, write_settings, write_tokenizer
@@ -73,6 +74,12 @@ def test_config_with_a_bad_value(folder):
     assert "num_key_value_heads: 3 does not divide" in refusal(ConversionError, folder)
 
 
+def test_config_of_a_newer_version(folder):
+    edit(folder / "config.json", format_version=2, gate="tensor")  # what it says else may be new too
+    problem = refusal(ConversionError, folder)
+    assert "format_version: 2 is newer than 1" in problem and "gate" not in problem
+
+
 def test_config_of_another_size(folder):
     edit(folder / "config.json", intermediate_size=64)
     problem = refusal(ConversionError, folder)
@@ -88,6 +95,30 @@ def test_config_with_another_number_of_layers(folder):
 def test_missing_weights(folder):
     next(iter(folder.glob("*.safetensors"))).unlink()
     assert "is incomplete, missing: model-0000" in refusal(ConversionError, folder)
+
+
+def test_missing_and_extra_tensors_are_all_named(folder):
+    path = next(path for path in folder.glob("*.safetensors") if len(load_file(path)) > 1)
+    tensors = load_file(path)
+    lost = [name for name in tensors if name.startswith("model.layers")][:2]
+    save_file({**{k: v for k, v in tensors.items() if k not in lost}, "model.extra": torch.ones(1)}, path)
+    problem = refusal(ConversionError, folder)
+    assert "unexpected_keys" in problem and "missing_keys" in problem
+    assert all(name in problem for name in [*lost, "model.extra"])
+
+
+def test_tokenizer_that_is_too_large(folder):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    vocab |= {f"<{number}>": number for number in range(len(vocab), 600)}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert "it has 600 tokens, the model's vocab_size is 512" in refusal(ConversionError, folder)
+
+
+def test_tokenizer_with_other_special_tokens(folder):
+    edit(folder / "tokenizer_config.json", eos_token="<s>", bos_token="</s>")
+    problem = refusal(ConversionError, folder)
+    assert "the tokenizer is not the model's" in problem and "its eos_token_id is 1, the model's 2" in problem
 
 
 def test_missing_tokenizer(folder):
