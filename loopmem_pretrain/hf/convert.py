@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from loopmem_pretrain.checkpoint.manifest import read_manifest
 from loopmem_pretrain.checkpoint.store import checkpoint_at, verify
@@ -12,8 +12,12 @@ from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.data.manifest import load_manifest
 from loopmem_pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from loopmem_pretrain.errors import DataError
+from loopmem_pretrain.metrics_file import METRICS_NAME, read_metrics
 from loopmem_pretrain.progress import ProgressBar
 from loopmem_pretrain.quiet import prepare_imports
+
+if TYPE_CHECKING:
+    from loopmem_pretrain.hf.card import History
 
 SAMPLE_DOCUMENTS = 8
 
@@ -41,7 +45,9 @@ def open_checkpoint(path: str | Path) -> Source:
     data_dir = Path(config.data.datasets[0].path)
     if not data_dir.is_dir() and (checkpoint.parent.parent / "config.yaml").exists():
         # The data moved after this checkpoint: the run folder's own config knows the newer place.
-        data_dir = Path(load_config(RunConfig, checkpoint.parent.parent / "config.yaml").data.datasets[0].path)
+        newer = load_config(RunConfig, checkpoint.parent.parent / "config.yaml").data
+        config = config.model_copy(update={"data": newer})
+        data_dir = Path(newer.datasets[0].path)
     tokenizer = load_manifest(data_dir).tokenizer
     trained_with = manifest["tokenizer_sha256"]
     if tokenizer.sha256 != trained_with:
@@ -80,6 +86,7 @@ def convert_run(
             dtype=dtype,
             seq_length=source.config.data.seq_length,
             overwrite=overwrite,
+            history=history(source),
             on_written=lambda done: bar.update(done, "written; comparing comes next" if done == bar.total else ""),
         )
     bar.close()
@@ -90,6 +97,30 @@ def convert_run(
         f"compared on {match.texts} texts, {match.tokens:,} tokens: {match.places} values of layers and loops agree, "
         f"logits differ by at most {match.max_abs_difference:.1e} (allowed {match.tolerance:.1e}), loss "
         f"{match.exported_loss:.6f} against {match.reference_loss:.6f}; {match.greedy_tokens} greedy tokens the same"
+    )
+
+
+def history(source: Source) -> "History":
+    """What the checkpoint, its data and, where it lies in a run folder, the run's metrics say of the training.
+
+    Raises:
+        DataError: prepared data or metrics.jsonl that cannot be read.
+    """
+    from loopmem_pretrain.hf.card import DataShare, History
+
+    manifest = read_manifest(source.checkpoint)
+    metrics = source.checkpoint.parent.parent / METRICS_NAME
+    records = read_metrics(metrics) if metrics.is_file() else []
+    data = [
+        DataShare(dataset.path, trained["weight"], load_manifest(dataset.path))
+        for dataset, trained in zip(source.config.data.datasets, manifest["data"]["datasets"], strict=True)
+    ]
+    return History(
+        source.step,
+        manifest["position"]["tokens"],
+        tuple(data),
+        tuple(record for record in records if record["step"] <= source.step),
+        manifest.get("versions", {}),
     )
 
 

@@ -16,7 +16,7 @@ from loopmem_pretrain.config.model import ModelConfig
 from loopmem_pretrain.data.files import disk_faults
 from loopmem_pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from loopmem_pretrain.errors import ConfigError, ConversionError
-from loopmem_pretrain.hf.card import model_card
+from loopmem_pretrain.hf.card import History, model_card
 from loopmem_pretrain.hf.configuration_loopmem import LoopMemConfig
 from loopmem_pretrain.hf.inline import inline_module
 from loopmem_pretrain.hf.staging import check_destination, staged
@@ -55,6 +55,7 @@ def export(
     seq_length: int,
     overwrite: bool = False,
     max_shard_size: str = "5GB",
+    history: History | None = None,
     on_written: Callable[[int], None] = lambda count: None,
 ) -> ExportReport:
     """Write `out_dir` for `AutoModelForCausalLM.from_pretrained(out_dir, trust_remote_code=True)`.
@@ -71,6 +72,7 @@ def export(
         seq_length: tokens of a training sequence; becomes `max_position_embeddings`.
         overwrite: replace an earlier export.
         max_shard_size: weights are cut into files no larger than this.
+        history: what the model card says of data and training.
         on_written: is told how many tensors are written.
 
     Raises:
@@ -103,7 +105,8 @@ def export(
             write_settings(folder, config)
         comparison = verify_folder(folder, model_config, weights, list(sample_texts), tokens, seq_length, DTYPES[dtype])
         with disk_faults(folder):
-            (folder / "README.md").write_text(model_card(model_config, dtype, seq_length), encoding="utf-8")
+            card = model_card(model_config, dtype, seq_length, comparison, history)
+            (folder / "README.md").write_text(card, encoding="utf-8")
     size = parameters * DTYPES[dtype].itemsize
     return ExportReport(Path(out_dir).expanduser().resolve(), dtype, parameters, size, files, comparison)
 

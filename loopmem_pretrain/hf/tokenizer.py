@@ -13,16 +13,18 @@ line ends, above all) they may choose differently. Measured: none of 6,980 texts
 
 import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from loopmem_pretrain.data.files import write_file
-from loopmem_pretrain.data.tokenizer import SentencePieceTokenizer, load_tokenizer
+from loopmem_pretrain.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from loopmem_pretrain.errors import ConversionError
 
 _SPACE = "\u2581"  # how sentencepiece writes a space
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # types of pieces in sentencepiece's format
 _NEVER = -1e4  # unigram: the score of control and byte pieces, so low that their spelling in a text loses to characters
+_MARKING = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
 _MODEL_TYPES = {1: "unigram", 2: "bpe"}
 
 
@@ -30,7 +32,8 @@ def to_huggingface(tokenizer_path: str | Path, out_dir: str | Path) -> None:
     """Write tokenizer.json and tokenizer_config.json for `transformers.AutoTokenizer.from_pretrained(out_dir)`.
 
     Text is only text: special tokens inside it are not parsed (`split_special_tokens`), and nothing is added at its
-    ends. A Hugging Face tokenizer is copied as it is.
+    ends. There is no chat template. Of a Hugging Face tokenizer the vocabulary and the rules are kept, and what would
+    do otherwise is left out: truncation, padding, marks at the ends, its chat template.
 
     Args:
         tokenizer_path: file or folder, see `load_tokenizer`.
@@ -42,11 +45,49 @@ def to_huggingface(tokenizer_path: str | Path, out_dir: str | Path) -> None:
         EnvironmentFault: disk full, no permission.
     """
     folder, tokenizer = Path(out_dir), load_tokenizer(tokenizer_path)
-    if not isinstance(tokenizer, SentencePieceTokenizer):
-        from loopmem_pretrain.data.tokenizer import copy_tokenizer
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        content, names = _converted(tokenizer)
+    else:
+        assert isinstance(tokenizer, HuggingFaceTokenizer)
+        content, names = _kept(tokenizer)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **names,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
+        "padding_side": "left",  # a batch of prompts is continued at its right end
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    write_file(folder / "tokenizer_config.json", (json.dumps(settings, indent=1) + "\n").encode())
+    write_file(folder / "tokenizer.json", (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode())
 
-        copy_tokenizer(tokenizer, folder)
-        return
+
+def _kept(tokenizer: HuggingFaceTokenizer) -> tuple[dict[str, Any], dict[str, str]]:
+    """tokenizer.json of a Hugging Face tokenizer without what adds or cuts tokens, and its special tokens by name."""
+    content = json.loads(tokenizer.file.read_text(encoding="utf-8"))
+    content |= {"truncation": None, "padding": None, "post_processor": _without_marks(content.get("post_processor"))}
+    return content, _named(tokenizer, tokenizer.backend.id_to_token)
+
+
+def _without_marks(post_processor: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A post-processor without those that put special tokens around a text."""
+    if post_processor is None or post_processor["type"] in _MARKING:
+        return None
+    if post_processor["type"] == "Sequence":
+        kept = [part for part in map(_without_marks, post_processor["processors"]) if part is not None]
+        return {"type": "Sequence", "processors": kept} if kept else None
+    return post_processor
+
+
+def _named(tokenizer: Tokenizer, piece: Callable[[int], str | None]) -> dict[str, str]:
+    """Special tokens as tokenizer_config.json names them."""
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unk": tokenizer.unk_id, "pad": tokenizer.pad_id}
+    pieces = {name: piece(index) for name, index in ids.items() if index is not None}
+    return {f"{name}_token": text for name, text in pieces.items() if text is not None}
+
+
+def _converted(tokenizer: SentencePieceTokenizer) -> tuple[dict[str, Any], dict[str, str]]:
+    """tokenizer.json of a sentencepiece model, and its special tokens by name."""
     proto = _parse(tokenizer)
     specials = [(index, p.piece) for index, p in enumerate(proto.pieces) if p.type in (_UNKNOWN, _CONTROL)]
     content = {
@@ -67,18 +108,7 @@ def to_huggingface(tokenizer_path: str | Path, out_dir: str | Path) -> None:
         },
         "model": _bpe(proto) if _MODEL_TYPES[proto.trainer_spec.model_type] == "bpe" else _unigram(proto, tokenizer),
     }
-    names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-    names |= {"unk_token": tokenizer.unk_id, "pad_token": tokenizer.pad_id}
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **{name: proto.pieces[index].piece for name, index in names.items() if index is not None},
-        "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,
-        "padding_side": "left",  # a batch of prompts is continued at its right end
-        "model_input_names": ["input_ids", "attention_mask"],
-    }
-    write_file(folder / "tokenizer_config.json", (json.dumps(settings, indent=1) + "\n").encode())
-    write_file(folder / "tokenizer.json", (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode())
+    return content, _named(tokenizer, lambda index: proto.pieces[index].piece)
 
 
 def check_parity(tokenizer_path: str | Path, hf_dir: str | Path, texts: list[str]) -> list[str]:

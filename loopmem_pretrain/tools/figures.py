@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from loopmem_pretrain.errors import DataError
-from loopmem_pretrain.tools.metrics_file import Record
+from loopmem_pretrain.metrics_file import Record
 
 Array = NDArray[np.float64]
 Draw = Callable[[list[Record]], Figure | None]

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import matplotlib
 
 from loopmem_pretrain.data.files import write_file
+from loopmem_pretrain.metrics_file import METRICS_NAME, Record, read_metrics
 from loopmem_pretrain.tools.figures import (
     BLUE,
     GREEN,
@@ -22,7 +23,6 @@ from loopmem_pretrain.tools.figures import (
     draw_loss,
     draw_pair,
 )
-from loopmem_pretrain.tools.metrics_file import METRICS_NAME, Record, read_metrics
 
 
 class Plot(NamedTuple):

@@ -19,9 +19,9 @@ from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.data.files import write_file
 from loopmem_pretrain.data.manifest import MANIFEST_NAME, Manifest, load_manifest
 from loopmem_pretrain.errors import DataError
+from loopmem_pretrain.metrics_file import METRICS_NAME, Metrics, Record, load_metrics
 from loopmem_pretrain.model.flops import forward_flops_per_token, parameter_counts, training_flops_per_token
 from loopmem_pretrain.tools.figures import FAINT, INK, training_loss
-from loopmem_pretrain.tools.metrics_file import METRICS_NAME, Metrics, Record, load_metrics
 from loopmem_pretrain.tools.plot import PLOTS, Plot, render
 from loopmem_pretrain.tools.report_style import PAGE
 

@@ -371,6 +371,8 @@ def test_conversion_of_every_stage(tmp_path, sentences, zero_stage, precision):
     weights = load_file(tmp_path / "hf" / "model.safetensors")
     assert "model.layers.1.memory.local_keys" in weights
     assert all(torch.isfinite(value).all() for value in weights.values())
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "10 steps, " in card and "| validation |" in card and f"loopmem eval . --data {sentences}" in card
     # The trained model, not its initial weights: its loss on the validation samples is the run's own.
     from loopmem_pretrain.data.dataset import open_validation
 

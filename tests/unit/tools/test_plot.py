@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from loopmem_pretrain.errors import DataError
+from loopmem_pretrain.metrics_file import load_metrics, read_metrics
 from loopmem_pretrain.tools.figures import layer_series, series
-from loopmem_pretrain.tools.metrics_file import load_metrics, read_metrics
 from loopmem_pretrain.tools.plot import PLOTS, render, save_plots
 
 MakeRun = Callable[..., Path]
