@@ -77,6 +77,9 @@ def build_parser() -> argparse.ArgumentParser:
     convert_.add_argument("run_dir", metavar="RUN", help="run folder (or one of its checkpoints)")
     convert_.add_argument("out_dir", metavar="OUT", help="folder to create")
     convert_.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the written weights")
+    convert_.add_argument(
+        "--unrolled", type=int, metavar="N", help="write a dense model without code of its own: N loops, where exact"
+    )
     convert_.add_argument("--overwrite", action="store_true", help="replace an earlier export in OUT")
     generate_ = command("generate", generate, "Write text with a run or an exported Hugging Face folder.")
     generate_.add_argument("model", metavar="RUN_OR_HF", help="run folder or exported folder")
@@ -195,7 +198,8 @@ def train(options: Any) -> int:
 def convert(options: Any) -> int:
     from loopmem_pretrain.hf.convert import convert_run
 
-    print(convert_run(options.run_dir, options.out_dir, dtype=options.dtype, overwrite=options.overwrite))
+    wanted = {"dtype": options.dtype, "overwrite": options.overwrite, "unrolled": options.unrolled}
+    print(convert_run(options.run_dir, options.out_dir, **wanted))
     return EXIT_DONE
 
 

@@ -39,7 +39,12 @@ class History(NamedTuple):
 
 
 def model_card(
-    config: ModelConfig, dtype: str, seq_length: int, comparison: Comparison, history: History | None = None
+    config: ModelConfig,
+    dtype: str,
+    seq_length: int,
+    comparison: Comparison,
+    history: History | None = None,
+    unrolled: bool = False,
 ) -> str:
     """The model card as Markdown.
 
@@ -49,14 +54,18 @@ def model_card(
         seq_length: tokens of a training sequence.
         comparison: of the exported model with its checkpoint.
         history: where it came from; None where that is not known.
+        unrolled: of the dense model that is this one with one loop.
     """
+    if unrolled:
+        config = config.model_copy(update={"max_loops": 0, "residual_scale": "one"})
+        comparison = comparison._replace(expected_loops=())
     sections = [
         _HEAD,
         _sizes(config, dtype, seq_length),
-        _usage(config),
+        _UNROLLED if unrolled else _usage(config),
         _loops(config, seq_length, comparison),
         *([_data(history), _curve(history)] if history else [_NO_DATA]),
-        _evaluation(comparison, history),
+        _evaluation(comparison, history, unrolled),
         _LIMITS.format(seq_length=seq_length),
     ]
     return "\n".join(sections)
@@ -73,6 +82,20 @@ tags:
 
 A decoder-only language model, pretrained with loopmem_pretrain. It continues text; it is not trained to follow
 instructions or to be safe.
+"""
+
+_UNROLLED = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+inputs = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+
+The model was trained by loopmem_pretrain and is stored as the dense architecture `hunyuan_v1_dense`, which computes
+the same: every layer is applied once. It needs no code of its own.
 """
 
 _NO_DATA = """## Data
@@ -246,17 +269,19 @@ def _spread(rows: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, A
     return [rows[(number + 1) * len(rows) // count - 1] for number in range(count)]
 
 
-def _evaluation(comparison: Comparison, history: History | None) -> str:
-    lines = [
-        "## Evaluation",
-        "",
+def _evaluation(comparison: Comparison, history: History | None, unrolled: bool) -> str:
+    text = (
         f"On the {comparison.tokens:,} tokens of held-out text that this folder was checked with, the cross-entropy is "
-        f"{comparison.exported_loss:.4f} nats a token (the checkpoint's: {comparison.reference_loss:.4f}). With "
-        "loopmem_pretrain installed, perplexity and bits per byte by domain and by loops:",
+        f"{comparison.exported_loss:.4f} nats a token (the checkpoint's: {comparison.reference_loss:.4f})."
+    )
+    lines = ["## Evaluation", ""]
+    if unrolled:
+        return "\n".join([*lines, text, ""])
+    loops = " --num-loops all" if comparison.expected_loops else ""
+    lines += [
+        f"{text} With loopmem_pretrain installed, perplexity and bits per byte, by domain and by loops:",
         "",
-        "    loopmem eval . --text HELD_OUT.jsonl --num-loops all"
-        if comparison.expected_loops
-        else "    loopmem eval . --text HELD_OUT.jsonl",
+        f"    loopmem eval . --text HELD_OUT.jsonl{loops}",
     ]
     if history:
         lines.append(

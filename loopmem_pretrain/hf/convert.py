@@ -60,7 +60,12 @@ def open_checkpoint(path: str | Path) -> Source:
 
 
 def convert_run(
-    path: str | Path, out_dir: str | Path, *, dtype: Literal["float32", "bfloat16"] = "float32", overwrite: bool = False
+    path: str | Path,
+    out_dir: str | Path,
+    *,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    overwrite: bool = False,
+    unrolled: int | None = None,
 ) -> str:
     """Export a run; returns a few lines that say what was written and how it compares.
 
@@ -87,6 +92,7 @@ def convert_run(
             seq_length=source.config.data.seq_length,
             overwrite=overwrite,
             history=history(source),
+            unrolled=unrolled,
             on_written=lambda done: bar.update(done, "written; comparing comes next" if done == bar.total else ""),
         )
     bar.close()

@@ -21,7 +21,8 @@ from loopmem_pretrain.hf.configuration_loopmem import LoopMemConfig
 from loopmem_pretrain.hf.inline import inline_module
 from loopmem_pretrain.hf.staging import check_destination, staged
 from loopmem_pretrain.hf.tokenizer import check_parity, to_huggingface
-from loopmem_pretrain.hf.verify import Comparison, verify_folder
+from loopmem_pretrain.hf.unrolled import UnrolledWeights, check_unrolled, dense_config
+from loopmem_pretrain.hf.verify import Comparison, rounding, verify_folder
 from loopmem_pretrain.hf.weights import DTYPES, DType, check_weights, write_weights
 
 _HERE = Path(__file__).resolve().parent
@@ -56,6 +57,7 @@ def export(
     overwrite: bool = False,
     max_shard_size: str = "5GB",
     history: History | None = None,
+    unrolled: int | None = None,
     on_written: Callable[[int], None] = lambda count: None,
 ) -> ExportReport:
     """Write `out_dir` for `AutoModelForCausalLM.from_pretrained(out_dir, trust_remote_code=True)`.
@@ -73,6 +75,7 @@ def export(
         overwrite: replace an earlier export.
         max_shard_size: weights are cut into files no larger than this.
         history: what the model card says of data and training.
+        unrolled: write a dense model that is this one with so many loops, where that is exact (hf/unrolled.py).
         on_written: is told how many tensors are written.
 
     Raises:
@@ -96,16 +99,33 @@ def export(
         )
     tokens = tokenize_samples(tokenizer, sample_texts)
     shapes = check_weights(model_config, weights)
+    dense = None
+    if unrolled is not None:
+        check_unrolled(model_config, unrolled)
+        dense = UnrolledWeights(model_config, weights, shapes)
+        shapes = {name: shapes[source] for name, source in dense.sources.items()}
+    rounded = rounding(DTYPES[dtype]) if dense is None else dense.rounding(DTYPES[dtype])
     parameters = sum(map(math.prod, shapes.values()))
-    config = huggingface_config(model_config, tokenizer, seq_length, dtype)
     with staged(out_dir, overwrite) as folder:
         write_tokenizer(folder, tokenizer_path, sample_texts)
-        files = write_weights(folder, weights, shapes, dtype, max_shard_size, on_written)
+        files = write_weights(folder, weights if dense is None else dense, shapes, dtype, max_shard_size, on_written)
         with disk_faults(folder):
-            write_settings(folder, config)
-        comparison = verify_folder(folder, model_config, weights, list(sample_texts), tokens, seq_length, DTYPES[dtype])
+            if unrolled is None:
+                write_settings(folder, huggingface_config(model_config, tokenizer, seq_length, dtype))
+            else:
+                write_configs(folder, dense_config(model_config, _common(tokenizer, seq_length, dtype)))
+        comparison = verify_folder(
+            folder,
+            model_config,
+            weights,
+            list(sample_texts),
+            tokens,
+            seq_length,
+            None if dtype == "float32" else rounded,
+            unrolled,
+        )
         with disk_faults(folder):
-            card = model_card(model_config, dtype, seq_length, comparison, history)
+            card = model_card(model_config, dtype, seq_length, comparison, history, unrolled is not None)
             (folder / "README.md").write_text(card, encoding="utf-8")
     size = parameters * DTYPES[dtype].itemsize
     return ExportReport(Path(out_dir).expanduser().resolve(), dtype, parameters, size, files, comparison)
@@ -149,12 +169,8 @@ def huggingface_config(config: ModelConfig, tokenizer: Tokenizer, seq_length: in
     """config.json of an exported folder."""
     settings = {
         **config.model_dump(),
-        "max_position_embeddings": seq_length,
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": tokenizer.pad_id,
+        **_common(tokenizer, seq_length, dtype),
         "architectures": ["LoopMemForCausalLM"],
-        "dtype": dtype,
         "auto_map": {
             "AutoConfig": "configuration_loopmem.LoopMemConfig",
             "AutoModel": "modeling_loopmem.LoopMemModel",
@@ -164,15 +180,31 @@ def huggingface_config(config: ModelConfig, tokenizer: Tokenizer, seq_length: in
     return LoopMemConfig(**settings)
 
 
+def _common(tokenizer: Tokenizer, seq_length: int, dtype: DType) -> dict[str, Any]:
+    """What config.json says of every exported model."""
+    return {
+        "max_position_embeddings": seq_length,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+        "dtype": dtype,
+    }
+
+
 def write_settings(folder: Path, config: LoopMemConfig) -> None:
     """Write config.json, generation_config.json and the two code files."""
+    write_configs(folder, config)
+    modeling = inline_module(_HERE / "modeling_loopmem.py")
+    (folder / "modeling_loopmem.py").write_text(modeling, encoding="utf-8")
+    configuration = inline_module(_HERE / "configuration_loopmem.py", {})
+    (folder / "configuration_loopmem.py").write_text(configuration, encoding="utf-8")
+
+
+def write_configs(folder: Path, config: Any) -> None:
+    """Write config.json and generation_config.json."""
     config.save_pretrained(folder)
     pad = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
     generation: Any = GenerationConfig  # untyped
     generation(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=pad).save_pretrained(
         folder
     )
-    modeling = inline_module(_HERE / "modeling_loopmem.py")
-    (folder / "modeling_loopmem.py").write_text(modeling, encoding="utf-8")
-    configuration = inline_module(_HERE / "configuration_loopmem.py", {})
-    (folder / "configuration_loopmem.py").write_text(configuration, encoding="utf-8")

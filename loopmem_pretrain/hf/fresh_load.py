@@ -3,9 +3,9 @@
     python -P fresh_load.py FOLDER REQUEST.json
 
 Only torch and transformers can be imported; this package cannot. REQUEST holds `threads`, `texts`, `prompt` (token
-ids), `new_tokens`, and `samples`: lists of token ids. Standard output carries one JSON line with what loading reported,
-one with the texts' tokens, one with the greedy continuation of the prompt, then for each sample what `watch` tells and
-the logits: one JSON line with the name and the shape, then as many float32 values.
+ids), `new_tokens`, `layers_only`, and `samples`: lists of token ids. Standard output carries one JSON line with what
+loading reported, one with the texts' tokens, one with the greedy continuation of the prompt, then for each sample what
+`watch` (or `watch_layers`) tells and the logits: one JSON line with the name and the shape, then the float32 values.
 
 The weights stay mapped from the folder. A bfloat16 model computes in float32, on weights that are widened one part at
 a time: no whole model is ever in memory.
@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 Tell = Callable[[str, Tensor], object]
+Convert = Callable[[str, Tensor], Tensor]
 
 
-def convert_by_parts(model: Any, convert: Callable[[Tensor], Tensor]) -> None:
+def convert_by_parts(model: Any, convert: Convert) -> None:
     """Let `model` compute on converted weights, which exist for one part of it at a time.
 
     Parts are the embedding, each layer, and the head. The small rest is converted for good, with it the global bank,
@@ -32,23 +33,25 @@ def convert_by_parts(model: Any, convert: Callable[[Tensor], Tensor]) -> None:
 
     Args:
         model: LoopMemLM or LoopMemForCausalLM, for inference.
-        convert: old value -> new value of a parameter.
+        convert: name and old value of a parameter -> new value.
     """
     parts = [model.model.embed_tokens, *model.model.layers, model.lm_head]
+    names = {parameter: name for name, parameter in model.named_parameters()}
     by_parts = {parameter for part in parts for parameter in part.parameters()}
-    for parameter in set(model.parameters()) - by_parts:
-        parameter.data = convert(parameter.data)
+    for parameter, name in names.items():
+        if parameter not in by_parts:
+            parameter.data = convert(name, parameter.data)
     for part in parts:
-        _convert_while_it_runs(part, convert)
+        _convert_while_it_runs(part, names, convert)
 
 
-def _convert_while_it_runs(part: nn.Module, convert: Callable[[Tensor], Tensor]) -> None:
+def _convert_while_it_runs(part: nn.Module, names: dict[nn.Parameter, str], convert: Convert) -> None:
     kept: list[Tensor] = []
 
     def before(module: nn.Module, arguments: object) -> None:
         for parameter in module.parameters():
             kept.append(parameter.data)
-            parameter.data = convert(parameter.data)
+            parameter.data = convert(names[parameter], parameter.data)
 
     def after(module: nn.Module, arguments: object, result: object) -> None:
         for parameter, value in zip(module.parameters(), kept, strict=True):
@@ -68,6 +71,19 @@ def watch(model: Any, tell: Tell) -> None:
     """
     for index, layer in enumerate(model.model.layers):
         _watch_layer(layer, f"layer {index}", tell)
+
+
+def watch_layers(model: Any, tell: Tell) -> None:
+    """The same for the output of each layer alone, of any decoder of transformers too."""
+    for index, layer in enumerate(model.model.layers):
+        _watch_output(layer, f"hidden state of layer {index}", tell)
+
+
+def _watch_output(layer: nn.Module, name: str, tell: Tell) -> None:
+    def after(module: nn.Module, arguments: object, result: Any) -> None:
+        tell(name, result if isinstance(result, Tensor) else result[0])
+
+    layer.register_forward_hook(after)
 
 
 def _watch_layer(layer: Any, name: str, tell: Tell) -> None:
@@ -101,7 +117,7 @@ def _watch_layer(layer: Any, name: str, tell: Tell) -> None:
         layer.memory.register_forward_hook(gates)
 
 
-def widen(value: Tensor) -> Tensor:
+def widen(name: str, value: Tensor) -> Tensor:
     """float32, without a copy of what is float32."""
     return value.float()
 
@@ -130,7 +146,7 @@ def main(folder: str, request: dict[str, Any], out: BinaryIO) -> None:
     if model.dtype != torch.float32:
         convert_by_parts(model, widen)
     send(greedy(model, request["prompt"], request["new_tokens"]))
-    watch(model, tell)
+    (watch_layers if request["layers_only"] else watch)(model, tell)
     with torch.inference_mode():
         for ids in request["samples"]:
             tell("logits", model(input_ids=torch.tensor([ids]), use_cache=False).logits)

@@ -28,6 +28,9 @@ WRITTEN = (
 )
 """Names an export may write; `overwrite` replaces a folder only where all its files are among them."""
 
+UNROLLED_MARK = "loopmem_unrolled"
+"""Key of config.json that tells an export of a dense model from other models of that kind."""
+
 
 def check_destination(out_dir: str | Path, overwrite: bool) -> Path:
     """The absolute path an export will get.
@@ -109,7 +112,7 @@ def _is_export(folder: Path) -> bool:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return False
-    return isinstance(values, dict) and values.get("model_type") == "loopmem"
+    return isinstance(values, dict) and (values.get("model_type") == "loopmem" or UNROLLED_MARK in values)
 
 
 def _some(names: list[str]) -> str:

@@ -66,6 +66,11 @@ def reference_model(config: Any, weights: Mapping[str, Tensor]) -> LoopMemLM:
     return model.eval()
 
 
+def rounding(dtype: torch.dtype) -> fresh_load.Convert:
+    """Weights as a folder of that type holds them, float32 again."""
+    return lambda name, value: value.to(dtype).float()
+
+
 def verify_folder(
     folder: Path,
     config: Any,
@@ -73,7 +78,8 @@ def verify_folder(
     texts: list[str],
     tokens: list[list[int]],
     seq_length: int,
-    dtype: torch.dtype = torch.float32,
+    stored: fresh_load.Convert | None = None,
+    num_loops: int | None = None,
 ) -> Comparison:
     """Load `folder` with transformers in a fresh process and compare what it computes, all in float32.
 
@@ -84,7 +90,9 @@ def verify_folder(
         texts: real text.
         tokens: its token ids, each text at least one long and one of them at least two.
         seq_length: the models are compared on so many tokens of each text at most.
-        dtype: the reference's weights are rounded to, as the folder's are.
+        stored: name and value of a weight -> the value that the folder holds; None where it holds them as they are.
+        num_loops: None for a folder that loops as the checkpoint does. Where it holds a model of layers that do not
+            loop, how often the reference applies each layer; then its layers' outputs are compared, not its loops.
 
     Raises:
         ConversionError: it does not load, loading reports keys, or tokens, a value of some layer and loop, logits, loss
@@ -92,18 +100,24 @@ def verify_folder(
         EnvironmentFault: the process that loads it was killed.
     """
     reference = reference_model(config, weights)
-    if dtype != torch.float32:
-        fresh_load.convert_by_parts(reference, lambda value: value.to(dtype).float())
+    if stored is not None:
+        fresh_load.convert_by_parts(reference, stored)
     samples = [ids[:seq_length] for ids in tokens]
     prompt = max(samples, key=len)[:PROMPT_TOKENS]
-    request = {"texts": texts, "samples": samples, "prompt": prompt, "new_tokens": NEW_TOKENS}
+    request = {
+        "texts": texts,
+        "samples": samples,
+        "prompt": prompt,
+        "new_tokens": NEW_TOKENS,
+        "layers_only": num_loops is not None,
+    }
     with _fresh_process(folder, request) as stream:
         _check_loading(stream, tokens)
         continuation = json.loads(_line(stream))
         with torch.inference_mode():
-            logits = reference(torch.tensor([prompt + continuation])).logits[0, len(prompt) - 1 : -1]
-        comparison = _Comparing(stream, reference).run(samples)
-    _check_greedy(logits, continuation, comparison.tolerance)
+            output = reference(torch.tensor([prompt + continuation]), num_loops=num_loops)
+        comparison = _Comparing(stream, reference, num_loops).run(samples)
+    _check_greedy(output.logits[0, len(prompt) - 1 : -1], continuation, comparison.tolerance)
     return comparison._replace(greedy_tokens=len(continuation))
 
 
@@ -155,18 +169,18 @@ def _check_loading(stream: IO[bytes], tokens: list[list[int]]) -> None:
 class _Comparing:
     """Runs the reference and compares each value with the one that the exported model sends."""
 
-    def __init__(self, stream: IO[bytes], reference: LoopMemLM) -> None:
-        self.stream, self.reference = stream, reference
+    def __init__(self, stream: IO[bytes], reference: LoopMemLM, num_loops: int | None) -> None:
+        self.stream, self.reference, self.num_loops = stream, reference, num_loops
         self.text = self.places = 0
 
     def run(self, samples: list[list[int]]) -> Comparison:
         difference = scale = 0.0
         losses, predictions = [0.0, 0.0], 0
         loops: list[Tensor] = []
-        fresh_load.watch(self.reference, self.compare)
+        (fresh_load.watch if self.num_loops is None else fresh_load.watch_layers)(self.reference, self.compare)
         for self.text, ids in enumerate(samples):
             with torch.inference_mode():
-                output = self.reference(torch.tensor([ids]))
+                output = self.reference(torch.tensor([ids]), num_loops=self.num_loops)
             exported = self.compare("logits", output.logits)
             difference = max(difference, float((exported - output.logits).abs().max()))
             scale = max(scale, float(output.logits.abs().max()))

@@ -101,7 +101,7 @@ def test_parts_compute_on_converted_weights_and_keep_their_own():
     model = native_model(model_config("tied"))
     ids = torch.arange(40)[None]
     expected = model(ids).logits
-    convert_by_parts(model.bfloat16(), lambda value: value.float())
+    convert_by_parts(model.bfloat16(), lambda name, value: value.float())
     kept = {name: value for name, value in model.named_parameters() if "layers" in name or "embed" in name}
     with torch.inference_mode():
         logits = model(ids).logits
