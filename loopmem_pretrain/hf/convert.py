@@ -75,9 +75,12 @@ def convert_run(
     prepare_imports("cpu")
     from loopmem_pretrain.hf.export import export
     from loopmem_pretrain.hf.staging import check_destination
+    from loopmem_pretrain.hf.unrolled import check_unrolled
 
     check_destination(out_dir, overwrite)
     source = open_checkpoint(path)
+    if unrolled is not None:
+        check_unrolled(source.config.model, unrolled)  # before a long merge
     tokenizer = load_tokenizer(source.tokenizer_path)
     bar = ProgressBar("convert", len(read_manifest(source.checkpoint)["parameter_names"]), unit="parameter")
     bar.update(0, "merging ZeRO slices")  # most of the wait

@@ -37,7 +37,7 @@ def named_outputs(output) -> dict[str, torch.Tensor]:
 
 def assert_equals_golden(golden, model, output, relative: float, absolute: float) -> None:
     outputs, grads = named_outputs(output), {n: p.grad for n, p in model.named_parameters()}
-    # A gate's mean runs over all tokens, so over one more than the golden one; the logits cover the gates.
+    # A gate's mean runs over all tokens, so over one more than the golden one: see test_gates.
     expected_outputs = {key: value for key, value in golden.outputs.items() if not key.endswith("_gate_mean")}
     assert set(expected_outputs) <= set(outputs)
     assert set(golden.grads) == set(grads)
@@ -58,3 +58,19 @@ def test_float64(name):
 def test_float32(name):
     # Tolerances as in test_golden.py.
     assert_equals_golden(*run(name, torch.float32), relative=1e-4, absolute=1e-7)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gates(name):
+    golden, model, _ = run(name, torch.float64)
+    output = model(input_ids=golden.token_ids[:, :-1], output_loop_stats=True)
+    gates = {
+        f"layers.{index}.{bank}_gate_mean": gate.mean()
+        for index, stats in enumerate(output.loop_stats)
+        for bank, gate in (("local", stats.local_gate), ("global", stats.global_gate))
+        if gate is not None
+    }
+    expected = {key: value for key, value in golden.outputs.items() if key.endswith("_gate_mean")}
+    assert gates.keys() == expected.keys()
+    for key, value in expected.items():
+        assert abs(float(gates[key] - value)) < 1e-9, key
