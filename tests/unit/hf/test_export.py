@@ -128,6 +128,7 @@ def test_config_spells_out_every_field(full):
     values = json.loads((folder / "config.json").read_text())
     for key, value in model.config.model_dump().items():
         assert values[key] == value
+    assert values["format_version"] == 1
     assert values["model_type"] == "loopmem" and values["max_position_embeddings"] == SEQ_LENGTH
     assert values["eos_token_id"] == 2 and values["dtype"] == "float32"
 
