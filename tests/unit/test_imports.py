@@ -49,6 +49,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "huggingface_hub": ("hf/",),
     "safetensors": ("hf/", "checkpoint/universal.py"),
     "datasets": ("data/",),
+    "lm_eval": ("eval/",),
     "pyarrow": ("data/",),
     "sentencepiece": ("data/",),
     "tokenizers": ("data/", "hf/"),
@@ -56,7 +57,18 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "matplotlib": ("tools/",),
     "pydantic": ("config/", "data/", "checkpoint/manifest.py"),
 }
-HEAVY = ("torch", "numpy", "transformers", "deepspeed", "megatron", "datasets", "pyarrow", "sentencepiece", "wandb")
+HEAVY = (
+    "torch",
+    "numpy",
+    "transformers",
+    "deepspeed",
+    "megatron",
+    "datasets",
+    "pyarrow",
+    "sentencepiece",
+    "wandb",
+    "lm_eval",
+)
 
 # A function may reach back to a module that imports its own, when that spares everybody else a heavy import.
 LATE_CYCLES = {("data.corpus", "data.hub")}  # the hub reader is one of corpus's readers and brings its row types back
