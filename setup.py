@@ -40,6 +40,9 @@ setup(
         "matplotlib>=3.9",
         "tensorboard>=2.19",
     ],
-    extras_require={"dev": ["ruff", "mypy", "hypothesis", "types-PyYAML"], "eval": ["lm_eval>=0.4.13,<0.5"]},
+    extras_require={
+        "dev": ["ruff", "mypy", "hypothesis", "types-PyYAML"],
+        "eval": ["lm_eval>=0.4.13,<0.5", "accelerate>=1.15"],
+    },
     entry_points={"console_scripts": ["loopmem = loopmem_pretrain.cli:main"]},
 )

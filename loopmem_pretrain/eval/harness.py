@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import lm_eval.models  # noqa: F401 - its models register themselves only while the registry is empty
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
