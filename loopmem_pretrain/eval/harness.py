@@ -75,9 +75,6 @@ class WindowLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
             windows += continuation_windows(number, ids, len(continuation), self.max_length)
         nats, greedy = [0.0] * len(requests), [True] * len(requests)
         for window, (value, is_greedy) in zip(windows, self.score(windows), strict=True):
-            if not math.isfinite(value):
-                problem = f"{requests[window.document][0]!r}: the model's cross-entropy is {value}"
-                raise CheckpointError(problem, BROKEN)
             nats[window.document] += value
             greedy[window.document] &= is_greedy
         return [(-value, is_greedy) for value, is_greedy in zip(nats, greedy, strict=True)]
@@ -161,13 +158,21 @@ class LoopMemHarness(WindowLM):
 def scorer_of(
     opened: Opened, setting: Setting, on_windows: Callable[[int], object] = lambda done: None
 ) -> Callable[[list[Window]], list[WindowScore]]:
-    """What scores windows with an opened model; `on_windows` is told how many more are done."""
+    """What scores windows with an opened model; `on_windows` is told how many more are done.
+
+    Raises:
+        CheckpointError: the model gives a cross-entropy that is not finite.
+    """
 
     def score(some: list[Window]) -> list[WindowScore]:
         scores: list[WindowScore] = []
         size = POOL * opened.batch_size
         for start in range(0, len(some), size):
             pool = window_scores(opened.model, some[start : start + size], opened.batch_size, setting)
+            for value, _ in pool:
+                if not math.isfinite(value):
+                    loops = "" if setting.num_loops is None else f" at {setting.num_loops} loops"
+                    raise CheckpointError(f"the model's cross-entropy is {value}{loops}", BROKEN)
             scores += pool
             on_windows(len(pool))
         return scores

@@ -17,8 +17,8 @@ PACKAGE = "loopmem_pretrain"
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
-# What each package may import of ours. Downhill: errors, config, model and data, parallel, checkpoint, then training
-# and hf, then inference, eval and tools, then cli.
+# What each package may import of ours. Downhill: errors, config, model and data, parallel, checkpoint, then hf, then
+# inference and eval, then training and tools, then cli.
 BASIC = {"errors", "config", "model", "data", "parallel", "checkpoint", "lock", "progress", "quiet", PACKAGE}
 MAY_IMPORT: dict[str, set[str]] = {
     PACKAGE: set(),
@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"errors", "config", "lock"},
     "parallel": {"errors", "config", "model"},
     "checkpoint": {"errors", "config", "model", "data", "parallel", "lock"},
-    "training": BASIC,
+    "training": BASIC | {"eval"},
     "hf": BASIC,
     "inference": BASIC | {"hf"},
     "eval": BASIC | {"hf", "inference"},
