@@ -104,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     eval_.add_argument("--num-loops", nargs="+", default=[], metavar="N", help=help_)
     eval_.add_argument("--max-documents", type=int, metavar="N", help="the first N of each domain (default: all)")
     eval_.add_argument("--batch-size", type=int, default=8, metavar="B", help="windows in a forward pass (default: 8)")
+    eval_.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda or cuda:N (default: cpu)")
     eval_.add_argument("--out", metavar="FILE.json", help="also write every number, unrounded")
     help_ = "What is in a run's checkpoints, whether it is what was written; one rewritten for a start at other sizes."
     checkpoint_ = command("checkpoint", list_checkpoints, help_).add_subparsers(required=True, metavar="VERB")
@@ -258,6 +259,7 @@ def evaluate(options: Any) -> int:
         num_loops=options.num_loops,
         max_documents=options.max_documents,
         batch_size=options.batch_size,
+        device=options.device,
         command=shlex.join(["loopmem", *options.arguments]),
     )
     print(describe(evaluation))

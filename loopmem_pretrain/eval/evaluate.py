@@ -32,6 +32,7 @@ def evaluate(
     num_loops: Sequence[str] = (),
     max_documents: int | None = None,
     batch_size: int = 8,
+    device: str = "cpu",
     command: str = "",
 ) -> dict[str, Any]:
     """Score documents and tasks; docs/evaluation.md says what the numbers mean.
@@ -47,6 +48,7 @@ def evaluate(
         num_loops: forced numbers of loops, or `all`; empty runs the model as it was trained.
         max_documents: of each domain; None scores all.
         batch_size: windows in one forward pass; the numbers do not depend on it.
+        device: `cpu`, `cuda` or `cuda:N`.
         command: recorded as it is.
 
     Raises:
@@ -54,7 +56,7 @@ def evaluate(
         DataError: text, prepared data or tasks that cannot be scored, or a tokenizer that does not fit the model.
         CheckpointError: no whole checkpoint, or a model that gives no finite cross-entropy.
         ConversionError: an exported folder that is damaged.
-        EnvironmentFault: tasks without lm-evaluation-harness.
+        EnvironmentFault: tasks without lm-evaluation-harness, or a device that is not there.
     """
     for name, value in (("--batch-size", batch_size), ("--max-documents", max_documents)):
         if value is not None and value < 1:
@@ -65,7 +67,7 @@ def evaluate(
     place = place_of(path)
     requests = open_tasks(tasks, data_dir, limit, seed) if tasks else []
     domains = _domains(place, text, data) if text or data or not tasks else []
-    opened = open_scorer(place, batch_size)
+    opened = open_scorer(place, batch_size, device)
     settings = settings_of(opened.model, num_loops)
     codec = opened.codec
     scorer = Scorer(opened.model, codec.encode, codec.eos_id, opened.context, batch_size)
@@ -78,6 +80,7 @@ def evaluate(
         "context": opened.context,
         "stride": stride_of(opened.context),
         "batch_size": batch_size,
+        "device": device,
         "max_documents": max_documents,
         "limit": limit,
         "seed": seed,

@@ -105,14 +105,15 @@ class LoopMemHarness(WindowLM):
         num_loops: int | None = None,
         gates_closed: bool = False,
         batch_size: int | str = 8,
+        device: str = "cpu",
         **_: Any,
     ) -> None:
-        """`num_loops` and `gates_closed` as in `loopmem eval`; what else the harness hands on is not used.
+        """`num_loops`, `gates_closed` and `device` as in `loopmem eval`; what else the harness hands on is not used.
 
         Raises:
-            ConfigError, CheckpointError, ConversionError, DataError: as `open_scorer` and `settings_of` say.
+            LoopMemError: as `open_scorer` and `settings_of` say.
         """
-        self.opened = open_scorer(pretrained, int(batch_size))
+        self.opened = open_scorer(pretrained, int(batch_size), device)
         (setting,) = settings_of(self.opened.model, [] if num_loops is None else [str(num_loops)])
         self.setting = setting._replace(gates_closed=bool(gates_closed))
         codec, context = self.opened.codec, self.opened.context

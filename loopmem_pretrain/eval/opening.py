@@ -10,6 +10,7 @@ from loopmem_pretrain.checkpoint.store import checkpoint_at
 from loopmem_pretrain.data.files import sha256_file
 from loopmem_pretrain.errors import ConfigError, DataError
 from loopmem_pretrain.eval.scoring import Setting
+from loopmem_pretrain.hf.load import device_of
 from loopmem_pretrain.inference.command import open_model
 from loopmem_pretrain.inference.generate import codec_of
 
@@ -42,17 +43,20 @@ def place_of(path: str | Path) -> Path:
     return Path(path) if is_exported(path) else checkpoint_at(path)
 
 
-def open_scorer(path: str | Path, batch_size: int) -> Opened:
-    """Open a run folder (its newest checkpoint), one of its checkpoints, or an exported folder.
+def open_scorer(path: str | Path, batch_size: int, device: str = "cpu") -> Opened:
+    """Open a run folder (its newest checkpoint), one of its checkpoints, or an exported folder, on a device.
 
     Raises:
-        ConfigError: a batch size below 1, a folder of another kind, or one that does not say its context.
+        ConfigError: a batch size below 1, an unknown device, a folder of another kind, or one that does not say its
+            context.
+        EnvironmentFault: the device is not there.
         DataError: a tokenizer that does not fit the model.
         CheckpointError: no whole checkpoint.
         ConversionError: an exported folder that is damaged.
     """
     if batch_size < 1:
         raise ConfigError(f"--batch-size {batch_size} is not valid", "give 1 or more")
+    to = device_of(device)
     place = place_of(path)
     model, tokenizer, trained_on = open_model(place)
     codec = codec_of(model, tokenizer)
@@ -68,7 +72,7 @@ def open_scorer(path: str | Path, batch_size: int) -> Opened:
             f"{place / 'config.json'}: max_position_embeddings is null: nothing says how many tokens to read at once",
             "set it to the length of a training sequence",
         )
-    return Opened(place, model, codec, context, batch_size)
+    return Opened(place, model.to(to), codec, context, batch_size)
 
 
 def settings_of(model: Any, num_loops: Sequence[str]) -> list[Setting]:

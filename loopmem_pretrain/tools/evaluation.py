@@ -53,11 +53,11 @@ def _tasks(evaluation: Mapping[str, Any]) -> list[str]:
             "+- is one standard error, by item; prompts: the beginning of their hash",
             *_one_setting(tasks),
         ]
-        lines += ["", *_suites(suites)]
+        lines += ["", *_suites(tasks, suites)]
     else:
         lines = [line for measure in MEASURES for line in _many_settings(tasks, measure)]
-        lines += ["", "think harder (loops) or know more (memory)?  means over the tasks; +- is one standard error"]
-        lines += _suites(suites)
+        lines += ["", "think harder (loops) or know more (memory)?  +- is one standard error, by item"]
+        lines += _suites(tasks, suites)
     short = [task for task in tasks if task["shortened"]]
     if short:
         lines += ["", f"WARNING: prompts that did not fit into {context:,} tokens have lost their beginning:"]
@@ -93,10 +93,13 @@ def _many_settings(tasks: Sequence[Row], measure: str) -> list[str]:
     return ["", f"{MEASURES[measure]} by loops (* extrapolation; closed: memory gates closed)", *table(rows)]
 
 
-def _suites(suites: Sequence[Row]) -> list[str]:
-    """One row a setting, the suites' means as columns."""
+def _suites(tasks: Sequence[Row], suites: Sequence[Row]) -> list[str]:
+    """One row a setting, the suites' means as columns, with how many tasks they are means of."""
     columns = [(suite, name) for suite in suites for name in MEASURES if name in suite["scores"][0]]
-    rows = [["loops", *(cell for suite, name in columns for cell in (f"{suite['suite']} {MEASURES[name]}", "+-"))]]
+    rows = [["mean at loops"]]
+    for suite, name in columns:
+        count = sum(name in task["measures"] for task in tasks if task["suite"] == suite["suite"])
+        rows[0] += [f"{count} {suite['suite']} {MEASURES[name]}", "+-"]
     for index, score in enumerate(suites[0]["scores"]):
         cells = (cell for suite, name in columns for cell in _with_error(suite["scores"][index], name))
         rows.append([_setting(score), *cells])
