@@ -5,6 +5,7 @@ The same command on the same machine gives the same numbers.
 
 import json
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ def evaluate(
         "seed": seed,
         "max_loops": max_loops,
         "domains": [_plain(result, max_loops) for result in results],
+        "lm_eval": metadata.version("lm_eval") if requests else None,
         **(_tasks(opened, requests, settings) if requests else {"tasks": [], "suites": []}),
     }
 
@@ -168,6 +170,7 @@ def _plain_task(
     ]
     return {
         "task": task.name,
+        "version": task.task.VERSION,
         "suite": task.suite,
         "measures": task.measures,
         "items": len(task.items),

@@ -115,6 +115,8 @@ class LoopMemHarness(WindowLM):
         """
         self.opened = open_scorer(pretrained, int(batch_size), device)
         (setting,) = settings_of(self.opened.model, [] if num_loops is None else [str(num_loops)])
+        if gates_closed and self.opened.model.model.memory is None:
+            raise ConfigError("gates_closed: this model has no memory", "leave gates_closed out")
         self.setting = setting._replace(gates_closed=bool(gates_closed))
         codec, context = self.opened.codec, self.opened.context
         super().__init__(scorer_of(self.opened, self.setting), codec.encode, codec.eos_id, context)

@@ -68,7 +68,7 @@ def open_tasks(
     Raises:
         EnvironmentFault: lm-evaluation-harness is not installed.
         ConfigError: unknown names.
-        DataError: data that is missing or damaged, of all tasks at once.
+        DataError: data that is missing or damaged, of all tasks at once (from the hub, of the first).
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit {limit} is not valid", "give 1 or more, or leave it out to score all items")
@@ -99,6 +99,8 @@ def open_tasks(
         try:
             opened.append(_requests(manager.load([name])["tasks"][name], limit, seed))
         except DataError as error:
+            if data_dir is None:  # the hub: what keeps one set away keeps all away, after a long wait for each
+                raise
             missing.append((name, error))
     if len(missing) == 1 and len(wanted) == 1:
         raise missing[0][1]

@@ -43,6 +43,15 @@ def test_prompts_and_targets_are_written(tmp_path):
     assert item["prompt"] == "Problem:\nWhat is $0+0$?\n\nSolution:" and item["target"] == " It is $\\boxed{0}$."
 
 
+@pytest.mark.parametrize("file", ["arc_easy.jsonl", "qasper.jsonl", "lambada_openai.jsonl"])
+def test_a_data_set_is_streamed(tmp_path, file):
+    """A folder in place of a name on the hub: `datasets` reads both alike."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "test.jsonl").write_text(json.dumps(HUB[file]) + "\n")
+    streamed = read_items(FORM_OF[file], file, str(tmp_path / "set"), "test")["test"]
+    assert streamed == read(tmp_path, file, [HUB[file]])
+
+
 def test_a_category_is_chosen(tmp_path):
     items = read(tmp_path, "math.jsonl", LOCAL["math.jsonl"], category="algebra")
     assert [item["problem"] for item in items] == ["What is $0+0$?", "What is $7+7$?"]
