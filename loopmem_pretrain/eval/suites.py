@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from loopmem_pretrain.errors import ConfigError, DataError, EnvironmentFault
 
 TASKS = Path(__file__).with_name("tasks")
-SUITES = ("commonsense", "math")
+"""The task files."""
 
 
 class Mean(NamedTuple):

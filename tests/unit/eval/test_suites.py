@@ -3,10 +3,11 @@
 import hashlib
 import json
 import math
+import sys
 
 import pytest
 
-from loopmem_pretrain.errors import ConfigError, DataError
+from loopmem_pretrain.errors import ConfigError, DataError, EnvironmentFault
 from loopmem_pretrain.eval.scoring import WindowScore, continuation_windows
 from loopmem_pretrain.eval.suites import Mean, mean, mean_of_means, measured, open_tasks, score_task
 from tests.tasks import LOCAL, write_tasks
@@ -186,6 +187,13 @@ def test_tasks_without_data_are_all_named(data, tmp_path):
         open_tasks(["piqa"], tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="--limit 0 is not valid"):
         open_tasks(["piqa"], tmp_path, limit=0)
+
+
+def test_without_the_harness(data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)  # what the import then meets is a package that is not there
+    with pytest.raises(EnvironmentFault, match="task suites need lm-evaluation-harness") as error:
+        open_tasks(["piqa"], data)
+    assert "loopmem_pretrain[eval]" in error.value.fix
 
 
 def test_no_hub(data):
