@@ -87,12 +87,12 @@ def open_tasks(
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown or not names:
         raise ConfigError(
-            f"--tasks: unknown: {', '.join(unknown)}" if unknown else "--tasks: names no task",
+            f"unknown tasks: {', '.join(unknown)}" if unknown else "no task is named",
             f"valid are the suites {', '.join(sorted(manager.all_groups))}, and the tasks "
             f"{', '.join(sorted(manager.all_subtasks))}",
         )
     if data_dir is not None and not Path(data_dir).is_dir():
-        raise DataError(f"--data-dir {data_dir}: no such folder", "give the folder that holds the .jsonl files")
+        raise DataError(f"{data_dir}: no such folder", "give the folder that holds the tasks' .jsonl files")
     wanted = dict.fromkeys(task for name in names for task in _tasks_of(manager, name))
     opened, missing = [], []
     for name in wanted:
@@ -107,7 +107,7 @@ def open_tasks(
     if missing:
         problems = "\n  ".join(f"{name}: {error.problem}" for name, error in missing)
         there = ",".join(task.name for task in opened)
-        fix = f"mend the data, or score what is there: --tasks {there}" if there else missing[0][1].fix
+        fix = f"mend the data, or score what is there: {there}" if there else missing[0][1].fix
         raise DataError(f"{len(missing)} of {len(wanted)} tasks have no usable data\n  {problems}", fix)
     return opened
 

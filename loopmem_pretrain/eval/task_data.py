@@ -76,7 +76,7 @@ def _local_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 if line.strip():
                     yield f"{path}:{number}", _row(f"{path}:{number}", line)
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file", "put the file there, or leave this task out of --tasks") from None
+        raise DataError(f"{path}: no such file", "put the file there, or leave this task out") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}", "check the path and its permissions") from error
 
@@ -103,7 +103,9 @@ def _hub_rows(name: str, subset: str | None, split: str, revision: str | None) -
             if isinstance(row.record, dict):
                 yield row.place, row.record
     except DataError as error:
-        fix = "check the network, or put the data into a folder and name it with --data-dir"
+        fix = (
+            "check the network, or put the data into a folder and name that folder (--data-dir, or evaluation.data_dir)"
+        )
         raise DataError(error.problem, fix) from error
 
 

@@ -168,9 +168,9 @@ def test_prompts_that_lose_their_beginning_are_counted(data):
 def test_unknown_names_are_answered_with_the_valid_ones(data):
     with pytest.raises(ConfigError) as error:
         open_tasks(["arc_easy", "hella", "mmlu"], data)
-    assert "unknown: hella, mmlu" in error.value.problem
+    assert "unknown tasks: hella, mmlu" in error.value.problem
     assert "the suites commonsense, math, and the tasks arc_challenge, arc_easy," in error.value.fix
-    with pytest.raises(ConfigError, match="names no task"):
+    with pytest.raises(ConfigError, match="no task is named"):
         open_tasks([], data)
 
 
@@ -182,7 +182,7 @@ def test_tasks_without_data_are_all_named(data, tmp_path):
     assert "2 of 8 tasks have no usable data" in error.value.problem
     for said in ("hellaswag.jsonl: no such file", "piqa.jsonl:1: has the keys goal"):
         assert said in error.value.problem
-    assert "--tasks arc_challenge,arc_easy,lambada,qasper_yes_no,social_iqa,winogrande" in error.value.fix
+    assert "what is there: arc_challenge,arc_easy,lambada,qasper_yes_no,social_iqa,winogrande" in error.value.fix
     with pytest.raises(DataError, match="nowhere: no such folder"):
         open_tasks(["piqa"], tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="--limit 0 is not valid"):
