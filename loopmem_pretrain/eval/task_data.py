@@ -103,9 +103,7 @@ def _hub_rows(name: str, subset: str | None, split: str, revision: str | None) -
             if isinstance(row.record, dict):
                 yield row.place, row.record
     except DataError as error:
-        fix = (
-            "check the network, or put the data into a folder and name that folder (--data-dir, or evaluation.data_dir)"
-        )
+        fix = "check the network, or put the data into a folder (--data-dir, evaluation.data_dir)"
         raise DataError(error.problem, fix) from error
 
 
