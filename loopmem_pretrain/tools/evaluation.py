@@ -69,15 +69,18 @@ def _tasks(evaluation: Mapping[str, Any]) -> list[str]:
 
 
 def _one_setting(tasks: Sequence[Row]) -> list[str]:
-    """One row a task: both measures, with errors."""
-    rows = [["task", "items", "prompts", "accuracy", "+-", "by", "bits/byte", "+-"]]
+    """One row a task: its measures, with errors; `by` is the metric that is its accuracy."""
+    having = [measure for measure in MEASURES if any(measure in task["measures"] for task in tasks)]
+    rows = [["task", "items", "prompts"]]
+    for measure in having:
+        rows[0] += [MEASURES[measure], "+-", *(["by"] if measure == "accuracy" else [])]
     for task in tasks:
         (score,) = task["scores"]
-        cells = [
-            [*_with_error(score, task["measures"][measure])] if measure in task["measures"] else ["", ""]
-            for measure in MEASURES
-        ]
-        rows.append([*_name(task), *cells[0], task["measures"].get("accuracy", ""), *cells[1]])
+        rows.append(_name(task))
+        for measure in having:
+            metric = task["measures"].get(measure)
+            rows[-1] += ["", ""] if metric is None else _with_error(score, metric)
+            rows[-1] += [metric or ""] if measure == "accuracy" else []
     return table(rows)
 
 
