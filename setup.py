@@ -19,7 +19,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["loopmem_pretrain", "loopmem_pretrain.*"]),
-    package_data={"loopmem_pretrain": ["py.typed"]},
+    package_data={"loopmem_pretrain": ["py.typed", "eval/tasks/*.yaml"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.8,<0.20",
@@ -40,6 +40,9 @@ setup(
         "matplotlib>=3.9",
         "tensorboard>=2.19",
     ],
-    extras_require={"dev": ["ruff", "mypy", "hypothesis", "types-PyYAML"]},
+    extras_require={
+        "dev": ["ruff", "mypy", "hypothesis", "types-PyYAML"],
+        "eval": ["lm_eval>=0.4.13,<0.5", "accelerate>=1.15"],
+    },
     entry_points={"console_scripts": ["loopmem = loopmem_pretrain.cli:main"]},
 )

@@ -90,17 +90,24 @@ def build_parser() -> argparse.ArgumentParser:
     generate_.add_argument("--seed", type=int, default=0)
     generate_.add_argument("--num-loops", type=int, metavar="N", help="apply every layer N times instead of max_loops")
     generate_.add_argument("--save", metavar="FILE", help="also write prompt and text to FILE")
-    eval_ = command("eval", evaluate, "Perplexity and bits per byte of a run or an exported folder on held-out text.")
+    eval_ = command("eval", evaluate, "A run or an exported folder on held-out text (perplexity) and task suites.")
     eval_.add_argument("model", metavar="RUN_OR_HF", help="run folder, one of its checkpoints, or exported folder")
     held_out = eval_.add_mutually_exclusive_group()
     help_ = "text to score, a domain a file: .txt (one document), .jsonl, .parquet"
     held_out.add_argument("--text", nargs="+", default=[], metavar="FILE", help=help_)
-    help_ = "prepared data, whose validation splits are scored (default: the run's own)"
+    help_ = "prepared data, whose validation splits are scored (default: the run's own, without --tasks)"
     held_out.add_argument("--data", nargs="+", default=[], metavar="PREPARED", help=help_)
+    help_ = "suites (commonsense, math) and single tasks, a comma between them"
+    eval_.add_argument("--tasks", metavar="NAMES", type=lambda names: names.split(","), default=[], help=help_)
+    help_ = "folder with their .jsonl files (default: the Hugging Face hub)"
+    eval_.add_argument("--data-dir", metavar="DIR", help=help_)
+    eval_.add_argument("--limit", type=int, metavar="N", help="items a task, drawn with --seed (default: all)")
+    eval_.add_argument("--seed", type=int, default=0, metavar="S", help="of the drawing of --limit (default: 0)")
     help_ = "apply every layer N times instead of max_loops, for each N; `all`: 1 to twice max_loops, and memory closed"
     eval_.add_argument("--num-loops", nargs="+", default=[], metavar="N", help=help_)
     eval_.add_argument("--max-documents", type=int, metavar="N", help="the first N of each domain (default: all)")
     eval_.add_argument("--batch-size", type=int, default=8, metavar="B", help="windows in a forward pass (default: 8)")
+    eval_.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda or cuda:N (default: cpu)")
     eval_.add_argument("--out", metavar="FILE.json", help="also write every number, unrounded")
     help_ = "What is in a run's checkpoints, whether it is what was written; one rewritten for a start at other sizes."
     checkpoint_ = command("checkpoint", list_checkpoints, help_).add_subparsers(required=True, metavar="VERB")
@@ -249,9 +256,14 @@ def evaluate(options: Any) -> int:
         options.model,
         text=options.text,
         data=options.data,
+        tasks=options.tasks,
+        data_dir=options.data_dir,
+        limit=options.limit,
+        seed=options.seed,
         num_loops=options.num_loops,
         max_documents=options.max_documents,
         batch_size=options.batch_size,
+        device=options.device,
         command=shlex.join(["loopmem", *options.arguments]),
     )
     print(describe(evaluation))

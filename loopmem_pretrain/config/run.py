@@ -10,6 +10,7 @@ from loopmem_pretrain.config.preflight import Problem, parallel_problems, tensor
 from loopmem_pretrain.config.training import (
     AlarmConfig,
     CheckpointConfig,
+    EvaluationConfig,
     FaultConfig,
     LoggingConfig,
     OptimizerConfig,
@@ -39,6 +40,8 @@ class RunConfig(Section):
     """Learning rate over steps."""
     validation: ValidationConfig = ValidationConfig()
     """Held-out loss."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Task suites while training."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
     faults: FaultConfig = FaultConfig()
@@ -89,6 +92,7 @@ def run_problems(config: RunConfig) -> list[Problem]:
         why = "1 may be of a spike that has just begun; faults.spike_action rewind needs at least 2"
         problems.append((("checkpoint", "keep_last"), why))
     problems += _checkpoint_problems(config)
+    problems += _evaluation_problems(config)
     problems += parallel_problems(config.model, config.data, config.parallel, training, optimizer)
     return problems
 
@@ -109,6 +113,22 @@ def _checkpoint_problems(config: RunConfig) -> list[Problem]:
             )
         )
     return problems
+
+
+def _evaluation_problems(config: RunConfig) -> list[Problem]:
+    """Tasks need the logits of whole prompts on every rank."""
+    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
+    if not config.evaluation.tasks or tp == pp == 1:
+        return []
+    name, size = ("tensor_model_parallel_size", tp) if tp > 1 else ("pipeline_model_parallel_size", pp)
+    why = "no rank has all logits of a token" if tp > 1 else "only the last stage has logits"
+    return [
+        (
+            ("evaluation", "tasks"),
+            f"cannot be scored while training with parallel.{name} {size}: {why}; leave them out and score "
+            "checkpoints with `loopmem eval --tasks`, or use data parallelism alone",
+        )
+    ]
 
 
 def gradient_accumulation_steps(training: TrainingConfig, data_parallel_size: int) -> int:

@@ -80,6 +80,21 @@ class ValidationConfig(Section):
     """Samples a validation reads, always the same ones; rounded up to whole batches over all ranks."""
 
 
+class EvaluationConfig(Section):
+    """Task suites that are scored while training (docs/evaluation.md); off where no tasks are named."""
+
+    tasks: tuple[str, ...] = ()
+    """Suites (commonsense, math) and single tasks, as in `loopmem eval --tasks`."""
+    data_dir: str | None = None
+    """Folder with their .jsonl files; unset reads them from the Hugging Face hub at every start."""
+    interval_steps: int = Field(default=1000, gt=0)
+    """Steps between evaluations; the last step evaluates too."""
+    limit: int = Field(default=64, gt=0)
+    """Items a task, always the same ones: what an evaluation costs is bounded by it."""
+    seed: int = Field(default=0, ge=0)
+    """Of the drawing of those items."""
+
+
 class CheckpointConfig(Section):
     """When checkpoints are written and which are kept."""
 

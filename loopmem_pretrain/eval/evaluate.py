@@ -1,24 +1,22 @@
-"""`loopmem eval`: a run or an exported folder on held-out text, as a dictionary that JSON can hold.
+"""`loopmem eval`: a run or an exported folder on held-out text and task suites, as a dictionary that JSON can hold.
 
-Nothing is drawn at random: the same command on the same machine gives the same numbers.
+The same command on the same machine gives the same numbers.
 """
 
 import json
 from collections.abc import Sequence
-from hashlib import sha256
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from loopmem_pretrain import __version__
-from loopmem_pretrain.checkpoint.manifest import MANIFEST, read_manifest
-from loopmem_pretrain.checkpoint.store import checkpoint_at
-from loopmem_pretrain.data.files import sha256_file, write_file
-from loopmem_pretrain.errors import ConfigError, DataError
+from loopmem_pretrain.data.files import write_file
+from loopmem_pretrain.errors import ConfigError
 from loopmem_pretrain.eval.documents import Domain, prepared_domains, text_domains
+from loopmem_pretrain.eval.opening import Opened, identity_of, is_exported, open_scorer, place_of, settings_of
 from loopmem_pretrain.eval.perplexity import DomainScores, Ratio, Scorer, measure
 from loopmem_pretrain.eval.scoring import Setting, stride_of
-from loopmem_pretrain.inference.command import open_model
-from loopmem_pretrain.inference.generate import codec_of
+from loopmem_pretrain.eval.suites import Mean, TaskRequests, TaskScores, measured, open_tasks, score_task
 from loopmem_pretrain.progress import ProgressBar
 from loopmem_pretrain.quiet import prepare_imports
 
@@ -28,84 +26,70 @@ def evaluate(
     *,
     text: Sequence[str] = (),
     data: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    data_dir: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
     num_loops: Sequence[str] = (),
     max_documents: int | None = None,
     batch_size: int = 8,
+    device: str = "cpu",
     command: str = "",
 ) -> dict[str, Any]:
-    """Score documents; docs/evaluation.md says what the numbers mean.
+    """Score documents and tasks; docs/evaluation.md says what the numbers mean.
 
     Args:
         path: run folder (its newest checkpoint), one of its checkpoints, or an exported folder.
         text: files to score, one domain each.
-        data: folders of prepared data, whose validation splits are scored; without both, those of the run.
+        data: folders of prepared data, whose validation splits are scored; without text, data and tasks, the run's own.
+        tasks: task suites or single tasks.
+        data_dir: folder with their items; None reads from the Hugging Face hub.
+        limit: items a task, drawn with `seed`; None scores all.
+        seed: of the drawing.
         num_loops: forced numbers of loops, or `all`; empty runs the model as it was trained.
         max_documents: of each domain; None scores all.
         batch_size: windows in one forward pass; the numbers do not depend on it.
+        device: `cpu`, `cuda` or `cuda:N`.
         command: recorded as it is.
 
     Raises:
-        ConfigError: a value that cannot be meant, or nothing to score.
-        DataError: text or prepared data that cannot be scored, or a tokenizer that does not fit the model.
+        ConfigError: a value that cannot be meant, an unknown task, or nothing to score.
+        DataError: text, prepared data or tasks that cannot be scored, or a tokenizer that does not fit the model.
         CheckpointError: no whole checkpoint, or a model that gives no finite cross-entropy.
         ConversionError: an exported folder that is damaged.
+        EnvironmentFault: tasks without lm-evaluation-harness, or a device that is not there.
     """
     for name, value in (("--batch-size", batch_size), ("--max-documents", max_documents)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} {value} is not valid", "give 1 or more")
+    if not tasks and (data_dir is not None or limit is not None):
+        raise ConfigError("--data-dir and --limit are about tasks", "add --tasks, or leave them out")
     prepare_imports("cpu")
-    is_exported = (Path(path) / "config.json").exists()
-    # The checkpoint is named once: a training beside this may save a newer one meanwhile.
-    place = Path(path) if is_exported else checkpoint_at(path)
-    domains = _domains(place, is_exported, text, data)
-    model, tokenizer, trained_on = open_model(place)
-    settings = settings_of(model, num_loops)
-    codec = codec_of(model, tokenizer)
-    if codec.vocab_size > model.config.vocab_size:
-        raise DataError(
-            f"{place}: the tokenizer has ids up to {codec.vocab_size - 1}, the model a vocab_size of "
-            f"{model.config.vocab_size}",
-            "put the tokenizer beside the model that it was trained with",
-        )
-    context = trained_on or model.config.max_position_embeddings
-    if context is None:
-        raise ConfigError(
-            f"{place / 'config.json'}: max_position_embeddings is null: nothing says how many tokens to read at once",
-            "set it to the length of a training sequence",
-        )
-    scorer = Scorer(model, codec.encode, codec.eos_id, context, batch_size)
+    place = place_of(path)
+    requests = open_tasks(tasks, data_dir, limit, seed) if tasks else []
+    domains = _domains(place, text, data) if text or data or not tasks else []
+    opened = open_scorer(place, batch_size, device)
+    settings = settings_of(opened.model, num_loops)
+    codec = opened.codec
+    scorer = Scorer(opened.model, codec.encode, codec.eos_id, opened.context, batch_size)
     results = [_with_bar(scorer, domain, settings, max_documents) for domain in domains]
+    max_loops = opened.model.config.max_loops
     return {
         "command": command,
         "version": __version__,
-        "model": _identity(place, is_exported, model),
-        "context": context,
-        "stride": stride_of(context),
+        "model": identity_of(opened),
+        "context": opened.context,
+        "stride": stride_of(opened.context),
         "batch_size": batch_size,
+        "device": device,
         "max_documents": max_documents,
-        "max_loops": model.config.max_loops,
-        "domains": [_plain(result, model.config.max_loops) for result in results],
+        "limit": limit,
+        "seed": seed,
+        "max_loops": max_loops,
+        "domains": [_plain(result, max_loops) for result in results],
+        "lm_eval": metadata.version("lm_eval") if requests else None,
+        **(_tasks(opened, requests, settings) if requests else {"tasks": [], "suites": []}),
     }
-
-
-def settings_of(model: Any, num_loops: Sequence[str]) -> list[Setting]:
-    """What `--num-loops` asks for.
-
-    Raises:
-        ConfigError: no number of loops, or a model that does not loop.
-    """
-    max_loops = model.config.max_loops
-    if not num_loops:
-        return [Setting(max_loops or None)]
-    if not max_loops:
-        raise ConfigError("--num-loops: this model does not loop (max_loops 0)", "leave --num-loops out")
-    if list(num_loops) == ["all"]:
-        closed = [] if model.model.memory is None else [Setting(max_loops, gates_closed=True)]
-        return [*(Setting(n) for n in range(1, 2 * max_loops + 1)), *closed]
-    wrong = [value for value in num_loops if not value.isdecimal() or int(value) < 1]
-    if wrong:
-        raise ConfigError(f"--num-loops {' '.join(wrong)} is not valid", "give numbers of 1 or more, or `all` alone")
-    return [Setting(n) for n in dict.fromkeys(map(int, num_loops))]
 
 
 def write_evaluation(path: str | Path, evaluation: dict[str, Any]) -> None:
@@ -117,13 +101,15 @@ def write_evaluation(path: str | Path, evaluation: dict[str, Any]) -> None:
     write_file(Path(path), (json.dumps(evaluation, indent=1, allow_nan=False) + "\n").encode())
 
 
-def _domains(place: Path, is_exported: bool, text: Sequence[str], data: Sequence[str]) -> list[Domain]:
+def _domains(place: Path, text: Sequence[str], data: Sequence[str]) -> list[Domain]:
     if text:
         return text_domains(text)
     if data:
         return prepared_domains(data)
-    if is_exported:
-        raise ConfigError(f"{place}: an exported folder has no validation split", "add --text FILE or --data PREPARED")
+    if is_exported(place):
+        raise ConfigError(
+            f"{place}: an exported folder has no validation split", "add --text FILE, --data PREPARED or --tasks NAMES"
+        )
     from loopmem_pretrain.hf.convert import open_checkpoint
 
     return prepared_domains([dataset.path for dataset in open_checkpoint(place).config.data.datasets])
@@ -141,23 +127,65 @@ def _with_bar(scorer: Scorer, domain: Domain, settings: list[Setting], max_docum
         bar.close()
 
 
-def _identity(place: Path, is_exported: bool, model: Any) -> dict[str, Any]:
-    """Which weights: for an exported folder the hash of its files' hashes, else that of the checkpoint's manifest."""
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    if not is_exported:
-        step = read_manifest(place)["step"]
-        return {"path": str(place), "step": step, "dtype": dtype, "sha256": sha256_file(place / MANIFEST)}
-    files = sorted(file for kind in ("config.json", "*.safetensors", "tokenizer*.json") for file in place.glob(kind))
-    lines = [f"{sha256_file(file)}  {file.name}\n" for file in files]
-    return {"path": str(place), "step": None, "dtype": dtype, "sha256": sha256("".join(lines).encode()).hexdigest()}
+def _tasks(opened: Opened, tasks: list[TaskRequests], settings: list[Setting]) -> dict[str, Any]:
+    """Every task under every setting, and the suites' means."""
+    scores = {task.name: _score(opened, task, settings) for task in tasks}
+    max_loops, suites = opened.model.config.max_loops, []
+    by_setting = [measured(tasks, [scores[task.name][index] for task in tasks]) for index in range(len(settings))]
+    for suite in dict.fromkeys(task.suite for task in tasks):
+        rows = [
+            {**_plain_setting(setting, max_loops), **_all_named(means[suite])}
+            for setting, means in zip(settings, by_setting, strict=True)
+        ]
+        suites.append({"suite": suite, "tasks": [task.name for task in tasks if task.suite == suite], "scores": rows})
+    return {"tasks": [_plain_task(task, scores[task.name], settings, max_loops) for task in tasks], "suites": suites}
+
+
+def _score(opened: Opened, task: TaskRequests, settings: list[Setting]) -> list[TaskScores]:
+    from loopmem_pretrain.eval.harness import WindowLM, scorer_of
+
+    bar, codec = ProgressBar(f"eval {task.name}", 0, unit="window"), opened.codec
+    done = 0
+
+    def show(windows: int) -> None:
+        nonlocal done
+        done += windows
+        bar.update(done, f"{len(task.items):,} items")
+
+    try:
+        return [
+            score_task(task, WindowLM(scorer_of(opened, setting, show), codec.encode, codec.eos_id, opened.context))
+            for setting in settings
+        ]
+    finally:
+        bar.close()
+
+
+def _plain_task(
+    task: TaskRequests, scores: list[TaskScores], settings: list[Setting], max_loops: int
+) -> dict[str, Any]:
+    rows = [
+        {**_plain_setting(setting, max_loops), **_all_named(score.metrics)}
+        for setting, score in zip(settings, scores, strict=True)
+    ]
+    return {
+        "task": task.name,
+        "version": task.task.VERSION,
+        "suite": task.suite,
+        "measures": task.measures,
+        "items": len(task.items),
+        "of": task.of,
+        "requests": sum(len(item) for item in task.requests),
+        "shortened": scores[0].shortened,
+        "prompt_sha256": task.prompt_sha256,
+        "scores": rows,
+    }
 
 
 def _plain(result: DomainScores, max_loops: int) -> dict[str, Any]:
     rows = [
         {
-            "num_loops": score.setting.num_loops,
-            "extrapolation": (score.setting.num_loops or 0) > max_loops,
-            "gates_closed": score.setting.gates_closed,
+            **_plain_setting(score.setting, max_loops),
             "nats": score.nats,
             **_named("perplexity", score.perplexity),
             **_named("bits_per_byte", score.bits_per_byte),
@@ -167,5 +195,13 @@ def _plain(result: DomainScores, max_loops: int) -> dict[str, Any]:
     return {**result._asdict(), "scores": rows}
 
 
-def _named(name: str, ratio: Ratio) -> dict[str, float | None]:
+def _plain_setting(setting: Setting, max_loops: int) -> dict[str, Any]:
+    return {**setting._asdict(), "extrapolation": (setting.num_loops or 0) > max_loops}
+
+
+def _all_named(means: dict[str, Mean]) -> dict[str, float | None]:
+    return {key: value for name, mean in means.items() for key, value in _named(name, mean).items()}
+
+
+def _named(name: str, ratio: Ratio | Mean) -> dict[str, float | None]:
     return {name: ratio.value, f"{name}_standard_error": ratio.standard_error}

@@ -15,12 +15,10 @@ from typing import Any, NamedTuple
 
 from loopmem_pretrain.errors import CheckpointError, DataError
 from loopmem_pretrain.eval.documents import Domain
-from loopmem_pretrain.eval.scoring import Setting, Window, window_nats, windows
+from loopmem_pretrain.eval.scoring import BROKEN, Setting, Window, window_scores, windows
 
 POOL = 32
 """Batches of windows that are put in order of length together."""
-
-_BROKEN = "score an earlier checkpoint, or as many loops as the model was trained with"
 
 
 class Scorer(NamedTuple):
@@ -104,8 +102,8 @@ def measure(
     stream, done = all_windows(), 0
     while pool := list(islice(stream, POOL * scorer.batch_size)):
         for setting, sums in nats.items():
-            values = window_nats(scorer.model, pool, scorer.batch_size, setting)
-            for window, value in zip(pool, values, strict=True):
+            scored = window_scores(scorer.model, pool, scorer.batch_size, setting)
+            for window, (value, _) in zip(pool, scored, strict=True):
                 _require_finite(value, domain, window, setting)
                 sums[window.document] += value
         done += len(pool)
@@ -128,7 +126,7 @@ def score(setting: Setting, nats: Sequence[float], tokens: Sequence[int], sizes:
     try:
         perplexity = math.exp(a_token.value)
     except OverflowError:
-        raise CheckpointError(f"the cross-entropy is {a_token.value:,.0f} nats a token", _BROKEN) from None
+        raise CheckpointError(f"the cross-entropy is {a_token.value:,.0f} nats a token", BROKEN) from None
     error = None if a_token.standard_error is None else perplexity * a_token.standard_error
     return Score(setting, math.fsum(nats), Ratio(perplexity, error), a_byte)
 
@@ -147,5 +145,5 @@ def _require_finite(value: float, domain: Domain, window: Window, setting: Setti
         loops = "" if setting.num_loops is None else f" at {setting.num_loops} loops"
         raise CheckpointError(
             f"{domain.name}: document {window.document + 1}: the model's cross-entropy is {value}{loops}",
-            _BROKEN,
+            BROKEN,
         )

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from loopmem_pretrain.model.backend import wide
 
+BROKEN = "score an earlier checkpoint, or as many loops as the model was trained with"
+"""What to do about a cross-entropy that is not finite."""
 LOGIT_BYTES = 1 << 26
 """Memory for the logits that exist at once: a batch's would be gigabytes at a large vocabulary."""
 
@@ -31,6 +33,15 @@ class Window(NamedTuple):
     """Token ids: all but the last are inputs."""
     scored: int
     """So many at the end are predicted here; those before them are context."""
+
+
+class WindowScore(NamedTuple):
+    """What a model gives the tokens that a window predicts."""
+
+    nats: float
+    """Their cross-entropy, summed."""
+    is_greedy: bool
+    """Whether each is the likeliest token where it stands."""
 
 
 class Setting(NamedTuple):
@@ -56,6 +67,22 @@ def windows(document: int, ids: Sequence[int], context: int) -> Iterator[Window]
         done, start = end, start + stride_of(context)
 
 
+def continuation_windows(number: int, ids: Sequence[int], scored: int, context: int) -> Iterator[Window]:
+    """Windows that predict the last `scored` of `ids` once, from as much as fits of what stands before them.
+
+    What does not fit is cut off on the left. A continuation longer than the context is cut into windows like a
+    document, its first tokens predicted from half a context of the prompt.
+    """
+    if scored <= context:
+        yield Window(number, ids[-(context + 1) :], scored)
+        return
+    kept = ids[-(scored + stride_of(context)) :]
+    unscored = len(kept) - 1 - scored
+    for window in windows(number, kept, context):
+        yield window._replace(scored=window.scored - unscored)
+        unscored = 0
+
+
 @contextmanager
 def gates_closed(model: Any) -> Iterator[None]:
     """Within the block no layer reads memory: inject(h) = h, which is what gates of 0 give."""
@@ -67,8 +94,8 @@ def gates_closed(model: Any) -> Iterator[None]:
         model.model.memory = memory
 
 
-def window_nats(model: Any, some: Sequence[Window], batch_size: int, setting: Setting) -> list[float]:
-    """Cross-entropy of each window, summed over the tokens it predicts, in nats.
+def window_scores(model: Any, some: Sequence[Window], batch_size: int, setting: Setting) -> list[WindowScore]:
+    """The score of each window.
 
     Args:
         model: a LoopMemLM or a LoopMemForCausalLM in evaluation mode.
@@ -77,18 +104,18 @@ def window_nats(model: Any, some: Sequence[Window], batch_size: int, setting: Se
         setting: how the model is run.
     """
     by_length = sorted(range(len(some)), key=lambda index: len(some[index].ids), reverse=True)  # little padding
-    nats = [0.0] * len(some)
+    scores: dict[int, WindowScore] = {}
     with torch.inference_mode(), gates_closed(model) if setting.gates_closed else nullcontext():
         for start in range(0, len(some), batch_size):
             chosen = by_length[start : start + batch_size]
-            values = _batch_nats(model, [some[index] for index in chosen], setting.num_loops).tolist()
-            for index, value in zip(chosen, values, strict=True):
-                nats[index] = value
-    return nats
+            nats, misses = _batch_sums(model, [some[index] for index in chosen], setting.num_loops).tolist()
+            for index, *score in zip(chosen, nats, misses, strict=True):
+                scores[index] = WindowScore(score[0], score[1] == 0)
+    return [scores[index] for index in range(len(some))]
 
 
-def _batch_nats(model: Any, batch: list[Window], num_loops: int | None) -> Tensor:
-    """[B], float64."""
+def _batch_sums(model: Any, batch: list[Window], num_loops: int | None) -> Tensor:
+    """Nats of each window, and how many of its tokens are not the likeliest: [2, B], float64."""
     device = next(model.parameters()).device
     longest = max(len(window.ids) for window in batch)
     tokens = torch.tensor([[*window.ids, *[0] * (longest - len(window.ids))] for window in batch], device=device)
@@ -100,10 +127,12 @@ def _batch_nats(model: Any, batch: list[Window], num_loops: int | None) -> Tenso
     rows = max(1, LOGIT_BYTES // (4 * model.config.vocab_size))
     hidden, targets = hidden[counts], tokens[:, 1:][counts]
     parts = [slice(start, start + rows) for start in range(0, len(targets), rows)]
-    nats = torch.cat([_nats(model.lm_head(hidden[part]), targets[part]) for part in parts])
-    sums = torch.zeros(len(batch), dtype=torch.float64, device=device)
-    return sums.index_add_(0, counts.nonzero()[:, 0], nats.double())
+    each = torch.cat([token_scores(model.lm_head(hidden[part]), targets[part]) for part in parts], dim=1)
+    sums = torch.zeros(2, len(batch), dtype=torch.float64, device=device)
+    return sums.index_add_(1, counts.nonzero()[:, 0], each.double())
 
 
-def _nats(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.to(wide(logits.dtype)), targets, reduction="none")
+def token_scores(logits: Tensor, targets: Tensor) -> Tensor:
+    """Nats of each target [n] under logits [n, V], and 1 where it is not the likeliest token: [2, n]."""
+    nats = F.cross_entropy(logits.to(wide(logits.dtype)), targets, reduction="none")
+    return torch.stack([nats, (logits.argmax(-1) != targets).to(nats.dtype)])

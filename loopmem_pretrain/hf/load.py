@@ -38,7 +38,7 @@ def load_hf(
     """
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not valid", f"use one of {', '.join(_DTYPES)}")
-    place = _device(device)
+    place = device_of(device)
     path = Path(folder).expanduser()
     config = _config(path)
     _require_files(path)
@@ -82,7 +82,13 @@ def _check_tokenizer(path: Path, config: LoopMemConfig, tokenizer: PreTrainedTok
         )
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ConfigError: no such name.
+        EnvironmentFault: the device is not there.
+    """
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -1,33 +1,120 @@
-"""The table that `loopmem eval` prints."""
+"""The tables that `loopmem eval` prints."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loopmem_pretrain.tools.tables import table
 
+Row = Mapping[str, Any]
+
 HEADINGS = ["loops", "perplexity", "+-", "bits/byte", "+-"]
+MEASURES = {"accuracy": "accuracy", "bits_per_byte": "bits/byte"}
 
 
 def describe(evaluation: Mapping[str, Any]) -> str:
-    """What `eval/evaluate.py:evaluate` returned, for a reader: a table a domain, one row a number of loops."""
+    """What `eval/evaluate.py:evaluate` returned, for a reader: a table a domain, and tables of the tasks."""
     model, context, stride = evaluation["model"], evaluation["context"], evaluation["stride"]
     step = "" if model["step"] is None else f"step {model['step']:,}, "
-    lines = [
-        f"{model['path']}: {step}{model['dtype']}, sha256 {model['sha256'][:12]}...",
-        f"whole documents in windows of {context:,} tokens that overlap by {context - stride:,}; "
-        "+- is one standard error, by document",
-    ]
+    lines = [f"{model['path']}: {step}{model['dtype']}, sha256 {model['sha256'][:12]}..."]
+    if evaluation["domains"]:
+        lines.append(
+            f"whole documents in windows of {context:,} tokens that overlap by {context - stride:,}; "
+            "+- is one standard error, by document"
+        )
     for domain in evaluation["domains"]:
         sizes = f"{domain['documents']:,} documents, {domain['tokens']:,} tokens, {domain['bytes']:,} bytes"
         lines += ["", f"{domain['name']}: {sizes}", *table([HEADINGS, *map(_row, domain["scores"])])]
+    if evaluation["tasks"]:
+        lines += _tasks(evaluation)
     return "\n".join(lines)
 
 
-def _row(score: Mapping[str, Any]) -> list[str]:
+def _row(score: Row) -> list[str]:
+    return [_setting(score), *_with_error(score, "perplexity"), *_with_error(score, "bits_per_byte")]
+
+
+def _setting(score: Row) -> str:
     loops = "no loops" if score["num_loops"] is None else str(score["num_loops"])
-    loops += " (extrapolation)" if score["extrapolation"] else " (memory gates closed)" if score["gates_closed"] else ""
-    cells = [loops]
-    for name in ("perplexity", "bits_per_byte"):
-        error = score[f"{name}_standard_error"]
-        cells += [f"{score[name]:,.4f}", "-" if error is None else f"{error:.2g}"]
-    return cells
+    return loops + (
+        " (extrapolation)" if score["extrapolation"] else " (memory gates closed)" if score["gates_closed"] else ""
+    )
+
+
+def _with_error(score: Row, name: str) -> list[str]:
+    error = score[f"{name}_standard_error"]
+    return [f"{score[name]:,.4f}", "-" if error is None else f"{error:.2g}"]
+
+
+def _tasks(evaluation: Mapping[str, Any]) -> list[str]:
+    tasks, suites, context = evaluation["tasks"], evaluation["suites"], evaluation["context"]
+    if len(tasks[0]["scores"]) == 1:
+        lines = [
+            "",
+            "+- is one standard error, by item; prompts: the beginning of their hash",
+            *_one_setting(tasks),
+        ]
+        lines += ["", *_suites(tasks, suites)]
+    else:
+        lines = [line for measure in MEASURES for line in _many_settings(tasks, measure)]
+        lines += ["", "think harder (loops) or know more (memory)?  +- is one standard error, by item"]
+        lines += _suites(tasks, suites)
+    short = [task for task in tasks if task["shortened"]]
+    if short:
+        lines += ["", f"WARNING: prompts that did not fit into {context:,} tokens have lost their beginning:"]
+        lines += [f"  {task['task']}: {task['shortened']:,} of {task['requests']:,}" for task in short]
+        lines.append("  do not compare these numbers with those of a model that reads the prompts whole")
+    if any(task["items"] < task["of"] for task in tasks):
+        lines += ["", f"not the full sets: --limit {evaluation['limit']}, drawn with seed {evaluation['seed']}"]
+    return lines
+
+
+def _one_setting(tasks: Sequence[Row]) -> list[str]:
+    """One row a task: its measures, with errors; `by` is the metric that is its accuracy."""
+    having = [measure for measure in MEASURES if any(measure in task["measures"] for task in tasks)]
+    rows = [["task", "items", "prompts"]]
+    for measure in having:
+        rows[0] += [MEASURES[measure], "+-", *(["by"] if measure == "accuracy" else [])]
+    for task in tasks:
+        (score,) = task["scores"]
+        rows.append(_name(task))
+        for measure in having:
+            metric = task["measures"].get(measure)
+            rows[-1] += ["", ""] if metric is None else _with_error(score, metric)
+            rows[-1] += [metric or ""] if measure == "accuracy" else []
+    return table(rows)
+
+
+def _many_settings(tasks: Sequence[Row], measure: str) -> list[str]:
+    """One row a task that has the measure, one column a setting."""
+    having = [task for task in tasks if measure in task["measures"]]
+    if not having:
+        return []
+    rows = [["task", "items", "prompts", *map(_column, having[0]["scores"])]]
+    for task in having:
+        name = task["measures"][measure]
+        rows.append([*_name(task), *(f"{score[name]:.4f}" for score in task["scores"])])
+    return ["", f"{MEASURES[measure]} by loops (* extrapolation; closed: memory gates closed)", *table(rows)]
+
+
+def _suites(tasks: Sequence[Row], suites: Sequence[Row]) -> list[str]:
+    """One row a setting, the suites' means as columns, with how many tasks they are means of."""
+    columns = [(suite, name) for suite in suites for name in MEASURES if name in suite["scores"][0]]
+    rows = [["mean at loops"]]
+    for suite, name in columns:
+        count = sum(name in task["measures"] for task in tasks if task["suite"] == suite["suite"])
+        rows[0] += [f"{count} {suite['suite']} {MEASURES[name]}", "+-"]
+    for index, score in enumerate(suites[0]["scores"]):
+        cells = (cell for suite, name in columns for cell in _with_error(suite["scores"][index], name))
+        rows.append([_setting(score), *cells])
+    return table(rows)
+
+
+def _name(task: Row) -> list[str]:
+    items = f"{task['items']:,}" if task["items"] == task["of"] else f"{task['items']:,} of {task['of']:,}"
+    return [task["task"], items, task["prompt_sha256"][:8]]
+
+
+def _column(score: Row) -> str:
+    if score["gates_closed"]:
+        return f"{score['num_loops']} closed"
+    return f"{score['num_loops']}*" if score["extrapolation"] else str(score["num_loops"])

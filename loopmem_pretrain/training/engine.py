@@ -187,6 +187,15 @@ class TrainingEngine:
                 total += self.engine(*self._to_device(next(batches)))
         return self._mean_over_ranks(total / micro_batches)
 
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """[B, T] -> [B, T, V], without gradients, where neither tensor nor pipeline parallelism cuts the model.
+
+        Under ZeRO 3 a collective: every rank calls it equally often, with a batch of its own.
+        """
+        self.engine.eval()
+        with torch.no_grad():
+            return cast(Tensor, (self.engine.module if self.uses_pipeline else self.engine)(input_ids))
+
     def collect_states(self, folder: Path, tag: str) -> dict[str, Any]:
         """What this rank has to write to `folder/tag`, by file name: DeepSpeed's states, with the live tensors."""
         collector = self.engine.checkpoint_engine

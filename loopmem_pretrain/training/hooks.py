@@ -1,7 +1,7 @@
 """What happens beside the training step: validation, logs, alarms, checkpoints, stopping.
 
-The order in `make_hooks` is the order after each step: validate, log (with the validation's result), compare replicas,
-save. So what the alarms or the comparison refuse is never saved.
+The order in `make_hooks` is the order after each step: validate, score tasks, log (with the results of both), compare
+replicas, save. So what the alarms or the comparison refuse is never saved.
 """
 
 import logging
@@ -39,7 +39,12 @@ class Hook(Protocol):
 
 
 def make_hooks(trainer: "Trainer") -> list[Hook]:
-    return [ValidateHook(trainer), LogHook(trainer), ReplicaHook(), CheckpointHook()]
+    tasks: list[Hook] = []
+    if trainer.config.evaluation.tasks:
+        from loopmem_pretrain.training.task_hook import TaskHook
+
+        tasks.append(TaskHook(trainer))
+    return [ValidateHook(trainer), *tasks, LogHook(trainer), ReplicaHook(), CheckpointHook()]
 
 
 class ValidateHook:

@@ -137,11 +137,13 @@ def _finite(value: Any) -> Any:
 
 
 def flatten(metrics: Metrics) -> dict[str, float]:
-    """Per-layer and per-loop lists as scalars: {"lambdas": [[.5, .4]]} -> {"lambdas/layer_00/loop_1": .5, ...}."""
+    """Lists by layer and loop, and dictionaries, as scalars: {"lambdas": [[.5]]} -> {"lambdas/layer_00/loop_1": .5}."""
     flat: dict[str, float] = {}
     for name, value in metrics.items():
         if isinstance(value, int | float):
             flat[name] = value
+        elif isinstance(value, dict):
+            flat.update({f"{name}/{key}": number for key, number in value.items()})
         elif isinstance(value, list):
             for layer, entry in enumerate(value):
                 if isinstance(entry, list):

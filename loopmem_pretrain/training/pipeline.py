@@ -217,10 +217,10 @@ class WholeModel(nn.Module):
         self.loss_fn = loss_fn
         self.step_context = step
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """[B, T] and [B, T] -> mean cross-entropy of the micro-batch."""
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        """[B, T] and [B, T] -> mean cross-entropy of the micro-batch; logits [B, T, V] without labels."""
         logits = run_layers(self.functions, self.tied_modules, input_ids, self.step_context)
-        return self.loss_fn(logits, labels)
+        return cast(Tensor, logits) if labels is None else self.loss_fn(logits, labels)
 
 
 def universal_checkpoint_info(

@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "checkpoint.",
     "faults.",
     "validation.",
+    "evaluation.",
     "alarms.",
     "data.num_workers",
     "parallel.",

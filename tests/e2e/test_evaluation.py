@@ -56,14 +56,14 @@ def test_training_logged_the_same_on_the_same_samples(trained):
     from loopmem_pretrain.config.load import load_config
     from loopmem_pretrain.config.run import RunConfig
     from loopmem_pretrain.data.dataset import open_validation
-    from loopmem_pretrain.eval.scoring import Setting, Window, window_nats
+    from loopmem_pretrain.eval.scoring import Setting, Window, window_scores
     from loopmem_pretrain.inference.command import open_model
 
     config = load_config(RunConfig, trained / "config.yaml")
     samples, length = open_validation(config.data, config.validation.num_samples), config.data.seq_length
     cut = [Window(0, samples[index].tolist(), length) for index in range(config.validation.num_samples)]
-    nats = window_nats(open_model(trained)[0], cut, 4, Setting(config.model.max_loops))
-    loss = math.fsum(nats) / (length * len(cut))
+    scores = window_scores(open_model(trained)[0], cut, 4, Setting(config.model.max_loops))
+    loss = math.fsum(score.nats for score in scores) / (length * len(cut))
     assert loss == pytest.approx(lines(trained)[-1]["validation_loss"], abs=1e-5)
 
 

@@ -97,8 +97,8 @@ def table(heading: str) -> list[list[str]]:
 def keys_written() -> set[str]:
     """Keys of metrics.jsonl, read off the code that makes them."""
     keys = set()
-    hooks = ast.parse(text_of(PACKAGE / "training" / "hooks.py"))
-    for node in ast.walk(hooks):
+    hooks = [ast.parse(text_of(PACKAGE / "training" / name)) for name in ("hooks.py", "task_hook.py")]
+    for node in (node for tree in hooks for node in ast.walk(tree)):
         if isinstance(node, ast.FunctionDef) and node.name == "_measure":
             dicts = [inner for inner in ast.walk(node) if isinstance(inner, ast.Dict)]
             keys |= {key.value for each in dicts for key in each.keys if isinstance(key, ast.Constant)}

@@ -17,8 +17,8 @@ PACKAGE = "loopmem_pretrain"
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
-# What each package may import of ours. Downhill: errors, config, model and data, parallel, checkpoint, then training
-# and hf, then inference, eval and tools, then cli.
+# What each package may import of ours. Downhill: errors, config, model and data, parallel, checkpoint, then hf, then
+# inference and eval, then training and tools, then cli.
 BASIC = {"errors", "config", "model", "data", "parallel", "checkpoint", "lock", "progress", "quiet", PACKAGE}
 BASIC |= {"metrics_file"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"errors", "config", "lock"},
     "parallel": {"errors", "config", "model"},
     "checkpoint": {"errors", "config", "model", "data", "parallel", "lock"},
-    "training": BASIC,
+    "training": BASIC | {"eval"},
     "hf": BASIC,
     "inference": BASIC | {"hf"},
     "eval": BASIC | {"hf", "inference"},
@@ -51,6 +51,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "huggingface_hub": ("hf/",),
     "safetensors": ("hf/", "checkpoint/universal.py"),
     "datasets": ("data/",),
+    "lm_eval": ("eval/",),
     "pyarrow": ("data/",),
     "sentencepiece": ("data/",),
     "tokenizers": ("data/", "hf/"),
@@ -58,7 +59,18 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "matplotlib": ("tools/",),
     "pydantic": ("config/", "data/", "checkpoint/manifest.py"),
 }
-HEAVY = ("torch", "numpy", "transformers", "deepspeed", "megatron", "datasets", "pyarrow", "sentencepiece", "wandb")
+HEAVY = (
+    "torch",
+    "numpy",
+    "transformers",
+    "deepspeed",
+    "megatron",
+    "datasets",
+    "pyarrow",
+    "sentencepiece",
+    "wandb",
+    "lm_eval",
+)
 
 # A function may reach back to a module that imports its own, when that spares everybody else a heavy import.
 LATE_CYCLES = {("data.corpus", "data.hub")}  # the hub reader is one of corpus's readers and brings its row types back

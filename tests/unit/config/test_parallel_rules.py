@@ -173,3 +173,10 @@ def test_only_sizes_that_fit_are_offered(files):
     with pytest.raises(ConfigError) as caught:
         check_topology(config, 3)
     assert "no sizes: none fit" in caught.value.fix
+
+
+def test_tasks_while_training_need_a_whole_model_on_each_rank(files):
+    for key in (TP, PP):
+        said = said_about(files, "evaluation.tasks=[math]", f"{key}=2")
+        assert said.startswith(f"evaluation.tasks: cannot be scored while training with {key} 2")
+    files.load(GOOD, "evaluation.tasks=[math]", "parallel.zero_stage=3")

@@ -3,7 +3,7 @@
 import pytest
 
 from loopmem_pretrain.errors import ConfigError
-from loopmem_pretrain.eval.evaluate import settings_of
+from loopmem_pretrain.eval.opening import settings_of
 from loopmem_pretrain.eval.scoring import Setting
 from tests.unit.hf.conftest import model_config, native_model
 

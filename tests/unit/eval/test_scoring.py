@@ -8,7 +8,7 @@ import torch
 from loopmem_pretrain.errors import CheckpointError, DataError
 from loopmem_pretrain.eval.documents import Domain
 from loopmem_pretrain.eval.perplexity import Scorer, measure, ratio, score
-from loopmem_pretrain.eval.scoring import Setting, gates_closed, stride_of, window_nats, windows
+from loopmem_pretrain.eval.scoring import Setting, gates_closed, stride_of, window_scores, windows
 from tests.unit.hf.conftest import model_config, native_model
 
 CONTEXT = 16
@@ -91,7 +91,7 @@ def test_the_models_own_loops_are_the_default(model):
     ids = [Bytes.eos_id, *Bytes().encode(TEXTS[1].decode()[:CONTEXT])]
     with torch.no_grad():
         loss = model(torch.tensor([ids[:-1]]), labels=torch.tensor([ids[1:]])).cross_entropy
-    (nats,) = window_nats(model, list(windows(0, ids, CONTEXT)), 1, Setting(model.config.max_loops))
+    ((nats, _),) = window_scores(model, list(windows(0, ids, CONTEXT)), 1, Setting(model.config.max_loops))
     assert nats == pytest.approx(float(loss) * (len(ids) - 1), rel=1e-5)
 
 

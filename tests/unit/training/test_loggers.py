@@ -31,10 +31,11 @@ def test_lines_are_appended(tmp_path):
 
 
 def test_flatten():
-    assert flatten({"step": 3, "E": [1.0, 2.0], "lam": [[0.5, 0.4]], "note": "x"}) == {
+    assert flatten({"step": 3, "E": [1.0, 2.0], "lam": [[0.5, 0.4]], "note": "x", "task": {"a/acc": 0.5}}) == {
         "step": 3,
         "E/layer_00": 1.0,
         "E/layer_01": 2.0,
         "lam/layer_00/loop_1": 0.5,
         "lam/layer_00/loop_2": 0.4,
+        "task/a/acc": 0.5,
     }
