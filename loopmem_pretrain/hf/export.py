@@ -184,7 +184,7 @@ def _common(tokenizer: Tokenizer, seq_length: int, dtype: DType) -> dict[str, An
     """What config.json says of every exported model."""
     return {
         "max_position_embeddings": seq_length,
-        "bos_token_id": tokenizer.bos_id,
+        "bos_token_id": tokenizer.eos_id,  # what stands before a text in training
         "eos_token_id": tokenizer.eos_id,
         "pad_token_id": tokenizer.pad_id,
         "dtype": dtype,

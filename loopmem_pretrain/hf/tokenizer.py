@@ -80,8 +80,11 @@ def _without_marks(post_processor: dict[str, Any] | None) -> dict[str, Any] | No
 
 
 def _named(tokenizer: Tokenizer, piece: Callable[[int], str | None]) -> dict[str, str]:
-    """Special tokens as tokenizer_config.json names them."""
-    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unk": tokenizer.unk_id, "pad": tokenizer.pad_id}
+    """Special tokens as tokenizer_config.json names them.
+
+    A text begins with the end of the one before it, in training and so here: no other mark was ever seen.
+    """
+    ids = {"bos": tokenizer.eos_id, "eos": tokenizer.eos_id, "unk": tokenizer.unk_id, "pad": tokenizer.pad_id}
     pieces = {name: piece(index) for name, index in ids.items() if index is not None}
     return {f"{name}_token": text for name, text in pieces.items() if text is not None}
 

@@ -120,10 +120,7 @@ def test_rolling_and_generation_are_those_of_hf(exported, monkeypatch, tmp_path)
 
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     ours = LoopMemHarness(str(exported))
-    # The export names a <s> that training never saw; without this the harness would begin texts with it.
-    theirs = HFLM(
-        str(exported), trust_remote_code=True, dtype="float32", device="cpu", batch_size=1, prefix_token_id=ours.eos_id
-    )
+    theirs = HFLM(str(exported), trust_remote_code=True, dtype="float32", device="cpu", batch_size=1)
     texts = [" ".join(["the of and to"] * count) for count in (1, 60)]
     rolling = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts]
     assert ours.loglikelihood_rolling(rolling) == pytest.approx(theirs.loglikelihood_rolling(rolling), rel=1e-4)

