@@ -33,4 +33,7 @@ def load_golden(name: str) -> Golden:
 
 def as_config(spec: dict) -> SimpleNamespace:
     """A config object with the defaults beyond the golden specs."""
-    return SimpleNamespace(**{"gate": "vector", "gate_init_bias": -3.0, "retrieval": "dense", **spec})
+    defaults = {"gate": "vector", "gate_init_bias": -3.0, "retrieval": "dense"}
+    attention = {"qk_norm": "after_rope", "attention_bias": "none"}
+    width = spec["hidden_size"] // spec["num_attention_heads"]
+    return SimpleNamespace(**{**defaults, **attention, "head_width": width, **spec})

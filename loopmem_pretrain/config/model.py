@@ -20,9 +20,15 @@ class ModelConfig(Section):
     num_hidden_layers: int = Field(gt=0)
     """L: sets of weights, never layers times loops."""
     num_attention_heads: int = Field(gt=0)
-    """H: query heads; divides hidden_size."""
+    """H: query heads; divides hidden_size, unless head_dim is given."""
     num_key_value_heads: int = Field(gt=0)
     """K: key/value heads; divides num_attention_heads."""
+    head_dim: int | None = Field(default=None, gt=0)
+    """d: width of a head; null is hidden_size / num_attention_heads."""
+    qk_norm: Literal["after_rope", "before_rope", "none"] = "after_rope"
+    """Where queries and keys are RMS-normalised per head: after the rotation, before it (Qwen3), or not (Llama)."""
+    attention_bias: Literal["none", "qkv", "all"] = "none"
+    """Which projections of attention have biases: none, q, k and v (Qwen2), or the output's too."""
     max_loops: int = Field(ge=0)
     """N: how often a layer may be applied; 0 means plain blocks without router and step scales."""
     residual_scale: Literal["learned", "one", "inverse_depth"] = "learned"
@@ -49,6 +55,11 @@ class ModelConfig(Section):
     tie_word_embeddings: bool = False
     """Whether the head is the embedding's transpose."""
 
+    @property
+    def head_width(self) -> int:
+        """d, where head_dim leaves it open too."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
 
 def model_problems(model: ModelConfig) -> list[tuple[tuple[str, ...], str]]:
     """Rules between the model's fields; returns (path, what is wrong and what would be valid)."""
@@ -57,7 +68,10 @@ def model_problems(model: ModelConfig) -> list[tuple[tuple[str, ...], str]]:
     def say(key: str, message: str) -> None:
         problems.append((("model", key), message))
 
-    if model.hidden_size % model.num_attention_heads:
+    if model.head_dim is not None:
+        if model.head_dim % 2:
+            say("head_dim", f"{model.head_dim} is odd, rotary embedding needs an even width; valid: an even number")
+    elif model.hidden_size % model.num_attention_heads:
         say(
             "num_attention_heads",
             f"{model.num_attention_heads} does not divide hidden_size {model.hidden_size}; "

@@ -156,7 +156,7 @@ every layer, {_cached_numbers(config):,} numbers a token. All loops run for ever
 
 def _cached_numbers(config: ModelConfig) -> int:
     """Keys and values of one token: K heads of width d each, in every layer and loop."""
-    kv_width = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    kv_width = config.num_key_value_heads * config.head_width
     return 2 * kv_width * config.num_hidden_layers * max(1, config.max_loops)
 
 

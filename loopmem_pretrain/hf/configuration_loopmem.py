@@ -12,6 +12,8 @@ from typing import Any
 from transformers import PretrainedConfig
 
 _CHOICES = {
+    "qk_norm": ("after_rope", "before_rope", "none"),
+    "attention_bias": ("none", "qkv", "all"),
     "residual_scale": ("learned", "one", "inverse_depth"),
     "gate": ("vector", "scalar", "constant"),
     "retrieval": ("dense", "topk", "product_keys"),
@@ -52,9 +54,15 @@ class LoopMemConfig(PretrainedConfig):
     num_hidden_layers: int = 12
     """L: sets of weights; never layers times loops."""
     num_attention_heads: int = 12
-    """H: query heads; divides hidden_size."""
+    """H: query heads; divides hidden_size, unless head_dim is given."""
     num_key_value_heads: int = 12
     """K: key/value heads; divides num_attention_heads."""
+    head_dim: int | None = None
+    """d: width of a head; none is hidden_size / num_attention_heads."""
+    qk_norm: str = "after_rope"
+    """Where queries and keys are RMS-normalised per head: `after_rope`, `before_rope`, or `none`."""
+    attention_bias: str = "none"
+    """Which projections of attention have biases: `none`, `qkv`, or `all` (the output's too)."""
     max_loops: int = 3
     """N: how often a layer may be applied; 0 means plain blocks."""
     residual_scale: str = "learned"
@@ -95,6 +103,11 @@ class LoopMemConfig(PretrainedConfig):
         if problems:
             raise ValueError("this is no valid LoopMemConfig:\n  " + "\n  ".join(problems))
         super().__post_init__(**kwargs)
+
+    @property
+    def head_width(self) -> int:
+        """d, where head_dim leaves it open too."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
 def config_problems(config: Any) -> list[str]:
@@ -145,8 +158,9 @@ def _value_problems(config: Any) -> list[str]:
         expect(_is_number(getattr(config, key)), key, "a finite number")
     for key in ("tie_word_embeddings", "use_cache"):
         expect(isinstance(getattr(config, key), bool), key, "true or false")
-    positions = config.max_position_embeddings
-    expect(positions is None or (_is_int(positions) and positions > 0), "max_position_embeddings", "none, or above 0")
+    for key in ("max_position_embeddings", "head_dim"):
+        value = getattr(config, key)
+        expect(value is None or (_is_int(value) and value > 0), key, "none, or above 0")
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         token, size = getattr(config, key), config.vocab_size
         fits = token is None or (_is_int(token) and _is_int(size) and 0 <= token < size)
@@ -158,7 +172,10 @@ def _cross_problems(config: Any) -> list[str]:
     """Fields that do not fit each other."""
     problems = []
     width, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-    if width % heads:
+    if config.head_dim is not None:
+        if config.head_dim % 2:
+            problems.append(f"head_dim: {config.head_dim} is odd; valid: an even width, which rotary embedding needs")
+    elif width % heads:
         problems.append(
             f"num_attention_heads: {heads} does not divide hidden_size {width}; valid: a divisor of {width}"
         )

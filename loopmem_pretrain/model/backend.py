@@ -33,11 +33,11 @@ class SlotRead(NamedTuple):
 class Backend(Protocol):
     """The seams at which a model is cut over devices."""
 
-    def column_linear(self, in_features: int, out_features: int) -> nn.Module:
-        """A linear layer without bias whose outputs may be cut over ranks; takes what `enter` returned."""
+    def column_linear(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
+        """A linear layer whose outputs, and bias, may be cut over ranks; takes what `enter` returned."""
 
-    def row_linear(self, in_features: int, out_features: int) -> nn.Module:
-        """A linear layer without bias that takes a cut input and returns [B, T', D]."""
+    def row_linear(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
+        """A linear layer that takes a cut input and returns [B, T', D]; its bias is whole on each rank."""
 
     def embedding(self, vocab_size: int, hidden_size: int) -> nn.Module:
         """Token embedding, [B, T] -> [B, T', D]; its `weight` may be cut over the vocabulary."""
@@ -82,8 +82,8 @@ class Backend(Protocol):
 class TorchBackend:
     """One device."""
 
-    def column_linear(self, in_features: int, out_features: int) -> nn.Module:
-        return nn.Linear(in_features, out_features, bias=False)
+    def column_linear(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
+        return nn.Linear(in_features, out_features, bias)
 
     row_linear = column_linear
 

@@ -50,27 +50,33 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention; queries and keys are RMS-normalised per head after the rotation."""
+    """Causal multi-head attention; queries and keys are RMS-normalised per head where `qk_norm` says."""
 
     def __init__(self, config: Any, backend: Backend) -> None:
         super().__init__()
-        width, self.head_dim = config.hidden_size, config.hidden_size // config.num_attention_heads
+        width, self.head_dim, self.qk_norm = config.hidden_size, config.head_width, config.qk_norm
+        bias, output_bias = config.attention_bias != "none", config.attention_bias == "all"
         self.heads = backend.local_heads(config.num_attention_heads)
         self.kv_heads = backend.local_heads(config.num_key_value_heads)
         self.backend = backend
-        self.q_proj = backend.column_linear(width, config.num_attention_heads * self.head_dim)
-        self.k_proj = backend.column_linear(width, config.num_key_value_heads * self.head_dim)
-        self.v_proj = backend.column_linear(width, config.num_key_value_heads * self.head_dim)
-        self.o_proj = backend.row_linear(config.num_attention_heads * self.head_dim, width)
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.q_proj = backend.column_linear(width, config.num_attention_heads * self.head_dim, bias)
+        self.k_proj = backend.column_linear(width, config.num_key_value_heads * self.head_dim, bias)
+        self.v_proj = backend.column_linear(width, config.num_key_value_heads * self.head_dim, bias)
+        self.o_proj = backend.row_linear(config.num_attention_heads * self.head_dim, width, output_bias)
+        if self.qk_norm != "none":
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rotary: Rotary, decoding: Decoding | None) -> Tensor:
         x = self.backend.enter(x)
         q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
         k = self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
-        q, k = self.q_norm(rotate(q, rotary)), self.k_norm(rotate(k, rotary))
+        if self.qk_norm == "before_rope":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        if self.qk_norm == "after_rope":
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         mask = None
         if decoding is not None:

@@ -45,9 +45,10 @@ class ForwardFlops(NamedTuple):
 def parameter_counts(config: Any) -> ParameterCounts:
     """Exact parameter counts of a model config."""
     width, ffn, layers, vocab = _sizes(config)
-    head_dim = width // config.num_attention_heads
-    attention = 2 * width * width + 2 * width * config.num_key_value_heads * head_dim
-    block = attention + 3 * width * ffn + 2 * width + 2 * head_dim
+    queries, keys = (heads * config.head_width for heads in (config.num_attention_heads, config.num_key_value_heads))
+    biases = {"none": 0, "qkv": queries + 2 * keys, "all": queries + 2 * keys + width}[config.attention_bias]
+    norms = 2 * width + (0 if config.qk_norm == "none" else 2 * config.head_width)
+    block = 2 * width * (queries + keys) + biases + 3 * width * ffn + norms
     looping = layers * (width + 2 + config.max_loops) if config.max_loops else 0
     memory = 0
     if config.local_slots or config.global_slots:
@@ -72,10 +73,9 @@ def forward_flops_per_token(
     width, ffn, layers, vocab = _sizes(config)
     loops = num_loops if num_loops is not None else max(1, config.max_loops)
     visits = layers * loops
-    head_dim = width // config.num_attention_heads
+    queries, keys = (heads * config.head_width for heads in (config.num_attention_heads, config.num_key_value_heads))
     keys_seen = seq_length / 2 if causal else seq_length
-    projections = 2 * width * width + 2 * width * config.num_key_value_heads * head_dim
-    block = 2 * (projections + 3 * width * ffn) + 4 * keys_seen * width
+    block = 2 * (2 * width * (queries + keys) + 3 * width * ffn) + 4 * keys_seen * queries
     return ForwardFlops(
         blocks=round(visits * block),
         routers=visits * 2 * (width + 1) if config.max_loops else 0,

@@ -46,7 +46,7 @@ INITIALIZERS: list[tuple[str, Initializer]] = [
     (r"halting\.(weight|bias)$", _router),
     (r"step_scales$", lambda t, c, g: t.fill_(STEP_SCALE)),
     (r"norm\.weight$", lambda t, c, g: t.fill_(1.0)),
-    (r"norm\.bias$", lambda t, c, g: t.zero_()),
+    (r"(norm|self_attn\.(q|k|v|o)_proj)\.bias$", lambda t, c, g: t.zero_()),
 ]
 
 

@@ -52,11 +52,11 @@ class MegatronBackend:
             "tp_group": self.group,
         }
 
-    def column_linear(self, in_features: int, out_features: int) -> nn.Module:
-        return ColumnLinear(in_features, out_features, bias=False, disable_grad_reduce=True, **self.settings)
+    def column_linear(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
+        return ColumnLinear(in_features, out_features, bias=bias, disable_grad_reduce=True, **self.settings)
 
-    def row_linear(self, in_features: int, out_features: int) -> nn.Module:
-        return RowLinear(self, in_features, out_features)
+    def row_linear(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
+        return RowLinear(self, in_features, out_features, bias)
 
     def embedding(self, vocab_size: int, hidden_size: int) -> nn.Module:
         return Embedding(self, vocab_size, hidden_size)
@@ -144,17 +144,19 @@ class ColumnLinear(_WithoutExtraState, ColumnParallelLinear):  # type: ignore[mi
 
 
 class RowLinear(_WithoutExtraState, RowParallelLinear):  # type: ignore[misc]
-    """[B, T, in / ranks] -> [B, T', out]."""
+    """[B, T, in / ranks] -> [B, T', out]; the bias is added once, to the sum of all ranks' parts."""
 
     weight: Tensor
+    bias: Tensor | None
 
-    def __init__(self, backend: MegatronBackend, in_features: int, out_features: int) -> None:
-        options = {"bias": False, "input_is_parallel": True, "skip_bias_add": False}
+    def __init__(self, backend: MegatronBackend, in_features: int, out_features: int, bias: bool) -> None:
+        options = {"bias": bias, "input_is_parallel": True, "skip_bias_add": False}
         super().__init__(in_features, out_features, **options, **backend.settings)
         self.leave = backend.leave
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.leave(F.linear(x, self.weight))
+        output = self.leave(F.linear(x, self.weight))
+        return output if self.bias is None else output + self.bias
 
 
 class Embedding(_WithoutExtraState, VocabParallelEmbedding):  # type: ignore[misc]

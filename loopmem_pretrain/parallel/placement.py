@@ -43,7 +43,7 @@ def _whole(partial_when: Callable[[ParallelConfig], bool]) -> Rule:
 
 RULES: list[tuple[str, Rule]] = [
     (r"(embed_tokens|lm_head)\.weight$", _cut(0, padded=True)),
-    (r"self_attn\.(q|k|v)_proj\.weight$", _cut(0)),
+    (r"self_attn\.(q|k|v)_proj\.(weight|bias)$", _cut(0)),
     (r"mlp\.(gate|up)_proj\.weight$", _cut(0)),
     (r"(self_attn\.o_proj|mlp\.down_proj)\.weight$", _cut(1)),
     (r"memory\.(local|global)_(keys|values)$", _bank),

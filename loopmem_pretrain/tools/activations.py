@@ -73,13 +73,14 @@ def loop_bytes(s: Sizes) -> int:
     model, t, a = s.model, s.tensor_ranks, s.bytes
     width, heads, kv_heads = model.hidden_size, model.num_attention_heads, model.num_key_value_heads
     stream, full = s.stream * width, s.tokens * width  # elements of [B, T', D] and [B, T, D]
-    keys = s.tokens * kv_heads * (width // heads)
+    queries, keys = (s.tokens * count * model.head_width for count in (heads, kv_heads))
     attention = (
         s.norm(stream) + a * full  # input norm, and what q_proj, k_proj and v_proj take
-        + (s.norm(full) + 2 * a * full) // t  # rotated q, normalised q, mixed values
-        + (s.norm(keys) + 2 * a * keys) // t  # rotated k, normalised k, v
-        + WIDE * (2 * heads + kv_heads) * s.tokens // t  # one number a head and token of q_norm, k_norm, attention
+        + 2 * a * (queries + keys) // t  # what attention takes, q, k and v, and the mixed values
+        + WIDE * heads * s.tokens // t  # one number a head and token of attention
     )  # fmt: skip
+    if model.qk_norm != "none":  # what is normalised, and one number a head and token
+        attention += (s.norm(queries) + s.norm(keys) + WIDE * (heads + kv_heads) * s.tokens) // t
     # Second norm, what gate_proj and up_proj take, and gate, SiLU(gate), up and their product.
     feed_forward = s.norm(stream) + a * full + 4 * a * s.tokens * model.intermediate_size // t
     rows = 2 * WIDE * s.stream
@@ -129,7 +130,7 @@ def sparse_bytes(s: Sizes, readers: int) -> int:
 def visit_bytes(s: Sizes) -> int:
     """One visit of a layer: all its loops, whole or recomputed."""
     model, a, stream = s.model, s.bytes, s.stream * s.model.hidden_size
-    rotary = 2 * a * s.seq_length * (model.hidden_size // model.num_attention_heads)  # all samples share them
+    rotary = 2 * a * s.seq_length * model.head_width  # all samples share them
     loops = max(1, model.max_loops)
     if s.recompute:
         # Input of each loop: h, and for looped layers the mixture so far in float32, |h| and R.

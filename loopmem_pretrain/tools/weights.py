@@ -35,21 +35,23 @@ class Weight(NamedTuple):
 def layer_weights(model: ModelConfig, layer: int) -> Iterator[Weight]:
     """The parameters of one layer."""
     width, ffn, loops = model.hidden_size, model.intermediate_size, model.max_loops
-    head_dim = width // model.num_attention_heads
-    keys = model.num_key_value_heads * head_dim
+    queries, keys = (heads * model.head_width for heads in (model.num_attention_heads, model.num_key_value_heads))
     shapes: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (width,),
-        "self_attn.q_proj.weight": (width, width),
+        "self_attn.q_proj.weight": (queries, width),
         "self_attn.k_proj.weight": (keys, width),
         "self_attn.v_proj.weight": (keys, width),
-        "self_attn.o_proj.weight": (width, width),
-        "self_attn.q_norm.weight": (head_dim,),
-        "self_attn.k_norm.weight": (head_dim,),
+        "self_attn.o_proj.weight": (width, queries),
         "post_attention_layernorm.weight": (width,),
         "mlp.gate_proj.weight": (ffn, width),
         "mlp.up_proj.weight": (ffn, width),
         "mlp.down_proj.weight": (width, ffn),
     }
+    if model.qk_norm != "none":
+        shapes |= {f"self_attn.{part}_norm.weight": (model.head_width,) for part in "qk"}
+    biases = {"q": queries, "k": keys, "v": keys, "o": width}
+    for part in {"none": "", "qkv": "qkv", "all": "qkvo"}[model.attention_bias]:
+        shapes[f"self_attn.{part}_proj.bias"] = (biases[part],)
     if loops:
         shapes |= {"step_scales": (loops,), "halting.weight": (1, width + 1), "halting.bias": (1,)}
     banks = {"local": model.local_slots, "global": model.global_slots}

@@ -245,6 +245,22 @@ def test_everything(case):
     check(run_of(case), math.prod(LAYOUTS[case["layout"]]))
 
 
+ATTENTION = {
+    "normalised before": ("tp2", {"head_dim": 12, "qk_norm": "before_rope", "attention_bias": "qkv"}),
+    "not normalised": ("tp2-pp2", {"head_dim": 6, "qk_norm": "none", "attention_bias": "all"}),
+    "zero 3": ("tp2-dp2", {"qk_norm": "before_rope", "attention_bias": "all"}),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_other_attention(name):
+    layout, fields = ATTENTION[name]
+    zero = 3 if name == "zero 3" else 1
+    config = run_of(COVERING[0] | {"layout": layout, "zero": zero, "sp": True, "kv_heads": 2, "retrieval": "dense"})
+    model = config.model.model_copy(update=fields)
+    check(config.model_copy(update={"model": model}), math.prod(LAYOUTS[layout]))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [2, 3])
 @pytest.mark.parametrize("how", ["offloaded", "recomputed"])

@@ -22,6 +22,15 @@ def test_odd_model_width(bad):
     assert said.endswith("4 does not divide hidden_size 33; nearest valid: none, hidden_size is odd")
 
 
+def test_odd_head_dim(files):
+    assert "command line: model.head_dim: 7 is odd" in files.problems(GOOD, "model.head_dim=7")
+
+
+def test_heads_of_a_given_width_need_not_divide_the_model_width(files):
+    model = files.load(GOOD, "model.head_dim=12", "model.hidden_size=36", "model.num_attention_heads=8").model
+    assert model.head_width == 12
+
+
 def test_key_value_heads_that_do_not_divide_the_heads(bad):
     said = bad("num_key_value_heads: 2", "num_key_value_heads: 3")
     assert said.endswith("model.num_key_value_heads: 3 does not divide num_attention_heads 4; nearest valid: 2 or 4")

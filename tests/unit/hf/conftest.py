@@ -31,6 +31,8 @@ VARIANTS = {
     "constant": {"max_loops": 1, "local_slots": 8, "gate": "constant", "gate_init_bias": 0.5},
     "topk": {"max_loops": 2, "local_slots": 8, "global_slots": 24, "retrieval": "topk", "retrieval_topk": 5},
     "product_keys": {"max_loops": 2, "global_slots": 36, "retrieval": "product_keys", "retrieval_topk": 4},
+    "qwen": {"max_loops": 2, "head_dim": 12, "qk_norm": "before_rope", "attention_bias": "qkv", "rms_norm_eps": 1e-6},
+    "llama": {"max_loops": 2, "local_slots": 4, "qk_norm": "none", "attention_bias": "all", "rope_theta": 1e4},
     "plain": {"max_loops": 0, "residual_scale": "inverse_depth"},
 }
 

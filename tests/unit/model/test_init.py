@@ -54,6 +54,11 @@ def test_constants():
     assert torch.all(values["model.layers.1.memory.norm.bias"] == 0)
 
 
+def test_biases_of_attention_start_at_zero():
+    values = parameters(attention_bias="all")
+    assert all(torch.all(values[f"model.layers.1.self_attn.{part}_proj.bias"] == 0) for part in "qkvo")
+
+
 def test_router_is_linear_default():
     values, bound = parameters(), 1 / math.sqrt(129)
     weight = values["model.layers.0.halting.weight"]

@@ -187,7 +187,7 @@ def test_two_models_share_nothing():
 def test_unknown_variants_are_named(field, value):
     from types import SimpleNamespace
 
-    config = SimpleNamespace(**{**ModelConfig(**TINY_MODEL).model_dump(), field: value})
+    config = SimpleNamespace(**{**ModelConfig(**TINY_MODEL).model_dump(), "head_width": 8, field: value})
     with pytest.raises(ValueError, match=value):
         LoopMemLM(config, TorchBackend())
 

@@ -22,6 +22,8 @@ MODELS = {
     "constant gate": {"gate": "constant"},
     "all heads have keys": {"num_key_value_heads": 4},
     "one key head, wide feed-forward": {"num_key_value_heads": 1, "intermediate_size": 160},
+    "wide heads, normalised before the rotation": {"head_dim": 20, "qk_norm": "before_rope"},
+    "narrow heads with biases, not normalised": {"head_dim": 6, "qk_norm": "none", "attention_bias": "all"},
     "deep": {"num_hidden_layers": 5, "max_loops": 2},
     "plain": PLAIN,
     "large vocabulary": {"vocab_size": 3000},

@@ -18,6 +18,7 @@ MODELS = {
     "tied": {"tie_word_embeddings": True},
     "no grouped queries": {"num_key_value_heads": 4},
     "plain": {"max_loops": 0, "local_slots": 0, "global_slots": 0, "ponder_weight": 0.0},
+    "biases": {"attention_bias": "all", "qk_norm": "before_rope", "head_dim": 6},
     "deep": {"num_hidden_layers": 12},  # positions 1 and 11, 2 and 12: one name ends in another
 }
 
