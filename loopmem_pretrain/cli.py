@@ -73,10 +73,17 @@ def build_parser() -> argparse.ArgumentParser:
     train_.add_argument("--max-restarts", type=int, default=0, metavar="K", help=help_)
     train_.add_argument("--stop-at-step", type=int, metavar="STEP", help="end this start after STEP with a checkpoint")
     train_.add_argument("--trust", action="store_true", help="resume from a checkpoint that another run wrote")
-    convert_ = command("convert", convert, "Write a run's model as a Hugging Face folder.")
-    convert_.add_argument("run_dir", metavar="RUN", help="run folder (or one of its checkpoints)")
-    convert_.add_argument("out_dir", metavar="OUT", help="folder to create")
-    convert_.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the written weights")
+    help_ = "Write a run's model as a Hugging Face folder; with --from-hf, begin a run with the weights of one."
+    convert_ = command("convert", convert, help_)
+    convert_.add_argument("source", metavar="RUN", help="run folder (or one of its checkpoints); --from-hf: HF folder")
+    convert_.add_argument("target", metavar="OUT", help="folder to create; --from-hf: YAML file of the run to begin")
+    convert_.add_argument("overrides", nargs="*", metavar="key=value", help="--from-hf: overrides, as for train")
+    help_ = (
+        "the other way: weights of an exported folder, or of a dense Llama, Mistral or Qwen (2, 3) model, which loops\n"
+        "and banks are added to, become step 0 of the run that the YAML file OUT describes (docs/retrofit.md)"
+    )
+    convert_.add_argument("--from-hf", action="store_true", help=help_)
+    convert_.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the written weights (default: float32)")
     convert_.add_argument(
         "--unrolled", type=int, metavar="N", help="write a dense model without code of its own: N loops, where exact"
     )
@@ -203,10 +210,23 @@ def train(options: Any) -> int:
 
 
 def convert(options: Any) -> int:
+    if options.from_hf:
+        return import_from_hf(options)
+    if options.overrides:
+        raise ConfigError(f"{' '.join(options.overrides)}: overrides belong to --from-hf", "leave them out")
     from loopmem_pretrain.hf.convert import convert_run
 
-    wanted = {"dtype": options.dtype, "overwrite": options.overwrite, "unrolled": options.unrolled}
-    print(convert_run(options.run_dir, options.out_dir, **wanted))
+    wanted = {"dtype": options.dtype or "float32", "overwrite": options.overwrite, "unrolled": options.unrolled}
+    print(convert_run(options.source, options.target, **wanted))
+    return EXIT_DONE
+
+
+def import_from_hf(options: Any) -> int:
+    if options.dtype or options.overwrite or options.unrolled is not None:
+        raise ConfigError("--dtype, --overwrite and --unrolled are of an export, not of --from-hf", "leave them out")
+    from loopmem_pretrain.hf.convert import import_from_hf
+
+    print(import_from_hf(options.source, options.target, options.overrides))
     return EXIT_DONE
 
 

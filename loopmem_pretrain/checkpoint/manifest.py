@@ -80,6 +80,11 @@ class _Data(_Part):
     datasets: Annotated[list[_Dataset], Field(min_length=1)]
 
 
+class _Origin(_Part):
+    folder: str
+    model_type: str
+
+
 class _Manifest(_Part):
     step: Count
     position: _Position
@@ -103,6 +108,7 @@ class _Manifest(_Part):
     wandb_id: str | None = None
     run_id: str | None = None
     form: Literal["merged"] | None = None
+    origin: _Origin | None = None
     saved: str = ""
     sha256: Sha256 | None = None
 

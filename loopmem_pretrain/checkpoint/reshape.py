@@ -35,19 +35,20 @@ def reshape(path: str | Path, out: str | Path | None = None) -> Path:
     if out is None:
         if checkpoint.parent.name != "checkpoints":
             raise ConfigError(f"{checkpoint} is in no run folder", "give --out a new run folder")
-        with _not_in_training(checkpoint.parent.parent):
+        with not_in_training(checkpoint.parent.parent):
             _in_place(checkpoint)
         return checkpoint
     run_dir = Path(out)
     if (run_dir / "config.yaml").exists() or CheckpointStore(run_dir).latest() is not None:
         raise ConfigError(f"{run_dir} is a run folder already", "give --out another folder, or leave it away")
     run_dir.mkdir(parents=True, exist_ok=True)
-    with _not_in_training(run_dir):
+    with not_in_training(run_dir):
         return _into(run_dir, checkpoint)
 
 
 @contextlib.contextmanager
-def _not_in_training(run_dir: Path) -> Iterator[None]:
+def not_in_training(run_dir: Path) -> Iterator[None]:
+    """Hold the lock of a run folder, or raise EnvironmentFault where a process trains in it."""
     busy = f"a process is training in the run folder {run_dir}"
     with take_lock(run_dir / ".lock", busy, "wait for it or stop it, or give --out another folder"):
         yield

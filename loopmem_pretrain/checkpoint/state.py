@@ -205,7 +205,8 @@ def _restore(run: Run, choice: Choice) -> None:
 def _restore_the_rest(run: Run, checkpoint: Path, manifest: dict[str, Any]) -> list[str]:
     """What is neither weights nor moments; returns what could not be restored, by name. A collective."""
     missing: list[list[str]] = [[]] * run.world_size
-    dist.all_gather_object(missing, run.together(lambda: restore_generators(checkpoint, run.rank)))
+    if run.position.step:  # a run that has not begun goes on with the generators of this start
+        dist.all_gather_object(missing, run.together(lambda: restore_generators(checkpoint, run.rank)))
     lines = [
         f"states of the random generators {', '.join(names)} of rank {rank}: the checkpoint has "
         f"{manifest['world_size']} ranks (training draws no random numbers)"

@@ -6,7 +6,8 @@ float32: the weight and both moments of Adam. How tensor-parallel parts are put 
 
     STATE/PUBLIC.NAME.safetensors    for each STATE and parameter: one tensor, `value`
 
-either temporary, or a checkpoint of its own (`reshape.py`), in its folder `merged/`.
+either temporary, or a checkpoint of its own (`reshape.py`), in its folder `merged/`. Before the first step there are no
+moments (`first.py`).
 """
 
 import contextlib
@@ -15,13 +16,14 @@ import math
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -70,6 +72,27 @@ class Merged:
 
 def _file(folder: Path, public_name: str, state: State) -> Path:
     return folder / state / f"{public_name}.safetensors"
+
+
+def write_weights(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Write (public name, float32 tensor) as the weights of a merged form in `folder`, which must not exist.
+
+    Raises:
+        EnvironmentFault: disk full, no permission.
+    """
+    (folder / STATES[0]).mkdir(parents=True)
+    for public_name, value in weights:
+        path = _file(folder, public_name, STATES[0])
+        try:
+            save_file({"value": value.contiguous()}, path)
+        except (OSError, SafetensorError) as error:
+            raise EnvironmentFault(f"cannot write {path}: {error}", "free space or mend permissions there") from error
+
+
+def read_weights(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """What `write_weights` wrote, mapped from the disk."""
+    for public_name in names:
+        yield public_name, load_file(_file(folder, public_name, STATES[0]))["value"]
 
 
 def is_merged(manifest: Mapping[str, Any]) -> bool:

@@ -1,6 +1,7 @@
 """A run's checkpoint as a Hugging Face folder: weights, tokenizer and sample text are found, then exported."""
 
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -8,7 +9,7 @@ from loopmem_pretrain.checkpoint.manifest import read_manifest
 from loopmem_pretrain.checkpoint.store import checkpoint_at, verify
 from loopmem_pretrain.checkpoint.universal import mapped_weights
 from loopmem_pretrain.config.load import load_config
-from loopmem_pretrain.config.run import RunConfig
+from loopmem_pretrain.config.run import RunConfig, run_problems
 from loopmem_pretrain.data.manifest import load_manifest
 from loopmem_pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from loopmem_pretrain.errors import DataError
@@ -131,6 +132,24 @@ def history(source: Source) -> "History":
         tuple(record for record in records if record["step"] <= source.step),
         manifest.get("versions", {}),
     )
+
+
+def import_from_hf(path: str | Path, config_path: str | Path, overrides: Sequence[str] = ()) -> str:
+    """Begin the run of a configuration with the weights of a folder; returns what was done, in words.
+
+    Raises:
+        ConfigError, DataError, ConversionError, EnvironmentFault: as `importing.import_run` says.
+    """
+    config = load_config(RunConfig, config_path, overrides, run_problems)
+    prepare_imports("cpu")
+    from transformers.utils import logging
+
+    from loopmem_pretrain.hf.importing import import_run
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    told = import_run(path, config, str(config_path))
+    command = shlex.join(["loopmem", "train", "--config", str(config_path), *overrides])
+    return f"{told}\n`{command}` goes on from here, on any ranks"
 
 
 def sample_texts(config: RunConfig, tokenizer: Tokenizer) -> Iterator[str]:

@@ -78,6 +78,8 @@ def show_checkpoint(path: str | Path) -> str:
         ("sequence length", f"{data['seq_length']:,}"),
         ("order of samples", f"{data['order']}, seed {data['seed']}"),
     ]
+    if manifest.get("origin"):
+        rows.append(("weights from", f"{manifest['origin']['folder']} ({manifest['origin']['model_type']})"))
     for dataset in data["datasets"]:
         share = f"{dataset['weight']:.1%} of the samples, {human(dataset['tokens'])} tokens"
         rows.append(("data", f"{dataset['path']}: {share}"))

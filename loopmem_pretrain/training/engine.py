@@ -224,7 +224,7 @@ class TrainingEngine:
         make_moments(optimizer, step - skipped_steps)
         for name, parameter in self.engine.module.named_parameters():
             public_name = self.public_names[name]
-            for state in STATES:
+            for state in STATES if step > skipped_steps else STATES[:1]:  # moments are zero before the first step
                 value = self._own_part(public_name, parameter, merged.read(public_name, state))
                 set_state(parameter, state, value.to(self.device))
         engine = self.engine
