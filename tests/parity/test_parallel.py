@@ -252,6 +252,7 @@ ATTENTION = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ATTENTION)
 def test_other_attention(name):
     layout, fields = ATTENTION[name]
