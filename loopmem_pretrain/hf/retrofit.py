@@ -75,7 +75,7 @@ def dense_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         config: Any = CONFIG_MAPPING[family](**{key: value for key, value in values.items() if key != "model_type"})
     except Exception as error:  # each version of transformers checks in its own way
         raise ConversionError(
-            f"{where}: no configuration of a {family} model: {error}", "copy the folder again"
+            f"{where}: transformers does not take it for a {family} model: {error}", "copy the folder again"
         ) from error
     reasons = _reasons(config, values)
     if reasons:
@@ -110,7 +110,6 @@ def _reasons(config: Any, values: Mapping[str, Any]) -> list[str]:
     if config.model_type == "mistral" and config.sliding_window is not None:
         windows = {f"sliding_window {config.sliding_window}"}
     quantization = values.get("quantization_config")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rules = [
         (kind != "default", f"rope_parameters: rope_type {kind!r}; valid: 'default', positions that are not rescaled"),
         (partial not in (None, 1), f"partial_rotary_factor: {partial}; valid: 1, heads that are rotated whole"),
@@ -118,6 +117,5 @@ def _reasons(config: Any, values: Mapping[str, Any]) -> list[str]:
         (config.hidden_act != "silu", f"hidden_act: {config.hidden_act!r}; valid: 'silu'"),
         (getattr(config, "mlp_bias", False), "mlp_bias: true; valid: a feed-forward without biases"),
         (quantization is not None, f"quantization_config: {quantization}; valid: weights that are not quantized"),
-        (head_dim % 2 == 1, f"heads are {head_dim} wide; valid: an even width"),
     ]
     return [reason for applies, reason in rules if applies]

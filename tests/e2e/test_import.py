@@ -23,7 +23,7 @@ from tests.e2e.test_reshape import LAYOUTS
 from tests.e2e.test_training import config_for, lines, run
 
 # A vocabulary that is no multiple of two tensor-parallel ranks, biases everywhere, norms before the rotation.
-DENSE = {"vocab_size": 321, "num_hidden_layers": 4, "attention_bias": True}
+DENSE = {"vocab_size": 321, "num_hidden_layers": 4, "num_key_value_heads": 4, "attention_bias": True}
 
 
 def run_config(run_dir, sentences, source, layout="one", **sections):
