@@ -55,26 +55,37 @@ def first_checkpoint(
         EnvironmentFault: disk full, no permission, or a process is training there.
     """
     run_dir = Path(config.run_dir)
-    check_new_run(run_dir)
     store = CheckpointStore(run_dir)
-    folder = store.folder / store.incomplete_name(0)
     made = [path for path in (store.folder, run_dir, *run_dir.parents) if not path.exists()]
+    with disk_faults(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
     try:
-        with disk_faults(run_dir):
-            run_dir.mkdir(parents=True, exist_ok=True)
-            with not_in_training(run_dir):
-                store.discard_incomplete()
-                folder.mkdir(parents=True)
+        with not_in_training(run_dir):
+            check_new_run(run_dir)
+            with _vanishing(store, alone=run_dir in made) as folder:
                 yield folder
-                _publish(config, store, folder, _facts(config, dataset, shapes, origin))
+                with disk_faults(run_dir):
+                    _publish(config, store, folder, _facts(config, dataset, shapes, origin))
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        if run_dir in made:  # so far it holds nothing but what is ours
-            for name in (RUN_ID, ".lock"):
-                (run_dir / name).unlink(missing_ok=True)
         for path in made:
             with contextlib.suppress(OSError):  # not empty: others write there
                 path.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def _vanishing(store: CheckpointStore, alone: bool) -> Iterator[Path]:
+    """The incomplete folder, which goes where the block raises, and what is ours in a run folder that we made."""
+    folder = store.folder / store.incomplete_name(0)
+    store.discard_incomplete()
+    with disk_faults(folder):
+        folder.mkdir(parents=True)
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        for name in (RUN_ID, ".lock") if alone else ():
+            (store.folder.parent / name).unlink(missing_ok=True)
         raise
 
 

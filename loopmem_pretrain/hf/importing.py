@@ -33,6 +33,9 @@ from loopmem_pretrain.progress import ProgressBar
 LOSS_TOLERANCE = 1e-4
 """Nats, and of the largest logit: the same sums in another order, through all layers."""
 SAMPLES = 4
+"""Validation samples on which tokenizers are compared."""
+ROWS = 256
+"""Tokens whose logits are held in float64 at a time."""
 
 
 class Match(NamedTuple):
@@ -74,7 +77,7 @@ def import_run(path: str | Path, config: RunConfig, where: str) -> str:
         merged = folder / MERGED
         write_weights(merged, _shown(weights_of(source, config.model, shapes, config.training.seed), len(shapes)))
         match = _compare(source, config, dict(read_weights(merged, shapes)), sample)
-        probe = json.dumps({"loss": match.loss, "tokens": sample}) + "\n"
+        probe = json.dumps({"loss": match.loss, "tokens": [sample]}) + "\n"
         (folder / PROBE_FILE).write_text(probe, encoding="utf-8")
     checkpoint = CheckpointStore(config.run_dir).latest()
     what = f"a {source.model_type} model with new loops and banks" if source.is_retrofit else "an exported model"
@@ -131,16 +134,15 @@ def _check_tokenizer(source: Source, config: RunConfig) -> str:
 def _compare(source: Source, config: RunConfig, weights: dict[str, Tensor], sample: list[int]) -> Match:
     """Run both models on the sample, one after the other."""
     inputs, labels = torch.tensor([sample[:-1]]), torch.tensor(sample[1:])
-    kind: Any = AutoModelForCausalLM if source.is_retrofit else LoopMemForCausalLM
-    options = {"trust_remote_code": False} if source.is_retrofit else {}  # no code of the folder runs
     with torch.inference_mode():
-        theirs = kind.from_pretrained(source.folder, dtype=torch.float32, local_files_only=True, **options).eval()
-        expected = theirs(inputs, use_cache=False).logits[0]
-        del theirs
+        expected = _load(source)(inputs, use_cache=False).logits[0]
         found = reference_model(config.model, weights)(inputs).logits[0]
-    losses = [float(F.cross_entropy(logits.double(), labels)) for logits in (found, expected)]
-    difference, scale = float((found - expected).abs().max()), float(expected.abs().max())
-    match = Match(len(labels), losses[0], losses[1], difference, scale)
+    losses, difference = [0.0, 0.0], 0.0
+    for ours, theirs, targets in zip(found.split(ROWS), expected.split(ROWS), labels.split(ROWS), strict=True):
+        difference = max(difference, float((ours - theirs).abs().max()))
+        for index, logits in enumerate((ours, theirs)):
+            losses[index] += float(F.cross_entropy(logits.double(), targets, reduction="sum")) / len(labels)
+    match = Match(len(labels), losses[0], losses[1], difference, float(expected.abs().max()))
     limit = LOSS_TOLERANCE * max(1.0, match.scale)
     if not (abs(losses[0] - losses[1]) <= LOSS_TOLERANCE and match.max_abs_difference <= limit):
         raise ConversionError(
@@ -150,3 +152,18 @@ def _compare(source: Source, config: RunConfig, weights: dict[str, Tensor], samp
             "nothing was written; report this together with its config.json",
         )
     return match
+
+
+def _load(source: Source) -> Any:
+    """The folder's own model, float32, as transformers loads it."""
+    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
+    try:
+        if source.is_retrofit:
+            model: Any = AutoModelForCausalLM.from_pretrained(source.folder, trust_remote_code=False, **options)
+        else:
+            model = LoopMemForCausalLM.from_pretrained(source.folder, **options)
+    except Exception as error:  # transformers, safetensors and torch each raise their own
+        raise ConversionError(
+            f"transformers cannot load {source.folder}: {type(error).__name__}: {error}", "copy the folder again"
+        ) from error
+    return model.eval()

@@ -205,6 +205,17 @@ def test_another_tokenizer(tmp_path, sentences, exported):
     assert not (tmp_path / "deep").exists()
 
 
+def test_two_at_once_leave_each_other_alone(tmp_path, sentences, dense):
+    config, _ = run_config(tmp_path / "run", sentences, dense)
+    incomplete = tmp_path / "run" / "checkpoints" / ".incomplete-step_00000000"
+    incomplete.mkdir(parents=True)
+    with take_lock(tmp_path / "run" / ".lock", "", ""), pytest.raises(EnvironmentFault, match="is training"):
+        begin(tmp_path, config, dense)
+    assert incomplete.exists()
+    begin(tmp_path, config, dense)  # left by one that was killed
+    assert sorted(path.name for path in incomplete.parent.iterdir()) == ["latest", "step_00000000"]
+
+
 @pytest.mark.parametrize("failure", ["compare", "publish"])
 def test_nothing_is_left_of_an_import_that_fails(tmp_path, sentences, dense, monkeypatch, failure):
     config, _ = run_config(tmp_path / "deep" / "run", sentences, dense)

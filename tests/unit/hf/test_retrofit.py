@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from loopmem_pretrain.config.model import ModelConfig, model_problems
 from loopmem_pretrain.errors import ConfigError, ConversionError
 from loopmem_pretrain.hf.export import huggingface_config, write_settings
+from loopmem_pretrain.hf.retrofit import dense_fields
 from loopmem_pretrain.hf.source import check_model, check_tensors, open_source, weights_of
 from loopmem_pretrain.hf.verify import reference_model
 from loopmem_pretrain.model.backend import TorchBackend
@@ -136,6 +137,37 @@ def refusal(folder, kind=ConversionError):
     with pytest.raises(kind) as caught:
         open_source(folder)
     return str(caught.value)
+
+
+PUBLISHED = {  # config.json as it was published, before transformers 5
+    "llama 2": (
+        {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
+         "num_hidden_layers": 32, "num_key_value_heads": 32, "pretraining_tp": 1, "rms_norm_eps": 1e-5,
+         "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float16", "vocab_size": 32000},
+        {"head_dim": None, "rope_theta": 1e4, "qk_norm": "none", "attention_bias": "none"},
+    ),
+    "qwen 2.5": (
+        {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "max_window_layers": 21,
+         "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
+         "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": True, "use_sliding_window": False,
+         "vocab_size": 151936},
+        {"head_dim": None, "rope_theta": 1e6, "qk_norm": "none", "attention_bias": "qkv", "vocab_size": 151936},
+    ),
+    "qwen 3": (
+        {"model_type": "qwen3", "attention_bias": False, "head_dim": 128, "hidden_size": 1024,
+         "intermediate_size": 3072, "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8,
+         "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None,
+         "tie_word_embeddings": True, "use_sliding_window": False, "vocab_size": 151936},
+        {"head_dim": 128, "rope_theta": 1e6, "qk_norm": "before_rope", "attention_bias": "none"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "expected"), PUBLISHED.values(), ids=PUBLISHED)
+def test_older_forms_of_config_json(values, expected):
+    fields = dense_fields(values, "config.json")
+    assert {key: fields[key] for key in expected} == expected
+    assert not model_problems(ModelConfig(**fields, max_loops=2))
 
 
 SCALED = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
