@@ -138,7 +138,7 @@ def _compare(source: Source, config: RunConfig, weights: dict[str, Tensor], samp
         expected = _load(source)(inputs, use_cache=False).logits[0]
         found = reference_model(config.model, weights)(inputs).logits[0]
     losses, difference = [0.0, 0.0], 0.0
-    for ours, theirs, targets in zip(found.split(ROWS), expected.split(ROWS), labels.split(ROWS), strict=True):
+    for ours, theirs, targets in zip(*(torch.split(each, ROWS) for each in (found, expected, labels)), strict=True):
         difference = max(difference, float((ours - theirs).abs().max()))
         for index, logits in enumerate((ours, theirs)):
             losses[index] += float(F.cross_entropy(logits.double(), targets, reduction="sum")) / len(labels)
