@@ -39,7 +39,8 @@ class Rotary(NamedTuple):
 def rotary_angles(positions: Tensor, head_dim: int, theta: float, like: Tensor) -> Rotary:
     """Angles position * theta^(-2i/d), half-split (dimension i turns with i + d/2), on `like`'s device and dtype."""
     exponents = torch.arange(0, head_dim, 2, device=like.device, dtype=wide(like.dtype)) / head_dim
-    angles = positions[..., None, None] * theta**-exponents
+    # In the form in which published models are trained and run: late positions multiply the rounding of a frequency.
+    angles = positions[..., None, None] * (1.0 / theta**exponents)
     cos, sin = angles.cos(), angles.sin()
     return Rotary(torch.cat((cos, cos), dim=-1).to(like.dtype), torch.cat((-sin, sin), dim=-1).to(like.dtype))
 
