@@ -30,6 +30,7 @@ from torch import Tensor
 from loopmem_pretrain.checkpoint.manifest import read_manifest
 from loopmem_pretrain.checkpoint.safe_load import check_pickles, load, pickles, weights_only
 from loopmem_pretrain.checkpoint.store import verify
+from loopmem_pretrain.data.files import disk_faults
 from loopmem_pretrain.errors import CheckpointError, EnvironmentFault
 
 State = Literal["fp32", "exp_avg", "exp_avg_sq"]
@@ -80,7 +81,8 @@ def write_weights(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
     Raises:
         EnvironmentFault: disk full, no permission.
     """
-    (folder / STATES[0]).mkdir(parents=True)
+    with disk_faults(folder):
+        (folder / STATES[0]).mkdir(parents=True)
     for public_name, value in weights:
         path = _file(folder, public_name, STATES[0])
         try:

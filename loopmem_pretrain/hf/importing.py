@@ -19,6 +19,7 @@ from loopmem_pretrain.checkpoint.store import CheckpointStore
 from loopmem_pretrain.checkpoint.universal import MERGED, read_weights, write_weights
 from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.data.dataset import open_training, open_validation
+from loopmem_pretrain.data.files import write_file
 from loopmem_pretrain.data.manifest import load_manifest
 from loopmem_pretrain.data.tokenizer import load_tokenizer
 from loopmem_pretrain.errors import ConversionError, DataError
@@ -77,8 +78,7 @@ def import_run(path: str | Path, config: RunConfig, where: str) -> str:
         merged = folder / MERGED
         write_weights(merged, _shown(weights_of(source, config.model, shapes, config.training.seed), len(shapes)))
         match = _compare(source, config, dict(read_weights(merged, shapes)), sample)
-        probe = json.dumps({"loss": match.loss, "tokens": [sample]}) + "\n"
-        (folder / PROBE_FILE).write_text(probe, encoding="utf-8")
+        write_file(folder / PROBE_FILE, (json.dumps({"loss": match.loss, "tokens": [sample]}) + "\n").encode())
     checkpoint = CheckpointStore(config.run_dir).latest()
     what = f"a {source.model_type} model with new loops and banks" if source.is_retrofit else "an exported model"
     return (
