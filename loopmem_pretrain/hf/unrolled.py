@@ -39,6 +39,11 @@ def check_unrolled(config: ModelConfig, loops: int) -> None:
         )
     if config.local_slots or config.global_slots:
         problems.append("it reads memory banks, with a softmax over slots and a gate that depends on the token")
+    if config.qk_norm != "after_rope" or config.attention_bias != "none":
+        problems.append(
+            f"its attention (qk_norm {config.qk_norm}, attention_bias {config.attention_bias}) is not that of the model "
+            "that is written: after_rope, none"
+        )
     if problems:
         raise ConversionError(
             f"the model cannot be unrolled into a dense one: {'; '.join(problems)}",
@@ -103,7 +108,7 @@ def dense_config(config: ModelConfig, settings: Mapping[str, Any]) -> HunYuanDen
             "num_hidden_layers": config.num_hidden_layers,
             "num_attention_heads": config.num_attention_heads,
             "num_key_value_heads": config.num_key_value_heads,
-            "head_dim": config.hidden_size // config.num_attention_heads,
+            "head_dim": config.head_width,
             "rms_norm_eps": config.rms_norm_eps,
             "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
             "tie_word_embeddings": config.tie_word_embeddings,

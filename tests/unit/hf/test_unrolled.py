@@ -48,6 +48,8 @@ def test_more_loops_or_memory_are_refused_with_every_reason():
     with pytest.raises(ConversionError, match="0 loops: valid is 1"):
         check_unrolled(model_config("loop"), 0)
     check_unrolled(model_config("loop"), 1)
+    with pytest.raises(ConversionError, match=r"its attention \(qk_norm before_rope, attention_bias qkv\)"):
+        check_unrolled(model_config("qwen"), 1)
 
 
 @pytest.mark.slow
