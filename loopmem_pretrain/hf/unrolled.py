@@ -41,8 +41,8 @@ def check_unrolled(config: ModelConfig, loops: int) -> None:
         problems.append("it reads memory banks, with a softmax over slots and a gate that depends on the token")
     if config.qk_norm != "after_rope" or config.attention_bias != "none":
         problems.append(
-            f"its attention (qk_norm {config.qk_norm}, attention_bias {config.attention_bias}) is not that of the model "
-            "that is written: after_rope, none"
+            f"its attention (qk_norm {config.qk_norm}, attention_bias {config.attention_bias}) is not that of what "
+            "is written: after_rope, none"
         )
     if problems:
         raise ConversionError(
