@@ -17,6 +17,7 @@ _CHOICES = {
     "residual_scale": ("learned", "one", "inverse_depth"),
     "gate": ("vector", "scalar", "constant"),
     "retrieval": ("dense", "topk", "product_keys"),
+    "exit_rule": ("halting", "confidence"),
 }
 _TOPK = 32
 FORMAT_VERSION = 1
@@ -98,6 +99,12 @@ class LoopMemConfig(PretrainedConfig):
     use_cache: bool = True
     """Whether generation keeps the keys and values of earlier tokens, those of every loop."""
 
+    exit_threshold: float | None = None
+    """Inference: a token leaves a layer as soon as `exit_rule` says so, in (0, 1]; none, or 1, runs all loops."""
+    exit_rule: str = "halting"
+    """Leave once the router has given out this share of the token's mass (`halting`), or once a loop changes the token
+    by less than 1 - exit_threshold of its length (`confidence`)."""
+
     def __post_init__(self, **kwargs: Any) -> None:
         problems = config_problems(self)
         if problems:
@@ -158,6 +165,8 @@ def _value_problems(config: Any) -> list[str]:
         expect(_is_number(getattr(config, key)), key, "a finite number")
     for key in ("tie_word_embeddings", "use_cache"):
         expect(isinstance(getattr(config, key), bool), key, "true or false")
+    share = config.exit_threshold
+    expect(share is None or (_is_number(share) and 0 < share <= 1), "exit_threshold", "none, or above 0 and at most 1")
     for key in ("max_position_embeddings", "head_dim"):
         value = getattr(config, key)
         expect(value is None or (_is_int(value) and value > 0), key, "none, or above 0")
@@ -195,6 +204,10 @@ def _cross_problems(config: Any) -> list[str]:
         )
     if not config.max_loops and config.residual_scale == "learned":
         problems.append("residual_scale: 'learned' needs max_loops of 1 or above; valid: 'one', 'inverse_depth'")
+    if not config.max_loops and config.exit_threshold is not None:
+        problems.append(
+            f"exit_threshold: {config.exit_threshold} with max_loops 0; valid: none, there is no loop to leave"
+        )
     if not config.max_loops and (config.local_slots or config.global_slots):
         key = "local_slots" if config.local_slots else "global_slots"
         problems.append(

@@ -20,8 +20,11 @@ _CONFIGURATION = f"{_PACKAGE}.hf.configuration_loopmem"
 _CONFIGURATION_BESIDE = ".configuration_loopmem"
 _ALLOWED = frozenset({"torch", "transformers"}) | sys.stdlib_module_names
 INLINED: Mapping[str, Path] = {
-    f"{_PACKAGE}.model.{name}": _ROOT / "model" / f"{name}.py"
-    for name in ("init", "backend", "memory", "decoding", "block", "loopmem")
+    f"{_PACKAGE}.{name.replace('/', '.')}": _ROOT / f"{name}.py"
+    for name in (
+        *("hf/cache", "model/init", "model/backend", "model/memory", "model/decoding"),
+        *("model/block", "model/loopmem", "model/early_exit"),
+    )
 }
 """Modules whose text replaces their import."""
 

@@ -13,14 +13,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 from transformers.utils.generic import ModelOutput
 
+from loopmem_pretrain.hf.cache import cache_with_slots
 from loopmem_pretrain.hf.configuration_loopmem import LoopMemConfig
 from loopmem_pretrain.model.backend import TorchBackend
 from loopmem_pretrain.model.decoding import decoding
+from loopmem_pretrain.model.early_exit import EXIT_RULES, EarlyExit, ExitStats, early_exit, exit_forward
 from loopmem_pretrain.model.init import initialize
-from loopmem_pretrain.model.loopmem import LoopMemBody, LoopStats, ponder_cost
+from loopmem_pretrain.model.loopmem import LoopMemBody, LoopStats, NumLoops, loops_of_layers, ponder_cost
 
 
 @dataclass
@@ -37,9 +38,9 @@ class LoopMemCausalLMOutput(ModelOutput):
     """mean over layers and predicting tokens of (E - 1) / (N - 1)"""
     past_key_values: DynamicCache | None = None
     """with a cache: keys and values of all tokens so far, a slot for each layer and loop"""
-    loop_stats: tuple[LoopStats, ...] | None = None
-    """with output_loop_stats: halting probabilities, expected loops and gates, one entry a looped layer; their means
-    count padding too"""
+    loop_stats: tuple[LoopStats, ...] | tuple[ExitStats, ...] | None = None
+    """with output_loop_stats, one entry a looped layer: LoopStats, halting probabilities, expected loops and gates,
+    whose means count padding too; with early exit ExitStats, halting probabilities and the loops each token ran"""
 
 
 class LoopMemPreTrainedModel(PreTrainedModel):
@@ -86,7 +87,9 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         past_key_values: DynamicCache | None = None,
         labels: Tensor | None = None,
-        num_loops: int | None = None,
+        num_loops: NumLoops = None,
+        exit_threshold: float | None = None,
+        exit_rule: str | None = None,
         logits_to_keep: int | Tensor = 0,
         output_loop_stats: bool = False,
         use_cache: bool | None = None,
@@ -102,7 +105,11 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
             labels: usually `input_ids` itself, [B, T]; they are shifted here, -100 is not counted. The loss is that of
                 the T - 1 positions that predict a token, the ponder cost is theirs too; padding predicts nothing and
                 is not predicted.
-            num_loops: applies every layer so often instead of max_loops times; above max_loops it is extrapolation.
+            num_loops: applies every layer so often instead of max_loops times, or each layer so often as its entry of
+                a list says; above max_loops it is extrapolation.
+            exit_threshold: tokens leave a layer early, in (0, 1]; 1 runs all loops. None: as the config says, and not
+                in training mode.
+            exit_rule: when they leave, `halting` or `confidence`. None: as the config says.
             logits_to_keep: only the last so many positions (or the given ones) get logits; 0 means all.
             output_loop_stats: returns `loop_stats`.
             use_cache: makes a cache where none is given. None: as the config says, and not in training mode.
@@ -111,18 +118,24 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: a request this model cannot meet.
         """
-        self._check_request(input_ids, labels, num_loops)
+        self._check_request(input_ids, labels)
+        loops = self._loops(num_loops)
+        early = self._early_exit(exit_threshold, exit_rule)
         if use_cache is False and past_key_values is not None:
             raise ValueError("past_key_values with use_cache=False: pass one of them only")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         cache = DynamicCache() if use_cache and past_key_values is None else past_key_values
-        earlier = 0 if cache is None else self._prepare_cache(cache, num_loops)
+        earlier = 0 if cache is None else self._prepare_cache(cache, loops)
         real = _real_tokens(attention_mask, [input_ids.shape[0], earlier + input_ids.shape[1]])
         told = None  # as in training, where there is nothing to tell
         if cache is not None or real is not None or position_ids is not None:
             told = decoding(input_ids.shape[1], earlier, input_ids.device, real, position_ids, cache)
-        hidden, stats = self.model(input_ids, num_loops, told)
+        hidden, stats = (
+            self.model(input_ids, num_loops, told)
+            if early is None
+            else exit_forward(self.model, input_ids, early, num_loops, told)
+        )
         if labels is not None:
             logits_to_keep = 0  # the loss needs them all
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -150,27 +163,16 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
-    def _prepare_cache(self, cache: DynamicCache, num_loops: int | None) -> int:
-        """Give the cache a slot for each layer and loop; returns how many tokens it holds.
-
-        DynamicCache(config=...), which `generate` makes, has one a layer and does not grow by itself.
-        """
+    def _prepare_cache(self, cache: DynamicCache, loops: list[int]) -> int:
+        """Give the cache a slot for each layer and loop; returns how many tokens it holds."""
         if not isinstance(cache, DynamicCache):
             raise ValueError(
                 f"past_key_values is a {type(cache).__name__}, and this model needs a DynamicCache: leave "
                 "cache_implementation out"
             )
-        slots = self.config.num_hidden_layers * max(1, self.config.max_loops if num_loops is None else num_loops)
-        filled = sum(cache.get_seq_length(slot) > 0 for slot in range(len(cache.layers)))
-        if filled not in (0, slots):
-            raise ValueError(
-                f"past_key_values holds {filled} slots and this call needs {slots}, one for each layer and loop: "
-                "continue with the model and the num_loops that filled it"
-            )
-        cache.layers += [DynamicLayer() for _ in range(slots - len(cache.layers))]
-        return cache.get_seq_length()
+        return cache_with_slots(cache, loops)
 
-    def _check_request(self, input_ids: Tensor, labels: Tensor | None, num_loops: int | None) -> None:
+    def _check_request(self, input_ids: Tensor, labels: Tensor | None) -> None:
         if input_ids.dim() != 2 or not input_ids.numel():
             raise ValueError(f"input_ids must be [batch, tokens] with at least one token, got {list(input_ids.shape)}")
         if labels is not None and (labels.shape != input_ids.shape or labels.shape[1] < 2):
@@ -178,10 +180,36 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
                 f"labels {list(labels.shape)} must have the shape of input_ids {list(input_ids.shape)}, and at least "
                 "two tokens: pass them unshifted, the model shifts them"
             )
-        if num_loops is not None and not self.config.max_loops:
+
+    def _loops(self, num_loops: NumLoops) -> list[int]:
+        """How often each layer is applied at most."""
+        layers, most = self.config.num_hidden_layers, self.config.max_loops
+        if num_loops is None:
+            return [max(1, most)] * layers
+        if not most:
             raise ValueError(f"num_loops={num_loops}: this model does not loop (max_loops 0); leave num_loops out")
-        if num_loops is not None and num_loops < 1:
-            raise ValueError(f"num_loops={num_loops} is not valid; valid: 1 or above")
+        loops = loops_of_layers(num_loops, layers)
+        if len(loops) != layers or not all(type(n) is int and n >= 1 for n in loops):
+            raise ValueError(
+                f"num_loops={num_loops} is not valid; valid: 1 or above, or a list of such numbers, one for each of "
+                f"the {layers} layers"
+            )
+        return [n for n in loops if n is not None]
+
+    def _early_exit(self, threshold: float | None, rule: str | None) -> EarlyExit | None:
+        """None where all loops run."""
+        if threshold is None and not self.training:
+            threshold = self.config.exit_threshold
+        if threshold is None:
+            return None
+        if not self.config.max_loops:
+            raise ValueError(f"exit_threshold={threshold}: this model does not loop (max_loops 0); leave it out")
+        if not 0 < threshold <= 1:
+            raise ValueError(f"exit_threshold={threshold} is not valid; valid: above 0, at most 1 (1 runs all loops)")
+        rule = self.config.exit_rule if rule is None else rule
+        if rule not in EXIT_RULES:
+            raise ValueError(f"exit_rule={rule!r} is not known; valid: {', '.join(EXIT_RULES)}")
+        return early_exit(threshold, rule)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loopmem_pretrain.model.backend import Backend, wide
-from loopmem_pretrain.model.decoding import Decoding
+from loopmem_pretrain.model.decoding import Attends, Decoding, attend
 
 
 class RMSNorm(nn.Module):
@@ -68,7 +68,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rotary: Rotary, decoding: Decoding | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, decoding: Attends | None) -> Tensor:
         x = self.backend.enter(x)
         q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
         k = self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
@@ -79,13 +79,7 @@ class Attention(nn.Module):
         if self.qk_norm == "after_rope":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        mask = None
-        if decoding is not None:
-            mask, (k, v) = decoding.mask, decoding.extend(k, v)
-        causal = mask is None and q.shape[2] > 1  # a single token sees all there is
-        mixed = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.kv_heads != self.heads
-        )
+        mixed = attend(q, k, v) if decoding is None else decoding.attend(q, k, v)
         return self.o_proj(mixed.transpose(1, 2).flatten(-2))
 
 
@@ -123,7 +117,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FeedForward(config, backend)
 
-    def block(self, x: Tensor, scale: Tensor, rotary: Rotary, decoding: Decoding | None = None) -> Tensor:
+    def block(self, x: Tensor, scale: Tensor, rotary: Rotary, decoding: Attends | None = None) -> Tensor:
         u = add_scaled(x, scale, self.self_attn(self.input_layernorm(x), rotary, decoding))
         return add_scaled(u, scale, self.mlp(self.post_attention_layernorm(u)))
 
@@ -132,6 +126,10 @@ class Block(nn.Module):
         positions = torch.arange(tokens, device=hidden.device) if decoding is None else decoding.positions
         return rotary_angles(positions, self.self_attn.head_dim, self.rope_theta, hidden)
 
+    def slot(self, n: int) -> int:
+        """Where the cache holds loop n of this layer, n from 1."""
+        return (n - 1) * self.num_layers + self.index
+
     def at_loop(self, n: int, decoding: Decoding | None) -> Decoding | None:
-        """`decoding` for loop n of this layer, n from 1."""
-        return None if decoding is None else decoding.at((n - 1) * self.num_layers + self.index)
+        """`decoding` for loop n of this layer."""
+        return None if decoding is None else decoding.at(self.slot(n))

@@ -10,7 +10,26 @@ Hugging Face model inlines this file as text.
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k / sqrt(d)) v: [B, H, T, d] queries, [B, K, S, d] keys and values -> [B, H, T, d].
+
+    `mask` is bool, whether a token sees another; without one S = T and a token sees all up to itself, or T = 1 and it
+    sees all there is.
+    """
+    causal = mask is None and queries.shape[2] > 1
+    grouped = queries.shape[1] != keys.shape[1]
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+
+
+class Attends(Protocol):
+    """Attention of a pass that is told more than training is."""
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """As the function `attend`; keys and values are those of this pass alone."""
 
 
 class KeyValueCache(Protocol):
@@ -29,6 +48,8 @@ class Decoding(NamedTuple):
     """bool, whether a token sees another, [T, earlier + T] or [B, 1, T, earlier + T]; None: all up to itself, which
     attention can tell where there are no earlier ones or T is 1"""
     cache: KeyValueCache | None
+    real: Tensor | None = None
+    """bool, which tokens are no padding, [B, earlier + T]; None: all"""
     slot: int = 0
 
     def at(self, slot: int) -> "Decoding":
@@ -38,6 +59,10 @@ class Decoding(NamedTuple):
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of these tokens -> those of the earlier ones and these."""
         return (keys, values) if self.cache is None else self.cache.update(keys, values, self.slot)
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention to the earlier tokens and to these."""
+        return attend(queries, *self.extend(keys, values), self.mask)
 
 
 def decoding(
@@ -66,4 +91,4 @@ def decoding(
         mask = index <= index[earlier:, None]
         if real is not None:  # padding sees itself, so that no softmax is empty
             mask = mask & real[:, None, None, :] | (index == index[earlier:, None])
-    return Decoding(positions, mask, cache)
+    return Decoding(positions, mask, cache, real)

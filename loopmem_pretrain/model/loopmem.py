@@ -25,7 +25,7 @@ block is in model/block.py, the memory in model/memory.py, what generation adds 
 Only torch, the standard library and these four are imported: the exported Hugging Face model inlines the files as text.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -142,12 +142,17 @@ class LoopedLayer(Block):
         )
         reports: list[LoopReport] = []
         for n in range(1, loops + 1):
-            trained = min(n, self.max_loops)
-            tau = (trained - 1) / max(1, self.max_loops - 1)
-            step = (zeta[trained - 1], zeta.new_full((), tau), torch.full((), n == loops, device=hidden.device))
+            is_last = torch.full((), n == loops, device=hidden.device)
+            step = (*self.step(zeta, n), is_last)
             state, report = self.run(state, *step, memory, local_keys, rotary, self.at_loop(n, decoding))
             reports.append(report)
         return state.output.to(hidden.dtype), collect(reports)
+
+    def step(self, zeta: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """zeta_n and tau_n of loop n; beyond N those of loop N."""
+        trained = min(n, self.max_loops)
+        tau = (trained - 1) / max(1, self.max_loops - 1)
+        return zeta[trained - 1], zeta.new_full((), tau)
 
     def one_loop(
         self,
@@ -224,6 +229,15 @@ def make_layer(config: Any, backend: Backend, index: int) -> PlainLayer | Looped
     return LoopedLayer(config, backend, index) if config.max_loops else PlainLayer(config, backend, index)
 
 
+NumLoops = int | Sequence[int] | None
+"""Forced loops: of every layer, one number a layer, or None for max_loops."""
+
+
+def loops_of_layers(num_loops: NumLoops, layers: int) -> list[int | None]:
+    """One entry a layer."""
+    return [*num_loops] if isinstance(num_loops, Sequence) else [num_loops] * layers
+
+
 class LoopMemBody(nn.Module):
     """Embedding, layers, shared memory and final norm."""
 
@@ -235,14 +249,14 @@ class LoopMemBody(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, input_ids: Tensor, num_loops: int | None = None, decoding: Decoding | None = None
+        self, input_ids: Tensor, num_loops: NumLoops = None, decoding: Decoding | None = None
     ) -> tuple[Tensor, list[LoopStats]]:
         """[B, T] -> (hidden [B, T, D] after the final norm, one LoopStats a looped layer)."""
         hidden = self.embed_tokens(input_ids)
         memory = self.memory() if self.memory is not None else None
         all_stats: list[LoopStats] = []
-        for layer in self.layers:
-            hidden, stats = layer(hidden, memory, num_loops, decoding)
+        for layer, loops in zip(self.layers, loops_of_layers(num_loops, len(self.layers)), strict=True):
+            hidden, stats = layer(hidden, memory, loops, decoding)
             all_stats += [] if stats is None else [stats]
         return self.norm(hidden), all_stats
 
@@ -272,7 +286,7 @@ class LoopMemLM(nn.Module):
         self,
         input_ids: Tensor,
         labels: Tensor | None = None,
-        num_loops: int | None = None,
+        num_loops: NumLoops = None,
         decoding: Decoding | None = None,
     ) -> LoopMemOutput:
         """`input_ids` and `labels` [B, T]; labels are the next tokens, already shifted."""

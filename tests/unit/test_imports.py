@@ -150,8 +150,8 @@ def test_packages_of_others_stay_where_they_belong(path):
 
 
 def test_the_math_imports_torch_and_the_standard_library_only():
-    own = {f"{PACKAGE}.model.{name}" for name in ("backend", "memory", "decoding", "block")}
-    for name in ("loopmem.py", "block.py", "memory.py", "decoding.py", "backend.py", "init.py"):
+    own = {f"{PACKAGE}.model.{name}" for name in ("backend", "memory", "decoding", "block", "loopmem")}
+    for name in ("loopmem.py", "early_exit.py", "block.py", "memory.py", "decoding.py", "backend.py", "init.py"):
         modules = {item.module for item in imports_of(ROOT / PACKAGE / "model" / name)} - own
         assert {module.split(".")[0] for module in modules} - sys.stdlib_module_names == {"torch"}, name
 

@@ -1,0 +1,80 @@
+"""The key/value cache of generation: a slot for each layer and loop, with room for the tokens to come.
+
+transformers' own layers copy all earlier tokens for every new one, in every loop, those that nobody runs included.
+"""
+
+# transformers annotates a part of itself only:
+# mypy: disable-error-code="misc,no-untyped-call,no-any-return"
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+ROOM = 64
+"""Tokens that a slot makes room for at least, beyond those it holds."""
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values [B, K, S, d] as views of buffers with room for more: a new token is written, nothing is copied.
+
+    What reorders, crops or repeats the cache replaces `keys` and `values`; those that are no longer the buffers'
+    beginning are copied into new ones when the next token comes.
+    """
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append; returns all keys and values."""
+        if key_states.requires_grad:  # what is differentiated may not be written over
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        self.keys = self._append("key_room", self.keys, key_states)
+        self.values = self._append("value_room", self.values, value_states)
+        return self.keys, self.values
+
+    def _append(self, name: str, held: Tensor | None, new: Tensor) -> Tensor:
+        length = 0 if held is None else held.shape[-2]
+        total = length + new.shape[-2]
+        room = getattr(self, name, None)
+        if room is None or held is None or not _begins(room, held, total):
+            room = new.new_empty(*new.shape[:-2], total + max(ROOM, total // 4), new.shape[-1])
+            if held is not None:
+                room[..., :length, :] = held
+            setattr(self, name, room)
+        room[..., length:total, :] = new
+        return room[..., :total, :]
+
+
+def _begins(room: Tensor, held: Tensor, total: int) -> bool:
+    """Whether `held` is the beginning of `room`, which has place for `total` tokens and may be written."""
+    same = room.data_ptr() == held.data_ptr() and room.shape[:-2] == held.shape[:-2] and room.stride() == held.stride()
+    return same and total <= room.shape[-2] and (torch.is_inference_mode_enabled() or not room.is_inference())
+
+
+def cache_with_slots(cache: DynamicCache, loops: Sequence[int]) -> int:
+    """Give an empty cache its slots, or check those of a filled one; returns how many tokens it holds.
+
+    Slot (n - 1) * L + l is loop n of layer l. DynamicCache(config=...), which `generate` makes, has one slot a layer
+    and does not grow by itself.
+
+    Args:
+        cache: empty, or what an earlier call returned.
+        loops: how many loops each layer runs at most.
+
+    Raises:
+        ValueError: it was filled with other numbers of loops.
+    """
+    layers = len(loops)
+    needed = {(n * layers) + layer for layer, most in enumerate(loops) for n in range(most)}
+    filled = {slot for slot in range(len(cache.layers)) if cache.get_seq_length(slot) > 0}
+    if not filled:
+        cache.layers[:] = [RoomyLayer() for _ in range(layers * max(loops))]
+    elif filled != needed:
+        raise ValueError(
+            f"past_key_values holds {len(filled)} slots and this call needs {len(needed)}, one for each layer and loop"
+            + (", and they are of other loops" if len(filled) == len(needed) else "")
+            + ": continue with the model and the num_loops that filled it"
+        )
+    return int(cache.get_seq_length())
