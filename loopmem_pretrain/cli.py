@@ -95,7 +95,12 @@ def build_parser() -> argparse.ArgumentParser:
     generate_.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
     generate_.add_argument("--top-k", type=int, default=50, metavar="K")
     generate_.add_argument("--seed", type=int, default=0)
-    generate_.add_argument("--num-loops", type=int, metavar="N", help="apply every layer N times instead of max_loops")
+    help_ = "apply every layer N times instead of max_loops; several numbers: one for each layer"
+    generate_.add_argument("--num-loops", type=int, nargs="+", metavar="N", help=help_)
+    help_ = "let tokens leave a layer early, 0 < T <= 1; 1 runs all loops (default: as the model's config says)"
+    generate_.add_argument("--exit-threshold", type=float, metavar="T", help=help_)
+    help_ = "a token leaves once a share T of its halting mass is out, or a loop changes it by less than 1 - T"
+    generate_.add_argument("--exit-rule", choices=("halting", "confidence"), default="halting", help=help_)
     generate_.add_argument("--save", metavar="FILE", help="also write prompt and text to FILE")
     eval_ = command("eval", evaluate, "A run or an exported folder on held-out text (perplexity) and task suites.")
     eval_.add_argument("model", metavar="RUN_OR_HF", help="run folder, one of its checkpoints, or exported folder")
@@ -256,7 +261,9 @@ def generate(options: Any) -> int:
         temperature=options.temperature,
         top_k=options.top_k,
         seed=options.seed,
-        num_loops=options.num_loops,
+        num_loops=options.num_loops[0] if options.num_loops and len(options.num_loops) == 1 else options.num_loops,
+        exit_threshold=options.exit_threshold,
+        exit_rule=options.exit_rule,
         context_length=context,
         on_text=lambda piece: print(piece, end="", flush=True),
     )

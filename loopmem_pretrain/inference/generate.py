@@ -5,14 +5,15 @@ Both forms draw the same tokens from the same seed: what differs is who runs the
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from loopmem_pretrain.errors import ConfigError
 from loopmem_pretrain.model.decoding import decoding
-from loopmem_pretrain.model.loopmem import LoopMemLM
+from loopmem_pretrain.model.early_exit import EXIT_RULES, early_exit, exit_forward
+from loopmem_pretrain.model.loopmem import LoopMemLM, NumLoops, loops_of_layers
 
 OnText = Callable[[str], object]
 
@@ -36,8 +37,10 @@ def generate_text(
     temperature: float = 0.0,
     top_k: int | None = None,
     seed: int = 0,
-    num_loops: int | None = None,
+    num_loops: NumLoops = None,
     *,
+    exit_threshold: float | None = None,
+    exit_rule: str = "halting",
     context_length: int | None = None,
     on_text: OnText | None = None,
 ) -> str:
@@ -51,7 +54,9 @@ def generate_text(
         temperature: 0 takes the likeliest token each time, else tokens are drawn from softmax(logits / temperature).
         top_k: draw from the k likeliest tokens only.
         seed: of the draws; the same seed gives the same text.
-        num_loops: applies every layer so often instead of max_loops times.
+        num_loops: applies every layer so often instead of max_loops times; a list gives each layer its own number.
+        exit_threshold: tokens leave a layer early, in (0, 1]; 1 runs all loops. None: as the model's config says.
+        exit_rule: when they leave, with an `exit_threshold`: `halting` or `confidence`.
         context_length: tokens the model was trained on at once; prompt and continuation must fit. Where None, the
             `max_position_embeddings` of a Hugging Face config.
         on_text: called with each new piece of the continuation; the pieces together are the returned text.
@@ -60,17 +65,27 @@ def generate_text(
         ConfigError: a value that cannot be meant, or a prompt that does not fit the context.
     """
     codec = codec_of(model, tokenizer)
-    _check_values(model.config, max_new_tokens, temperature, top_k, num_loops)
+    _check_values(model.config, max_new_tokens, temperature, top_k)
+    _check_depth(model.config, num_loops, exit_threshold, exit_rule)
     ids = codec.encode(prompt) or [codec.eos_id]  # the end of one document is where the next begins
     _check_length(len(ids), max_new_tokens, context_length or getattr(model.config, "max_position_embeddings", None))
     text = _GrowingText(codec, on_text)
     device = next(model.parameters()).device
     start = torch.tensor([ids], device=device)
     generate = _generate_native if isinstance(model, LoopMemLM) else _generate_huggingface
+    depth = _Depth(num_loops, exit_threshold, exit_rule)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode():
         torch.manual_seed(seed)
-        generate(model, codec, start, max_new_tokens, temperature, top_k, num_loops, text)
+        generate(model, codec, start, max_new_tokens, temperature, top_k, depth, text)
     return text.finish()
+
+
+class _Depth(NamedTuple):
+    """How often layers are applied."""
+
+    num_loops: NumLoops
+    exit_threshold: float | None
+    exit_rule: str
 
 
 def _generate_native(
@@ -80,15 +95,23 @@ def _generate_native(
     max_new_tokens: int,
     temperature: float,
     top_k: int | None,
-    num_loops: int | None,
+    depth: _Depth,
     text: "_GrowingText",
 ) -> None:
     from transformers import DynamicCache
 
-    cache = DynamicCache()
+    from loopmem_pretrain.hf.cache import cache_with_slots
+
+    cache, layers, most = DynamicCache(), model.config.num_hidden_layers, max(1, model.config.max_loops)
+    cache_with_slots(cache, [most if n is None else n for n in loops_of_layers(depth.num_loops, layers)])
+    early = early_exit(depth.exit_threshold, depth.exit_rule)
     for _ in range(max_new_tokens):
         told = decoding(ids.shape[1], cache.get_seq_length(), ids.device, cache=cache)
-        scores = model(ids, num_loops=num_loops, decoding=told).logits[0, -1].float()
+        if early is None:
+            hidden, _ = model.model(ids, depth.num_loops, told)
+        else:
+            hidden, _ = exit_forward(model.model, ids, early, depth.num_loops, told)
+        scores = model.lm_head(hidden[:, -1:])[0, -1].float()
         scores[codec.vocab_size :] = -math.inf  # rows that pad the vocabulary are no tokens
         token = _choose(scores, temperature, top_k)
         ids = token[None]
@@ -114,10 +137,11 @@ def _generate_huggingface(
     max_new_tokens: int,
     temperature: float,
     top_k: int | None,
-    num_loops: int | None,
+    depth: _Depth,
     text: "_GrowingText",
 ) -> None:
     drawing = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0} if temperature else {}
+    early = {"exit_threshold": depth.exit_threshold, "exit_rule": depth.exit_rule}
     padding = list(range(codec.vocab_size, model.config.vocab_size))
     model.generate(
         ids,
@@ -127,7 +151,8 @@ def _generate_huggingface(
         pad_token_id=codec.eos_id,
         streamer=_SkipPrompt(text),
         **({"suppress_tokens": padding} if padding else {}),
-        **({"num_loops": num_loops} if num_loops is not None else {}),
+        **({"num_loops": depth.num_loops} if depth.num_loops is not None else {}),
+        **(early if depth.exit_threshold is not None else {}),
         **(drawing or {"do_sample": False}),
     )
 
@@ -210,9 +235,7 @@ class _SkipPrompt:
         """Part of the interface; `generate_text` finishes the text itself."""
 
 
-def _check_values(
-    config: Any, max_new_tokens: int, temperature: float, top_k: int | None, num_loops: int | None
-) -> None:
+def _check_values(config: Any, max_new_tokens: int, temperature: float, top_k: int | None) -> None:
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens {max_new_tokens} is not valid", "ask for 1 or more")
     if not math.isfinite(temperature) or temperature < 0:
@@ -221,10 +244,26 @@ def _check_values(
         )
     if top_k is not None and top_k < 1:
         raise ConfigError(f"top_k {top_k} is not valid", "use 1 or more, or leave it out")
-    if num_loops is not None and not config.max_loops:
-        raise ConfigError(f"num_loops {num_loops}: this model does not loop (max_loops 0)", "leave num_loops out")
-    if num_loops is not None and num_loops < 1:
+
+
+def _check_depth(config: Any, num_loops: NumLoops, exit_threshold: float | None, exit_rule: str) -> None:
+    for name, value in (("num_loops", num_loops), ("exit_threshold", exit_threshold)):
+        if value is not None and not config.max_loops:
+            raise ConfigError(f"{name} {value}: this model does not loop (max_loops 0)", f"leave {name} out")
+    loops = loops_of_layers(num_loops, config.num_hidden_layers)
+    if len(loops) != config.num_hidden_layers:
+        raise ConfigError(
+            f"num_loops {num_loops}: {len(loops)} numbers for {config.num_hidden_layers} layers",
+            "give one number for all layers, or one for each",
+        )
+    if any(n is not None and n < 1 for n in loops):
         raise ConfigError(f"num_loops {num_loops} is not valid", "use 1 or more, or leave it out")
+    if exit_threshold is not None and not 0 < exit_threshold <= 1:
+        raise ConfigError(
+            f"exit_threshold {exit_threshold} is not valid", "use a number above 0 and at most 1, where all loops run"
+        )
+    if exit_rule not in EXIT_RULES:
+        raise ConfigError(f"exit_rule {exit_rule!r} is not known", f"use one of {', '.join(EXIT_RULES)}")
 
 
 def _check_length(prompt: int, new: int, context: int | None) -> None:

@@ -27,7 +27,20 @@ def forms(tmp_path_factory, tokenizer, tokenizer_path):
     return {"native": (native, tokenizer), "huggingface": (model, PreTrainedTokenizerFast.from_pretrained(folder))}
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_loops": 1}, {"temperature": 0.2}, {"temperature": 1.5, "top_k": 5}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"num_loops": 1},
+        {"num_loops": [1, 3]},
+        {"exit_threshold": 0.7},
+        {"exit_threshold": 0.5, "exit_rule": "confidence", "num_loops": [2, 3]},
+        {"exit_threshold": 1, "num_loops": 2},
+        {"temperature": 0.2},
+        {"temperature": 1.5, "top_k": 5},
+    ],
+    ids=str,
+)
 def test_both_forms_write_the_same(forms, settings):
     texts = {name: generate_text(*form, "The quick", 24, seed=7, **settings) for name, form in forms.items()}
     assert texts["native"] == texts["huggingface"] and len(texts["native"]) > 24
@@ -153,6 +166,32 @@ def test_bad_top_k(forms):
 
 def test_bad_num_loops(forms):
     assert "num_loops 0" in refusal(forms, "native", num_loops=0)
+
+
+@pytest.mark.parametrize("form", ["native", "huggingface"])
+def test_a_threshold_of_1_is_exact(forms, form):
+    exact = generate_text(*forms[form], "It was", 24)
+    assert generate_text(*forms[form], "It was", 24, exit_threshold=1) == exact
+    assert generate_text(*forms[form], "It was", 24, exit_threshold=0.3) != exact
+
+
+def test_loops_for_another_number_of_layers(forms):
+    assert "3 numbers for 2 layers" in refusal(forms, num_loops=[1, 2, 3])
+    assert "num_loops [1, 0] is not valid" in refusal(forms, num_loops=[1, 0])
+
+
+@pytest.mark.parametrize("threshold", [0, -1.0, 1.5, float("nan")])
+def test_bad_threshold(forms, threshold):
+    assert f"exit_threshold {threshold}" in refusal(forms, "native", exit_threshold=threshold)
+
+
+def test_bad_rule(forms):
+    assert "exit_rule 'entropy'" in refusal(forms, exit_threshold=0.5, exit_rule="entropy")
+
+
+def test_threshold_of_a_plain_model(tokenizer):
+    with pytest.raises(ConfigError, match="does not loop"):
+        generate_text(native_model(model_config("plain")), tokenizer, "a", 1, exit_threshold=0.5)
 
 
 def test_loops_of_a_plain_model(tokenizer):
