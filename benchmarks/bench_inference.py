@@ -121,7 +121,9 @@ def decode(
 def linear_layers(model: LoopMemForCausalLM, rows: int, options: argparse.Namespace) -> float:
     """Seconds that the linear layers of one block take for so many tokens, median."""
     weights = [part.weight for name, part in model.model.layers[0].named_modules() if name.endswith("_proj")]
-    inputs = {weight: torch.randn(rows, weight.shape[1], dtype=weight.dtype, device=weight.device) for weight in weights}
+    inputs = {
+        weight: torch.randn(rows, weight.shape[1], dtype=weight.dtype, device=weight.device) for weight in weights
+    }
 
     def run() -> None:
         for _ in range(8):

@@ -11,11 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 ROOM = 64
 """Tokens that a slot makes room for at least, beyond those it holds."""
+
+
+_REFUSAL = (
+    "past_key_values holds {held} slots and this call needs {needed}, one for each layer and loop{others}: continue "
+    "with the model and the num_loops that filled it"
+)
 
 
 class RoomyLayer(DynamicLayer):
@@ -72,9 +78,20 @@ def cache_with_slots(cache: DynamicCache, loops: Sequence[int]) -> int:
     if not filled:
         cache.layers[:] = [RoomyLayer() for _ in range(layers * max(loops))]
     elif filled != needed:
-        raise ValueError(
-            f"past_key_values holds {len(filled)} slots and this call needs {len(needed)}, one for each layer and loop"
-            + (", and they are of other loops" if len(filled) == len(needed) else "")
-            + ": continue with the model and the num_loops that filled it"
-        )
+        others = ", and they are of other loops" if len(filled) == len(needed) else ""
+        raise ValueError(_REFUSAL.format(held=len(filled), needed=len(needed), others=others))
     return int(cache.get_seq_length())
+
+
+def static_cache_with_slots(cache: StaticCache, loops: Sequence[int]) -> int:
+    """The same for a cache of fixed size, which compiled code can write; returns that size.
+
+    Raises:
+        ValueError: it was made for another number of loops.
+    """
+    slots, size = len(loops) * max(loops), int(cache.layers[0].get_max_length())
+    if len(cache.layers) != slots:
+        if cache.is_initialized:
+            raise ValueError(_REFUSAL.format(held=len(cache.layers), needed=slots, others=""))
+        cache.layers[:] = [StaticLayer(max_cache_len=size) for _ in range(slots)]
+    return size

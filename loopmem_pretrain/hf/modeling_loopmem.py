@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel, StaticCache
 from transformers.utils.generic import ModelOutput
 
-from loopmem_pretrain.hf.cache import cache_with_slots
+from loopmem_pretrain.hf.cache import cache_with_slots, static_cache_with_slots
 from loopmem_pretrain.hf.configuration_loopmem import LoopMemConfig
 from loopmem_pretrain.model.backend import TorchBackend
 from loopmem_pretrain.model.decoding import decoding
@@ -36,7 +37,7 @@ class LoopMemCausalLMOutput(ModelOutput):
     """mean next-token cross-entropy in nats"""
     ponder_cost: Tensor | None = None
     """mean over layers and predicting tokens of (E - 1) / (N - 1)"""
-    past_key_values: DynamicCache | None = None
+    past_key_values: DynamicCache | StaticCache | None = None
     """with a cache: keys and values of all tokens so far, a slot for each layer and loop"""
     loop_stats: tuple[LoopStats, ...] | tuple[ExitStats, ...] | None = None
     """with output_loop_stats, one entry a looped layer: LoopStats, halting probabilities, expected loops and gates,
@@ -85,7 +86,7 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: DynamicCache | None = None,
+        past_key_values: DynamicCache | StaticCache | None = None,
         labels: Tensor | None = None,
         num_loops: NumLoops = None,
         exit_threshold: float | None = None,
@@ -99,9 +100,11 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: token ids, [B, T]; with `past_key_values` those that follow the tokens in it.
-            attention_mask: 0 where a token is padding, on either side, [B, T], or [B, earlier + T] with a cache.
+            attention_mask: 0 where a token is padding, on either side, [B, T], or [B, earlier + T] with a cache; with
+                a StaticCache it may be as long as the cache.
             position_ids: [B, T]; otherwise tokens that are no padding are counted from 0.
-            past_key_values: a DynamicCache, empty or what an earlier call returned; it is extended in place.
+            past_key_values: a DynamicCache, empty or what an earlier call returned; it is extended in place. Or a
+                StaticCache, for compiled steps; no sum of tokens is checked then, and all loops run.
             labels: usually `input_ids` itself, [B, T]; they are shifted here, -100 is not counted. The loss is that of
                 the T - 1 positions that predict a token, the ponder cost is theirs too; padding predicts nothing and
                 is not predicted.
@@ -126,11 +129,18 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         cache = DynamicCache() if use_cache and past_key_values is None else past_key_values
-        earlier = 0 if cache is None else self._prepare_cache(cache, loops)
-        real = _real_tokens(attention_mask, [input_ids.shape[0], earlier + input_ids.shape[1]])
+        tokens, width = input_ids.shape[1], None
+        earlier: Any = 0
+        if isinstance(cache, StaticCache):
+            self._check_static(labels, early)
+            width = static_cache_with_slots(cache, loops)
+            earlier, real = cache.get_seq_length(), _real_of_width(attention_mask, width)
+        else:
+            earlier = 0 if cache is None else self._prepare_cache(cache, loops)
+            real = _real_tokens(attention_mask, [input_ids.shape[0], earlier + tokens])
         told = None  # as in training, where there is nothing to tell
         if cache is not None or real is not None or position_ids is not None:
-            told = decoding(input_ids.shape[1], earlier, input_ids.device, real, position_ids, cache)
+            told = decoding(tokens, earlier, input_ids.device, real, position_ids, cache, width)
         hidden, stats = (
             self.model(input_ids, num_loops, told)
             if early is None
@@ -167,10 +177,19 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
         """Give the cache a slot for each layer and loop; returns how many tokens it holds."""
         if not isinstance(cache, DynamicCache):
             raise ValueError(
-                f"past_key_values is a {type(cache).__name__}, and this model needs a DynamicCache: leave "
-                "cache_implementation out"
+                f"past_key_values is a {type(cache).__name__}, and this model needs a DynamicCache or a StaticCache: "
+                "leave cache_implementation out"
             )
         return cache_with_slots(cache, loops)
+
+    def _check_static(self, labels: Tensor | None, early: EarlyExit | None) -> None:
+        if early is not None:
+            raise ValueError(
+                "a StaticCache is for compiled steps of all loops, and early exit decides while it runs: leave "
+                "cache_implementation or exit_threshold out"
+            )
+        if labels is not None:
+            raise ValueError("labels with a StaticCache: the loss is of a pass that has no cache or a DynamicCache")
 
     def _check_request(self, input_ids: Tensor, labels: Tensor | None) -> None:
         if input_ids.dim() != 2 or not input_ids.numel():
@@ -211,6 +230,13 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
             raise ValueError(f"exit_rule={rule!r} is not known; valid: {', '.join(EXIT_RULES)}")
         return early_exit(threshold, rule)
 
+    @staticmethod
+    def create_masks_for_generate(
+        attention_mask: Tensor | None, past_key_values: StaticCache, **_: Any
+    ) -> Tensor | None:
+        """What transformers asks for with a StaticCache: the mask in the cache's length, the same in every step."""
+        return None if attention_mask is None else _as_wide(attention_mask, past_key_values.get_max_length())
+
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
@@ -228,6 +254,15 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
             )
         prepare: Any = super().prepare_inputs_for_generation
         return dict(prepare(input_ids, *args, attention_mask=attention_mask, **kwargs))
+
+
+def _as_wide(attention_mask: Tensor, width: int) -> Tensor:
+    """Tokens to come are no padding; that they are to come is told by their places."""
+    return F.pad(attention_mask, (0, width - attention_mask.shape[1]), value=1)
+
+
+def _real_of_width(attention_mask: Tensor | None, width: int) -> Tensor | None:
+    return None if attention_mask is None else _as_wide(attention_mask, width) != 0
 
 
 def _real_tokens(attention_mask: Tensor | None, shape: list[int]) -> Tensor | None:

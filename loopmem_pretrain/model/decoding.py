@@ -45,8 +45,8 @@ class Decoding(NamedTuple):
     positions: Tensor
     """of the T tokens, [T] or [B, T]"""
     mask: Tensor | None
-    """bool, whether a token sees another, [T, earlier + T] or [B, 1, T, earlier + T]; None: all up to itself, which
-    attention can tell where there are no earlier ones or T is 1"""
+    """bool, whether a token sees another, [T, S] or [B, 1, T, S], S = earlier + T or the cache's fixed size; None: all
+    up to itself, which attention can tell where there are no earlier ones or T is 1"""
     cache: KeyValueCache | None
     real: Tensor | None = None
     """bool, which tokens are no padding, [B, earlier + T]; None: all"""
@@ -67,28 +67,31 @@ class Decoding(NamedTuple):
 
 def decoding(
     tokens: int,
-    earlier: int,
+    earlier: int | Tensor,
     device: torch.device,
     real: Tensor | None = None,
     positions: Tensor | None = None,
     cache: KeyValueCache | None = None,
+    width: int | None = None,
 ) -> Decoding:
     """Positions and mask of `tokens` tokens after `earlier` ones in `cache`.
 
     Args:
         tokens: T, tokens of this forward pass.
-        earlier: tokens in the cache.
+        earlier: tokens in the cache, as a tensor where the host does not know.
         device: of the model's input.
-        real: bool [B, earlier + T], False where a token is padding; None without padding.
+        real: bool [B, earlier + T] or [B, width], False where a token is padding; None without padding.
         positions: of the T tokens, where they do not count the real tokens from 0.
         cache: takes and gives keys and values; None for a pass that is not continued.
+        width: keys that a slot has at any time, with a cache of fixed size; None: earlier + T.
     """
-    index = torch.arange(earlier + tokens, device=device)
+    own = earlier + torch.arange(tokens, device=device)
     if positions is None:
-        positions = index[earlier:] if real is None else (real.cumsum(-1) - 1).clamp_min(0)[:, earlier:]
+        positions = own if real is None else (real.cumsum(-1) - 1).clamp_min(0)[:, own]
     mask = None
-    if real is not None or (earlier and tokens > 1):
-        mask = index <= index[earlier:, None]
+    if real is not None or width is not None or (earlier and tokens > 1):
+        index = torch.arange(int(earlier) + tokens if width is None else width, device=device)
+        mask = index <= own[:, None]
         if real is not None:  # padding sees itself, so that no softmax is empty
-            mask = mask & real[:, None, None, :] | (index == index[earlier:, None])
+            mask = mask & real[:, None, None, :] | (index == own[:, None])
     return Decoding(positions, mask, cache, real)

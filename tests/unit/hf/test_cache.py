@@ -1,8 +1,11 @@
 """Cache and padding change what is computed again, never what comes out: logits to 1e-5 in float32, and the text."""
 
+import copy
+from threading import Thread
+
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache, TextStreamer, pipeline
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache, TextIteratorStreamer, TextStreamer, pipeline
 
 from loopmem_pretrain.hf.configuration_loopmem import LoopMemConfig
 from loopmem_pretrain.hf.export import write_tokenizer
@@ -93,6 +96,64 @@ def test_bfloat16_cache(looped):
     half = half.to(torch.bfloat16)
     assert half(IDS).past_key_values.layers[0].keys.dtype == torch.bfloat16
     torch.testing.assert_close(in_steps(half, IDS), half(IDS).logits, rtol=0.05, atol=0.1)
+
+
+def test_cache_goes_on_outside_inference_mode(looped):
+    """Its buffers were made inside, where tensors are made that cannot be written outside."""
+    native, model = looped
+    with torch.inference_mode():
+        cache = model(IDS[:, :5]).past_key_values
+    with torch.no_grad():
+        close(model(IDS[:, 5:], past_key_values=cache).logits, native(IDS).logits[:, 5:])
+
+
+def test_a_new_token_copies_no_other(looped):
+    _, model = looped
+    with torch.no_grad():
+        cache = model(IDS[:, :5]).past_key_values
+        places = [layer.keys.data_ptr() for layer in cache.layers]
+        for column in range(5, 12):
+            model(IDS[:, column : column + 1], past_key_values=cache)
+        assert [layer.keys.data_ptr() for layer in cache.layers] == places
+        model(torch.arange(200)[None].repeat(2, 1), past_key_values=cache)
+        assert [layer.keys.data_ptr() for layer in cache.layers] != places  # no more room
+
+
+def test_a_copied_cache_is_another(looped):
+    native, model = looped
+    with torch.no_grad():
+        cache = model(IDS[:, :5]).past_key_values
+        other = copy.deepcopy(cache)
+        model(IDS[:, :3], past_key_values=other)
+        close(model(IDS[:, 5:], past_key_values=cache).logits, native(IDS).logits[:, 5:])
+
+
+# --------------------------------------------------------------------------------------------- fixed size, compiled
+
+
+def test_static_cache(looped):
+    """Slots of fixed size, with what is not written yet masked."""
+    native, model = looped
+    with torch.no_grad():
+        close(in_steps(model, IDS, StaticCache(config=model.config, max_cache_len=20)), native(IDS).logits)
+    for settings in ({}, {"num_loops": 2}, {"num_beams": 2}):
+        asked = {"do_sample": False, "max_new_tokens": 6, **settings}
+        static = model.generate(**padded(PROMPTS), cache_implementation="static", **asked)
+        assert torch.equal(static, model.generate(**padded(PROMPTS), **asked))
+
+
+@pytest.mark.slow
+def test_decoding_compiles_whole_and_once(looped):
+    _, model = looped
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        mask = torch.ones(2, 20, dtype=torch.long)
+        caches = [StaticCache(config=model.config, max_cache_len=20) for _ in range(2)]
+        for cache in caches:
+            model(IDS[:, :5], attention_mask=mask, past_key_values=cache)
+        for column in range(5, 12):
+            step = {"input_ids": IDS[:, column : column + 1], "attention_mask": mask}
+            close(compiled(**step, past_key_values=caches[0]).logits, model(**step, past_key_values=caches[1]).logits)
 
 
 # -------------------------------------------------------------------------------------------------------- padding
@@ -219,6 +280,15 @@ def test_pipeline_and_streamer(tmp_path, tokenizer_path, tokenizer, capsys):
     capsys.readouterr()
     model.generate(**ids, max_new_tokens=8, do_sample=False, streamer=TextStreamer(codec, skip_prompt=True))
     assert capsys.readouterr().out.strip() == alone[0].strip()
+    early = {**asked, "exit_threshold": 0.3}
+    leaving = [pipe(text, **early)[0]["generated_text"] for text in TEXTS]
+    assert [out[0]["generated_text"] for out in pipe(TEXTS, batch_size=3, **early)] == leaving != alone
+    pieces = TextIteratorStreamer(codec, skip_prompt=True, timeout=60)
+    settings = {**ids, "max_new_tokens": 8, "do_sample": False, "exit_threshold": 0.3, "streamer": pieces}
+    writer = Thread(target=model.generate, kwargs=settings)
+    writer.start()
+    assert "".join(pieces).strip() == leaving[0].strip()
+    writer.join()
 
 
 # ------------------------------------------------------------------------------------------------------- refusals
@@ -249,10 +319,24 @@ def test_cache_that_is_not_wanted(looped):
 
 def test_other_kinds_of_cache(looped):
     _, model = looped
+    said = refusal(model, IDS, past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()))
+    assert "is a EncoderDecoderCache" in said and "leave cache_implementation out" in said
+
+
+def test_static_cache_of_other_loops(looped):
+    _, model = looped
     static = StaticCache(config=model.config, max_cache_len=16)
-    assert "is a StaticCache" in refusal(model, IDS, past_key_values=static)
-    said = refusal(model.generate, IDS, max_new_tokens=2, cache_implementation="static")
-    assert "leave cache_implementation out" in said
+    model(IDS, past_key_values=static, num_loops=2)
+    assert "holds 4 slots and this call needs 6" in refusal(model, IDS[:, :1], past_key_values=static)
+
+
+def test_what_a_static_cache_cannot_do(looped):
+    _, model = looped
+    static = StaticCache(config=model.config, max_cache_len=16)
+    assert "leave cache_implementation or exit_threshold out" in refusal(
+        model.generate, IDS, max_new_tokens=2, cache_implementation="static", exit_threshold=0.5
+    )
+    assert "labels with a StaticCache" in refusal(model, IDS, labels=IDS, past_key_values=static)
 
 
 def test_mask_without_the_tokens_in_the_cache(looped):
