@@ -142,16 +142,17 @@ def main(options: argparse.Namespace) -> None:
         print(f"{torch.cuda.get_device_name()}, {options.dtype}.\n")
     model = make_model(options)
     config, generator = model.config, torch.Generator().manual_seed(1)
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, {options.dtype}: D {config.hidden_size}, "
-        f"F {config.intermediate_size}, {config.num_hidden_layers} layers of up to {config.max_loops} loops, "
-        f"{config.num_attention_heads} heads, {config.num_key_value_heads} for keys and values, 128 slots a layer. "
-        f"{options.threads} threads, {options.clock} clock, {options.repeats} repeats. Prompts of {options.prompt} "
-        f"tokens, then {options.new} more.\n"
+        f"{size:.0f} M parameters, {options.dtype}: D {config.hidden_size}, F {config.intermediate_size}, "
+        f"{config.num_hidden_layers} layers of up to {config.max_loops} loops, {config.num_attention_heads} heads, "
+        f"{config.num_key_value_heads} for keys and values, 128 slots a layer. {options.threads} threads, "
+        f"{options.clock} clock, {options.repeats} repeats. Prompts of {options.prompt} tokens, then {options.new} "
+        f"more; threshold {THRESHOLD}.\n"
     )
     print(
-        "| tokens run | batch | | full loops, tokens/s | early exit, tokens/s | FLOPs saved | time saved | time / FLOPs |"
-        "\n|---|---|---|---|---|---|---|---|"
+        "| mean loops | batch | | full loops, tokens/s | early exit, tokens/s | FLOPs saved | time saved | of it |\n"
+        "|---|---|---|---|---|---|---|---|"
     )
     for wanted in options.mean_loops:
         calibration = torch.randint(config.vocab_size, (8, 64), generator=generator).to(options.device)
@@ -169,7 +170,7 @@ def main(options: argparse.Namespace) -> None:
                 saved = 1 - flops(config, keys, ran, heads) / flops(config, keys, config.max_loops, heads)
                 share = f"{(1 - ratio) / saved:.0%}" if saved > 0.01 else "-"
                 print(
-                    f"| {ran:.2f} loops | {batch} | {name} | {tokens / seconds[0]:,.0f} | {tokens / seconds[1]:,.0f} | "
+                    f"| {ran:.2f} | {batch} | {name} | {tokens / seconds[0]:,.0f} | {tokens / seconds[1]:,.0f} | "
                     f"{saved:.0%} | {1 - ratio:.0%} +- {spread:.0%} | {share} |",
                     flush=True,
                 )

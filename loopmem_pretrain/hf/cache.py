@@ -18,12 +18,6 @@ ROOM = 64
 """Tokens that a slot makes room for at least, beyond those it holds."""
 
 
-_REFUSAL = (
-    "past_key_values holds {held} slots and this call needs {needed}, one for each layer and loop{others}: continue "
-    "with the model and the num_loops that filled it"
-)
-
-
 class RoomyLayer(DynamicLayer):
     """Keys and values [B, K, S, d] as views of buffers with room for more: a new token is written, nothing is copied.
 
@@ -72,14 +66,11 @@ def cache_with_slots(cache: DynamicCache, loops: Sequence[int]) -> int:
     Raises:
         ValueError: it was filled with other numbers of loops.
     """
-    layers = len(loops)
-    needed = {(n * layers) + layer for layer, most in enumerate(loops) for n in range(most)}
     filled = {slot for slot in range(len(cache.layers)) if cache.get_seq_length(slot) > 0}
     if not filled:
-        cache.layers[:] = [RoomyLayer() for _ in range(layers * max(loops))]
-    elif filled != needed:
-        others = ", and they are of other loops" if len(filled) == len(needed) else ""
-        raise ValueError(_REFUSAL.format(held=len(filled), needed=len(needed), others=others))
+        cache.layers[:] = [RoomyLayer() for _ in range(len(loops) * max(loops))]
+    else:
+        _require_slots(filled, _slots(loops))
     return int(cache.get_seq_length())
 
 
@@ -87,11 +78,25 @@ def static_cache_with_slots(cache: StaticCache, loops: Sequence[int]) -> int:
     """The same for a cache of fixed size, which compiled code can write; returns that size.
 
     Raises:
-        ValueError: it was made for another number of loops.
+        ValueError: it was filled with other numbers of loops.
     """
-    slots, size = len(loops) * max(loops), int(cache.layers[0].get_max_length())
-    if len(cache.layers) != slots:
-        if cache.is_initialized:
-            raise ValueError(_REFUSAL.format(held=len(cache.layers), needed=slots, others=""))
-        cache.layers[:] = [StaticLayer(max_cache_len=size) for _ in range(slots)]
+    size, used = int(cache.layers[0].get_max_length()), _slots(loops)
+    made = {slot for slot, layer in enumerate(cache.layers) if getattr(layer, "is_initialized", False)}
+    if made != used:
+        if made and int(cache.get_seq_length()):
+            _require_slots(made, used)
+        cache.layers[:] = [StaticLayer(max_cache_len=size) for _ in range(len(loops) * max(loops))]
     return size
+
+
+def _slots(loops: Sequence[int]) -> set[int]:
+    return {n * len(loops) + layer for layer, most in enumerate(loops) for n in range(most)}
+
+
+def _require_slots(filled: set[int], needed: set[int]) -> None:
+    if filled != needed:
+        others = ", and they are of other loops" if len(filled) == len(needed) else ""
+        raise ValueError(
+            f"past_key_values holds {len(filled)} slots and this call needs {len(needed)}, one for each layer and "
+            f"loop{others}: continue with the model and the num_loops that filled it"
+        )

@@ -243,8 +243,14 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
         """What transformers prepares.
 
         Raises:
-            ValueError: prompts that end in padding, or embeddings instead of token ids.
+            ValueError: prompts that end in padding or leave no room in the context, or embeddings instead of token ids.
         """
+        context = self.config.max_position_embeddings
+        if kwargs.get("is_first_iteration") and context is not None and input_ids.shape[1] >= context:
+            raise ValueError(
+                f"the prompt has {input_ids.shape[1]:,} tokens and the model was trained on {context:,} at once "
+                f"(max_position_embeddings): shorten it to {context - 1:,} or less"
+            )
         if kwargs.get("inputs_embeds") is not None:
             raise ValueError("inputs_embeds is not supported; pass input_ids")
         if attention_mask is not None and not bool(attention_mask[:, -1].all()):

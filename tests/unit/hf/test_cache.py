@@ -305,6 +305,15 @@ def test_right_padding_is_refused_in_generation(looped):
     assert "padding_side = 'left'" in refusal(model.generate, **padded(PROMPTS, "right"), max_new_tokens=2)
 
 
+def test_prompt_longer_than_the_context(looped):
+    config = LoopMemConfig(**SIZES, **VARIANTS["full"], max_position_embeddings=13)
+    model = LoopMemForCausalLM(config).eval()
+    assert model.generate(IDS, max_new_tokens=1).shape == (2, 13)
+    for use_cache in (True, False):
+        said = refusal(model.generate, IDS.repeat(1, 2), max_new_tokens=1, use_cache=use_cache)
+        assert "the prompt has 24 tokens and the model was trained on 13" in said and "12 or less" in said
+
+
 def test_cache_of_other_loops(looped):
     _, model = looped
     cache = model(IDS, num_loops=2).past_key_values
@@ -328,6 +337,16 @@ def test_static_cache_of_other_loops(looped):
     static = StaticCache(config=model.config, max_cache_len=16)
     model(IDS, past_key_values=static, num_loops=2)
     assert "holds 4 slots and this call needs 6" in refusal(model, IDS[:, :1], past_key_values=static)
+
+
+def test_static_cache_of_other_caps(looped):
+    """A slot that no earlier token filled would be read as if they were zeros."""
+    _, model = looped
+    static = StaticCache(config=model.config, max_cache_len=16)
+    with torch.no_grad():
+        close(in_steps(model, IDS, static, num_loops=[3, 1]), model(IDS, num_loops=[3, 1]).logits)
+    said = refusal(model, IDS[:, :1], past_key_values=static, num_loops=[3, 3])
+    assert "holds 4 slots and this call needs 6" in said
 
 
 def test_what_a_static_cache_cannot_do(looped):
