@@ -26,7 +26,7 @@ from torch import Tensor
 
 from loopmem_pretrain.hf.configuration_loopmem import LoopMemConfig
 from loopmem_pretrain.hf.modeling_loopmem import LoopMemForCausalLM
-from loopmem_pretrain.model.flops import forward_flops_per_token
+from loopmem_pretrain.model.flops import forward_flops_at, forward_flops_per_token
 
 THRESHOLD = 0.9
 SPREAD = 1.5  # standard deviation of the routers' logits over tokens: tokens of one batch leave at different loops
@@ -70,8 +70,8 @@ def mean_loops(model: LoopMemForCausalLM, ids: Tensor) -> float:
 
 def flops(config: Any, keys: float, loops: float, heads: float) -> float:
     """FLOPs of a token that sees `keys` keys and runs `loops` loops a layer; `heads` of it gets logits."""
-    one, two = (forward_flops_per_token(config, round(keys), n, causal=False) for n in (1, 2))
-    return one.total - one.head + (loops - 1) * (two.total - one.total) + heads * one.head
+    head = forward_flops_per_token(config, round(keys)).head
+    return forward_flops_at(config, round(keys), loops, causal=False) + (heads - 1) * head
 
 
 def seconds_of(run: Callable[[], object], options: argparse.Namespace) -> float:

@@ -86,6 +86,12 @@ def forward_flops_per_token(
     )
 
 
+def forward_flops_at(config: Any, seq_length: int, mean_loops: float, causal: bool = True) -> int:
+    """Forward FLOPs of one token where layers run so many loops on average: early exit."""
+    one, two = (forward_flops_per_token(config, seq_length, loops, causal).total for loops in (1, 2))
+    return round(one + (mean_loops - 1) * (two - one))
+
+
 def training_flops_per_token(config: Any, seq_length: int, causal: bool = True) -> int:
     """Forward and backward, all loops, no recomputation: what MFU is measured against."""
     forward = forward_flops_per_token(config, seq_length, causal=causal)

@@ -10,7 +10,12 @@ from loopmem_pretrain.config.load import load_config
 from loopmem_pretrain.config.model import ModelConfig
 from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.model.backend import TorchBackend
-from loopmem_pretrain.model.flops import forward_flops_per_token, parameter_counts, training_flops_per_token
+from loopmem_pretrain.model.flops import (
+    forward_flops_at,
+    forward_flops_per_token,
+    parameter_counts,
+    training_flops_per_token,
+)
 from loopmem_pretrain.model.loopmem import LoopMemLM
 from tests.configs import TINY_MODEL
 from tests.paper_models import PAPER
@@ -123,3 +128,10 @@ def test_block_by_hand():
     flops = forward_flops_per_token(model, 4096)
     assert flops.blocks / 36 == pytest.approx(14.2e6 + 6.3e6, rel=0.01)
     assert (flops.local_reads + flops.global_reads) / 36 == pytest.approx(9.4e6, rel=0.01)
+
+
+def test_flops_between_numbers_of_loops():
+    model = ModelConfig(**TINY_MODEL)
+    one, two, three = (forward_flops_per_token(model, 64, loops).total for loops in (1, 2, 3))
+    assert [forward_flops_at(model, 64, loops) for loops in (1, 2, 3)] == [one, two, three]
+    assert forward_flops_at(model, 64, 1.5) == pytest.approx((one + two) / 2, abs=1)
