@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from loopmem_pretrain.config.model import ModelConfig
 from loopmem_pretrain.data.manifest import Manifest
 from loopmem_pretrain.hf.verify import Comparison
-from loopmem_pretrain.model.flops import forward_flops_per_token, parameter_counts
+from loopmem_pretrain.model.flops import forward_flops_at, forward_flops_per_token, parameter_counts
 
 CURVE_ROWS = 10
 
@@ -150,7 +150,7 @@ the place of `trust_remote_code`. `AutoModel` loads the model without its head.
 
 Prompts of different lengths go in one batch with `tokenizer(texts, padding=True, padding_side="left")`; where the
 tokenizer has no pad token, set `tokenizer.pad_token = tokenizer.eos_token`. The key/value cache holds every loop of
-every layer, {_cached_numbers(config):,} numbers a token. All loops run for every token: there is no early exit.
+every layer, {_cached_numbers(config):,} numbers a token.
 {_loops_hint(config)}"""
 
 
@@ -165,7 +165,9 @@ def _loops_hint(config: ModelConfig) -> str:
         return ""
     return (
         "\n`model(input_ids, num_loops=n)` and `model.generate(..., num_loops=n)` apply every layer n times instead of "
-        f"{config.max_loops}; `output_loop_stats=True` returns halting probabilities and expected loops.\n"
+        f"{config.max_loops}; `output_loop_stats=True` returns halting probabilities and expected loops. "
+        "`exit_threshold=0.9` lets each token leave a layer as soon as its router has given out nine tenths of its mass, "
+        "which saves the rest of its loops; without it all of them run.\n"
     )
 
 
@@ -180,11 +182,9 @@ def _loops(config: ModelConfig, seq_length: int, comparison: Comparison) -> str:
     ]
     if comparison.expected_loops:
         mean = sum(comparison.expected_loops) / len(comparison.expected_loops)
-        one = forward_flops_per_token(config, seq_length, num_loops=1).total
-        two = forward_flops_per_token(config, seq_length, num_loops=2).total
         lines += [
             f"Were each layer left after the expected number of loops, {mean:.2f} on average, it would be "
-            f"{_flops(round(one + (mean - 1) * (two - one)))}.",
+            f"{_flops(forward_flops_at(config, seq_length, mean))}.",
             "",
             f"Expected loops, the mean of sum n p_n over {comparison.tokens:,} tokens of held-out text:",
             "",
