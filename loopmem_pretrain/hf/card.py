@@ -166,8 +166,8 @@ def _loops_hint(config: ModelConfig) -> str:
     return (
         "\n`model(input_ids, num_loops=n)` and `model.generate(..., num_loops=n)` apply every layer n times instead of "
         f"{config.max_loops}; `output_loop_stats=True` returns halting probabilities and expected loops. "
-        "`exit_threshold=0.9` lets each token leave a layer as soon as its router has given out nine tenths of its mass, "
-        "which saves the rest of its loops; without it all of them run.\n"
+        "`exit_threshold=0.9` lets each token leave a layer as soon as its router has given out nine tenths of its "
+        "mass, which saves the rest of its loops; without it all of them run.\n"
     )
 
 
