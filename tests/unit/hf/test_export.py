@@ -22,6 +22,7 @@ from loopmem_pretrain.hf.load import load_hf
 from loopmem_pretrain.hf.staging import staged
 from loopmem_pretrain.hf.verify import reference_model
 from loopmem_pretrain.hf.weights import check_weights, write_weights
+from loopmem_pretrain.model.early_exit import EarlyExit, exit_forward
 from tests.unit.hf.conftest import TEXTS, VARIANTS, model_config, native_model
 
 SEQ_LENGTH = 48
@@ -48,6 +49,11 @@ with warnings.catch_warnings():
         model.generate(**batch, max_new_tokens=8, do_sample=False, use_cache=keep)[:, -8:].tolist()
         for keep in (True, False)
     )
+    early = model(ids["input_ids"], exit_threshold=0.6, output_loop_stats=True)
+    alone, both = (
+        model.generate(**some, max_new_tokens=8, do_sample=False, exit_threshold=0.6)[0, -8:].tolist()
+        for some in (ids, batch)
+    )
 model.save_pretrained(saved)
 again = AutoModelForCausalLM.from_pretrained(saved, trust_remote_code=True)
 same = torch.equal(again(ids["input_ids"]).logits, output.logits)
@@ -55,7 +61,8 @@ print(json.dumps({
     "class": type(model).__module__.split(".")[0], "dtype": str(model.dtype), "loss": output.loss.item(),
     "context": config.max_position_embeddings, "loops": [s.expected_loops().mean().item() for s in output.loop_stats],
     "grads": all(p.grad is not None for p in model.parameters()), "tokens": tokens[0].tolist(), "saved_same": same,
-    "batch_same": cached == recomputed and cached[0] == tokens[0, -8:].tolist(),
+    "batch_same": cached == recomputed and cached[0] == tokens[0, -8:].tolist(), "early_same": alone == both,
+    "early": early.logits[0, -1, :5].tolist(), "ran": [s.loops.float().mean().item() for s in early.loop_stats],
 }))
 """
 
@@ -149,7 +156,10 @@ def test_stranger_loads_it_with_torch_and_transformers_alone(full, tmp_path, tok
     assert said["class"] == "transformers_modules" and said["dtype"] == "torch.float32"
     assert said["loss"] == pytest.approx(expected.loss.item(), rel=1e-6)
     assert said["context"] == SEQ_LENGTH and len(said["loops"]) == 2 and said["grads"]
-    assert said["saved_same"] and said["batch_same"]
+    assert said["saved_same"] and said["batch_same"] and said["early_same"]
+    hidden, stats = exit_forward(model.model, ids, EarlyExit(0.6, "halting"))
+    assert said["early"] == pytest.approx(model.lm_head(hidden)[0, -1, :5].tolist(), rel=1e-4, abs=1e-5)
+    assert said["ran"] == [layer.loops.float().mean().item() for layer in stats] != [3.0, 3.0]
     for _ in range(8):
         ids = torch.cat((ids, model(ids).logits[:, -1:].argmax(-1)), dim=1)
     assert said["tokens"] == ids[0].tolist()
