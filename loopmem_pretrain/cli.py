@@ -117,6 +117,10 @@ def build_parser() -> argparse.ArgumentParser:
     eval_.add_argument("--seed", type=int, default=0, metavar="S", help="of the drawing of --limit (default: 0)")
     help_ = "apply every layer N times instead of max_loops, for each N; `all`: 1 to twice max_loops, and memory closed"
     eval_.add_argument("--num-loops", nargs="+", default=[], metavar="N", help=help_)
+    help_ = "let tokens leave layers early, 0 < T <= 1, for each T (default: all loops run)"
+    eval_.add_argument("--exit-threshold", nargs="+", type=float, default=[], metavar="T", help=help_)
+    help_ = "a token leaves once a share T of its halting mass is out, or a loop changes it by less than 1 - T"
+    eval_.add_argument("--exit-rule", choices=("halting", "confidence"), default="halting", help=help_)
     eval_.add_argument("--max-documents", type=int, metavar="N", help="the first N of each domain (default: all)")
     eval_.add_argument("--batch-size", type=int, default=8, metavar="B", help="windows in a forward pass (default: 8)")
     eval_.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda or cuda:N (default: cpu)")
@@ -288,6 +292,8 @@ def evaluate(options: Any) -> int:
         limit=options.limit,
         seed=options.seed,
         num_loops=options.num_loops,
+        exit_threshold=options.exit_threshold,
+        exit_rule=options.exit_rule,
         max_documents=options.max_documents,
         batch_size=options.batch_size,
         device=options.device,

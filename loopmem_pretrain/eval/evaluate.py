@@ -14,9 +14,10 @@ from loopmem_pretrain.data.files import write_file
 from loopmem_pretrain.errors import ConfigError
 from loopmem_pretrain.eval.documents import Domain, prepared_domains, text_domains
 from loopmem_pretrain.eval.opening import Opened, identity_of, is_exported, open_scorer, place_of, settings_of
-from loopmem_pretrain.eval.perplexity import DomainScores, Ratio, Scorer, measure
+from loopmem_pretrain.eval.perplexity import DomainScores, Ratio, Score, Scorer, measure
 from loopmem_pretrain.eval.scoring import Setting, stride_of
 from loopmem_pretrain.eval.suites import Mean, TaskRequests, TaskScores, measured, open_tasks, score_task
+from loopmem_pretrain.model.flops import forward_flops_at
 from loopmem_pretrain.progress import ProgressBar
 from loopmem_pretrain.quiet import prepare_imports
 
@@ -31,6 +32,8 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
     num_loops: Sequence[str] = (),
+    exit_threshold: Sequence[float] = (),
+    exit_rule: str = "halting",
     max_documents: int | None = None,
     batch_size: int = 8,
     device: str = "cpu",
@@ -47,6 +50,8 @@ def evaluate(
         limit: items a task, drawn with `seed`; None scores all.
         seed: of the drawing.
         num_loops: forced numbers of loops, or `all`; empty runs the model as it was trained.
+        exit_threshold: early exit at each of these; empty runs all loops.
+        exit_rule: when tokens leave, `halting` or `confidence`.
         max_documents: of each domain; None scores all.
         batch_size: windows in one forward pass; the numbers do not depend on it.
         device: `cpu`, `cuda` or `cuda:N`.
@@ -69,11 +74,11 @@ def evaluate(
     requests = open_tasks(tasks, data_dir, limit, seed) if tasks else []
     domains = _domains(place, text, data) if text or data or not tasks else []
     opened = open_scorer(place, batch_size, device)
-    settings = settings_of(opened.model, num_loops)
+    settings = settings_of(opened.model, num_loops, exit_threshold, exit_rule)
     codec = opened.codec
     scorer = Scorer(opened.model, codec.encode, codec.eos_id, opened.context, batch_size)
     results = [_with_bar(scorer, domain, settings, max_documents) for domain in domains]
-    max_loops = opened.model.config.max_loops
+    max_loops, model_config = opened.model.config.max_loops, opened.model.config
     return {
         "command": command,
         "version": __version__,
@@ -86,7 +91,7 @@ def evaluate(
         "limit": limit,
         "seed": seed,
         "max_loops": max_loops,
-        "domains": [_plain(result, max_loops) for result in results],
+        "domains": [_plain(result, model_config, opened.context) for result in results],
         "lm_eval": metadata.version("lm_eval") if requests else None,
         **(_tasks(opened, requests, settings) if requests else {"tasks": [], "suites": []}),
     }
@@ -182,10 +187,11 @@ def _plain_task(
     }
 
 
-def _plain(result: DomainScores, max_loops: int) -> dict[str, Any]:
+def _plain(result: DomainScores, config: Any, context: int) -> dict[str, Any]:
     rows = [
         {
-            **_plain_setting(score.setting, max_loops),
+            **_plain_setting(score.setting, config.max_loops),
+            **_cost(score, config, context),
             "nats": score.nats,
             **_named("perplexity", score.perplexity),
             **_named("bits_per_byte", score.bits_per_byte),
@@ -193,6 +199,15 @@ def _plain(result: DomainScores, max_loops: int) -> dict[str, Any]:
         for score in result.scores
     ]
     return {**result._asdict(), "scores": rows}
+
+
+def _cost(score: Score, config: Any, context: int) -> dict[str, Any]:
+    """Loops a token, mean over layers, and its forward FLOPs in a window; those of open gates."""
+    loops = score.setting.num_loops if score.mean_loops is None else score.mean_loops
+    return {
+        "mean_loops": loops,
+        "flops_per_token": forward_flops_at(config, context, max(1, config.max_loops) if loops is None else loops),
+    }
 
 
 def _plain_setting(setting: Setting, max_loops: int) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class WindowLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
             self.shortened += len(ids) - 1 > self.max_length
             windows += continuation_windows(number, ids, len(continuation), self.max_length)
         nats, greedy = [0.0] * len(requests), [True] * len(requests)
-        for window, (value, is_greedy) in zip(windows, self.score(windows), strict=True):
+        for window, (value, is_greedy, _) in zip(windows, self.score(windows), strict=True):
             nats[window.document] += value
             greedy[window.document] &= is_greedy
         return [(-value, is_greedy) for value, is_greedy in zip(nats, greedy, strict=True)]

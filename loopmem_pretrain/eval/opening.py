@@ -75,12 +75,33 @@ def open_scorer(path: str | Path, batch_size: int, device: str = "cpu") -> Opene
     return Opened(place, model.to(to), codec, context, batch_size)
 
 
-def settings_of(model: Any, num_loops: Sequence[str]) -> list[Setting]:
-    """What `--num-loops` asks for.
+def settings_of(
+    model: Any, num_loops: Sequence[str], thresholds: Sequence[float] = (), rule: str = "halting"
+) -> list[Setting]:
+    """What `--num-loops`, `--exit-threshold` and `--exit-rule` ask for: every threshold with every number of loops.
 
     Raises:
-        ConfigError: no number of loops, or a model that does not loop.
+        ConfigError: no number of loops, no threshold, or a model that does not loop.
     """
+    settings = _settings_of_loops(model, num_loops)
+    if not thresholds:
+        return settings
+    if not model.config.max_loops:
+        raise ConfigError("--exit-threshold: this model does not loop (max_loops 0)", "leave --exit-threshold out")
+    wrong = [value for value in thresholds if not 0 < value <= 1]
+    if wrong:
+        raise ConfigError(
+            f"--exit-threshold {' '.join(map(str, wrong))} is not valid",
+            "give numbers above 0 and at most 1, where all loops run",
+        )
+    return [
+        setting._replace(exit_threshold=threshold, exit_rule=rule)
+        for setting in settings
+        for threshold in dict.fromkeys(thresholds)
+    ]
+
+
+def _settings_of_loops(model: Any, num_loops: Sequence[str]) -> list[Setting]:
     max_loops = model.config.max_loops
     if not num_loops:
         return [Setting(max_loops or None)]

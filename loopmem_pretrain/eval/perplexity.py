@@ -52,6 +52,8 @@ class Score(NamedTuple):
     perplexity: Ratio
     """A token; its standard error is perplexity times that of the nats a token."""
     bits_per_byte: Ratio
+    mean_loops: float | None = None
+    """With early exit: loops that a predicted token ran, mean over layers."""
 
 
 class DomainScores(NamedTuple):
@@ -99,19 +101,25 @@ def measure(
             yield from windows(number, [scorer.eos_id, *ids], scorer.context)
 
     nats: dict[Setting, dict[int, float]] = {setting: defaultdict(float) for setting in settings}
+    loops = dict.fromkeys(settings, 0.0)
     stream, done = all_windows(), 0
     while pool := list(islice(stream, POOL * scorer.batch_size)):
         for setting, sums in nats.items():
             scored = window_scores(scorer.model, pool, scorer.batch_size, setting)
-            for window, (value, _) in zip(pool, scored, strict=True):
+            for window, (value, _, ran) in zip(pool, scored, strict=True):
                 _require_finite(value, domain, window, setting)
                 sums[window.document] += value
+                loops[setting] += ran or 0.0
         done += len(pool)
         on_windows(done, len(tokens))
     if not tokens:
         raise DataError(f"{domain.name}: holds no document with a visible character", "give a file with text in it")
     scores = [
         score(setting, [sums[number] for number in range(len(tokens))], tokens, sizes) for setting, sums in nats.items()
+    ]
+    scores = [
+        one if one.setting.exit_threshold is None else one._replace(mean_loops=loops[one.setting] / sum(tokens))
+        for one in scores
     ]
     return DomainScores(domain.name, len(tokens), sum(tokens), sum(sizes), digest.hexdigest(), scores)
 

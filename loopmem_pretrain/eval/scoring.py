@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loopmem_pretrain.model.backend import wide
+from loopmem_pretrain.model.early_exit import early_exit, exit_forward
 
 BROKEN = "score an earlier checkpoint, or as many loops as the model was trained with"
 """What to do about a cross-entropy that is not finite."""
@@ -42,6 +43,8 @@ class WindowScore(NamedTuple):
     """Their cross-entropy, summed."""
     is_greedy: bool
     """Whether each is the likeliest token where it stands."""
+    loops: float | None = None
+    """With early exit: the loops that they ran, mean over layers, summed."""
 
 
 class Setting(NamedTuple):
@@ -51,6 +54,9 @@ class Setting(NamedTuple):
     """Every layer is applied so often; None for a model that does not loop."""
     gates_closed: bool = False
     """Without the memory, as if every gate were 0."""
+    exit_threshold: float | None = None
+    """Tokens leave layers early, by `exit_rule` (docs/inference.md); None: all loops run."""
+    exit_rule: str | None = None
 
 
 def stride_of(context: int) -> int:
@@ -108,14 +114,14 @@ def window_scores(model: Any, some: Sequence[Window], batch_size: int, setting: 
     with torch.inference_mode(), gates_closed(model) if setting.gates_closed else nullcontext():
         for start in range(0, len(some), batch_size):
             chosen = by_length[start : start + batch_size]
-            nats, misses = _batch_sums(model, [some[index] for index in chosen], setting.num_loops).tolist()
-            for index, *score in zip(chosen, nats, misses, strict=True):
-                scores[index] = WindowScore(score[0], score[1] == 0)
+            sums = _batch_sums(model, [some[index] for index in chosen], setting).T.tolist()
+            for index, (nats, misses, loops) in zip(chosen, sums, strict=True):
+                scores[index] = WindowScore(nats, misses == 0, None if setting.exit_threshold is None else loops)
     return [scores[index] for index in range(len(some))]
 
 
-def _batch_sums(model: Any, batch: list[Window], num_loops: int | None) -> Tensor:
-    """Nats of each window, and how many of its tokens are not the likeliest: [2, B], float64."""
+def _batch_sums(model: Any, batch: list[Window], setting: Setting) -> Tensor:
+    """Nats of each window, how many of its tokens are not the likeliest, the loops they ran: [3, B], float64."""
     device = next(model.parameters()).device
     longest = max(len(window.ids) for window in batch)
     tokens = torch.tensor([[*window.ids, *[0] * (longest - len(window.ids))] for window in batch], device=device)
@@ -123,13 +129,24 @@ def _batch_sums(model: Any, batch: list[Window], num_loops: int | None) -> Tenso
     scored = torch.tensor([window.scored for window in batch], device=device).unsqueeze(1)
     positions = torch.arange(longest - 1, device=device)
     counts = (positions < ends) & (positions >= ends - scored)
-    hidden, _ = model.model(tokens[:, :-1], num_loops)
+    hidden, loops = _hidden(model, tokens[:, :-1], setting)
     rows = max(1, LOGIT_BYTES // (4 * model.config.vocab_size))
     hidden, targets = hidden[counts], tokens[:, 1:][counts]
     parts = [slice(start, start + rows) for start in range(0, len(targets), rows)]
     each = torch.cat([token_scores(model.lm_head(hidden[part]), targets[part]) for part in parts], dim=1)
-    sums = torch.zeros(2, len(batch), dtype=torch.float64, device=device)
-    return sums.index_add_(1, counts.nonzero()[:, 0], each.double())
+    sums = torch.zeros(3, len(batch), dtype=torch.float64, device=device)
+    return sums.index_add_(1, counts.nonzero()[:, 0], torch.cat((each.double(), loops[counts][None])))
+
+
+def _hidden(model: Any, tokens: Tensor, setting: Setting) -> tuple[Tensor, Tensor]:
+    """Hidden states [B, T, D], and the loops that each token ran [B, T], mean over layers; 0 without early exit."""
+    early = early_exit(setting.exit_threshold, setting.exit_rule or "halting")
+    if early is None:
+        hidden, _ = model.model(tokens, setting.num_loops)
+        all_loops = 0 if setting.exit_threshold is None else setting.num_loops or 0
+        return hidden, torch.full(tokens.shape, float(all_loops), dtype=torch.float64, device=tokens.device)
+    hidden, stats = exit_forward(model.model, tokens, early, setting.num_loops)
+    return hidden, torch.stack([layer.loops for layer in stats]).double().mean(0)
 
 
 def token_scores(logits: Tensor, targets: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from loopmem_pretrain.tools.tables import table
 Row = Mapping[str, Any]
 
 HEADINGS = ["loops", "perplexity", "+-", "bits/byte", "+-"]
+EARLY_HEADINGS = ["loops run", "MFLOPs/token"]
 MEASURES = {"accuracy": "accuracy", "bits_per_byte": "bits/byte"}
 
 
@@ -23,7 +24,9 @@ def describe(evaluation: Mapping[str, Any]) -> str:
         )
     for domain in evaluation["domains"]:
         sizes = f"{domain['documents']:,} documents, {domain['tokens']:,} tokens, {domain['bytes']:,} bytes"
-        lines += ["", f"{domain['name']}: {sizes}", *table([HEADINGS, *map(_row, domain["scores"])])]
+        early = any(score["exit_threshold"] is not None for score in domain["scores"])
+        rows = [[*HEADINGS, *EARLY_HEADINGS], *map(_early_row, domain["scores"])] if early else []
+        lines += ["", f"{domain['name']}: {sizes}", *table(rows or [HEADINGS, *map(_row, domain["scores"])])]
     if evaluation["tasks"]:
         lines += _tasks(evaluation)
     return "\n".join(lines)
@@ -33,8 +36,14 @@ def _row(score: Row) -> list[str]:
     return [_setting(score), *_with_error(score, "perplexity"), *_with_error(score, "bits_per_byte")]
 
 
+def _early_row(score: Row) -> list[str]:
+    return [*_row(score), f"{score['mean_loops']:.3f}", f"{score['flops_per_token'] / 1e6:,.3f}"]
+
+
 def _setting(score: Row) -> str:
     loops = "no loops" if score["num_loops"] is None else str(score["num_loops"])
+    if score["exit_threshold"] is not None:
+        loops += f", {score['exit_rule']} {score['exit_threshold']:g}"
     return loops + (
         " (extrapolation)" if score["extrapolation"] else " (memory gates closed)" if score["gates_closed"] else ""
     )
@@ -117,4 +126,6 @@ def _name(task: Row) -> list[str]:
 def _column(score: Row) -> str:
     if score["gates_closed"]:
         return f"{score['num_loops']} closed"
+    if score["exit_threshold"] is not None:
+        return f"{score['num_loops']} at {score['exit_threshold']:g}"
     return f"{score['num_loops']}*" if score["extrapolation"] else str(score["num_loops"])

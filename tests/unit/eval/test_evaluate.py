@@ -24,3 +24,23 @@ def test_settings():
 def test_loops_of_a_model_that_does_not_loop(loops):
     with pytest.raises(ConfigError, match="does not loop"):
         settings("plain", loops)
+
+
+def test_thresholds():
+    model = native_model(model_config("full"))
+    early = {"exit_threshold": 0.5, "exit_rule": "halting"}
+    assert settings_of(model, [], [0.5]) == [Setting(3, **early)]
+    assert settings_of(model, ["1", "2"], [0.5, 1.0], "confidence") == [
+        Setting(n, exit_threshold=t, exit_rule="confidence") for n in (1, 2) for t in (0.5, 1.0)
+    ]
+
+
+@pytest.mark.parametrize("threshold", [0.0, -1.0, 1.5, float("nan")])
+def test_bad_threshold(threshold):
+    with pytest.raises(ConfigError, match="--exit-threshold"):
+        settings_of(native_model(model_config("full")), [], [0.5, threshold])
+
+
+def test_threshold_of_a_model_that_does_not_loop():
+    with pytest.raises(ConfigError, match="does not loop"):
+        settings_of(native_model(model_config("plain")), [], [0.5])

@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from loopmem_pretrain.errors import CheckpointError, DataError
 from loopmem_pretrain.eval.documents import Domain
 from loopmem_pretrain.eval.perplexity import Scorer, measure, ratio, score
 from loopmem_pretrain.eval.scoring import Setting, gates_closed, stride_of, window_scores, windows
+from loopmem_pretrain.model.early_exit import EarlyExit, exit_forward
 from tests.unit.hf.conftest import model_config, native_model
 
 CONTEXT = 16
@@ -91,7 +93,7 @@ def test_the_models_own_loops_are_the_default(model):
     ids = [Bytes.eos_id, *Bytes().encode(TEXTS[1].decode()[:CONTEXT])]
     with torch.no_grad():
         loss = model(torch.tensor([ids[:-1]]), labels=torch.tensor([ids[1:]])).cross_entropy
-    ((nats, _),) = window_scores(model, list(windows(0, ids, CONTEXT)), 1, Setting(model.config.max_loops))
+    ((nats, *_),) = window_scores(model, list(windows(0, ids, CONTEXT)), 1, Setting(model.config.max_loops))
     assert nats == pytest.approx(float(loss) * (len(ids) - 1), rel=1e-5)
 
 
@@ -171,3 +173,25 @@ def test_not_a_number():
 def test_a_perplexity_beyond_numbers():
     with pytest.raises(CheckpointError, match="900 nats a token"):
         score(Setting(1), [900.0], [1], [1])
+
+
+@pytest.mark.parametrize("rule", ["halting", "confidence"])
+def test_early_exit(model, rule):
+    """A document is scored from the hidden states of the model's own early exit; loops are those of scored tokens."""
+    early = Setting(3, exit_threshold=0.7, exit_rule=rule)
+    got = scores(model, [Setting(3), early, early._replace(exit_threshold=1)], texts=TEXTS[1:2], context=64)
+    exact, left, all_loops = got.scores
+    ids = torch.tensor([[Bytes.eos_id, *TEXTS[1]]]) + torch.tensor([0] + [3] * len(TEXTS[1]))
+    with torch.no_grad():
+        hidden, stats = exit_forward(model.model, ids[:, :-1], EarlyExit(0.7, rule), 3)
+        nats = F.cross_entropy(model.lm_head(hidden)[0], ids[0, 1:], reduction="sum")
+    assert left.nats == pytest.approx(float(nats), rel=1e-5)
+    assert left.mean_loops == pytest.approx(float(torch.stack([one.loops for one in stats]).float().mean()))
+    assert 1 < left.mean_loops < 3 and left.nats != pytest.approx(exact.nats, rel=1e-4)
+    assert all_loops._replace(setting=exact.setting) == exact._replace(mean_loops=3)
+
+
+def test_early_exit_does_not_depend_on_the_batch(model):
+    early = [Setting(3, exit_threshold=0.7, exit_rule="halting")]
+    one, other = (scores(model, early, batch_size=size).scores[0] for size in (1, 64))
+    assert one.nats == pytest.approx(other.nats, rel=1e-6) and one.mean_loops == other.mean_loops
