@@ -87,8 +87,8 @@ class WindowLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
             for inputs, predicted in get_rolling_token_windows(self.encode(text), self.eos_id, self.max_length, 1):
                 windows.append(Window(number, [*inputs, predicted[-1]], len(predicted)))
         sums = [0.0] * len(requests)
-        for window, (nats, _) in zip(windows, self.score(windows), strict=True):
-            sums[window.document] -= nats
+        for window, score in zip(windows, self.score(windows), strict=True):
+            sums[window.document] -= score.nats
         return sums
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -172,7 +172,7 @@ def scorer_of(
         size = POOL * opened.batch_size
         for start in range(0, len(some), size):
             pool = window_scores(opened.model, some[start : start + size], opened.batch_size, setting)
-            for value, _ in pool:
+            for value in (score.nats for score in pool):
                 if not math.isfinite(value):
                     loops = "" if setting.num_loops is None else f" at {setting.num_loops} loops"
                     raise CheckpointError(f"the model's cross-entropy is {value}{loops}", BROKEN)
