@@ -79,7 +79,11 @@ def project(attention, x, position, theta):
         return torch.cat((turned.real, turned.imag), dim=1)
 
     q, k, v = (proj(x).view(-1, d) for proj in (attention.q_proj, attention.k_proj, attention.v_proj))
-    return attention.q_norm(rotated(q)), attention.k_norm(rotated(k)), v
+    if attention.qk_norm == "before_rope":
+        return rotated(attention.q_norm(q)), rotated(attention.k_norm(k)), v
+    if attention.qk_norm == "after_rope":
+        return attention.q_norm(rotated(q)), attention.k_norm(rotated(k)), v
+    return rotated(q), rotated(k), v
 
 
 def attended(query, keys, values):
