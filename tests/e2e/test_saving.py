@@ -14,9 +14,11 @@ from loopmem_pretrain.config.load import dump_config
 from tests.e2e.test_training import config_for, exact, lines, run
 
 SLOWLY = """
-import time, torch, loopmem_pretrain.checkpoint.saving as saving
-copy, write = saving._Save._copy, saving._Save._write
-saving._Save._copy = lambda save: (time.sleep(0.5), copy(save))[1]
+import threading, time, torch, loopmem_pretrain.checkpoint.saving as saving
+copy, write, wait_for_copy = saving._Save._copy, saving._Save._write, saving.Saver._wait_for_copy
+update = threading.Event()
+saving.Saver._wait_for_copy = lambda saver: (update.set(), wait_for_copy(saver))[1]
+saving._Save._copy = lambda save: (update.clear(), update.wait(0 if save.buffers is None else 5), copy(save))[2]
 saving._Save._write = lambda save: (time.sleep(1), write(save))[1]
 """
 TO_A_FILE = "import logging; logging.getLogger('loopmem_pretrain').addHandler(logging.FileHandler({!r}))"
@@ -39,10 +41,9 @@ def newest(run_dir):
 )
 def test_what_is_written_late_is_of_the_step_it_was_taken_at(tmp_path, sentences, parallel, precision):
     config = config_for(tmp_path, sentences, parallel=parallel, training={"precision": precision})
-    # Step 11 has gradients before step 10's state is copied; steps 11 to 20 are trained before a byte is written.
+    # Step 11 is about to change the weights when step 10's are copied; nothing is written before steps 11 to 20 are done.
     assert run(config, first=SLOWLY) == ("done", None)
     whole = exact(tmp_path)
-    assert lines(tmp_path)[-1]["saving_seconds"] > 0.2  # the update of step 11 has waited for the copy
     probe = json.loads((tmp_path / "checkpoints" / "step_00000010" / "probe.json").read_text())
     assert len(probe["tokens"]) == config.training.micro_batch_size  # of step 11, not the held-out sample
     shutil.rmtree(tmp_path / "checkpoints" / "step_00000020")
