@@ -41,7 +41,7 @@ def newest(run_dir):
 )
 def test_what_is_written_late_is_of_the_step_it_was_taken_at(tmp_path, sentences, parallel, precision):
     config = config_for(tmp_path, sentences, parallel=parallel, training={"precision": precision})
-    # Step 11 is about to change the weights when step 10's are copied; steps 11 to 20 are done before a byte is written.
+    # Step 11 is about to change the weights when step 10's are copied; steps 11 to 20 are done before a byte is there.
     assert run(config, first=SLOWLY) == ("done", None)
     whole = exact(tmp_path)
     probe = json.loads((tmp_path / "checkpoints" / "step_00000010" / "probe.json").read_text())
