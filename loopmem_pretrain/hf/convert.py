@@ -1,5 +1,6 @@
 """A run's checkpoint as a Hugging Face folder: weights, tokenizer and sample text are found, then exported."""
 
+import logging
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from loopmem_pretrain.quiet import prepare_imports
 
 if TYPE_CHECKING:
     from loopmem_pretrain.hf.card import History
+
+log = logging.getLogger(__name__)
 
 SAMPLE_DOCUMENTS = 8
 
@@ -83,9 +86,9 @@ def convert_run(
     if unrolled is not None:
         check_unrolled(source.config.model, unrolled)  # before a long merge
     tokenizer = load_tokenizer(source.tokenizer_path)
-    bar = ProgressBar("convert", len(read_manifest(source.checkpoint)["parameter_names"]), unit="parameter")
-    bar.update(0, "merging ZeRO slices")  # most of the wait
+    log.info("reading %s; what several ranks wrote is merged first", source.checkpoint)
     with mapped_weights(source.checkpoint) as weights:
+        bar = ProgressBar("convert", len(weights), unit="parameter")
         report = export(
             source.config.model,
             weights,
