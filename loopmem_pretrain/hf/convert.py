@@ -105,7 +105,7 @@ def convert_run(
     bar.close()
     match = report.comparison
     return (
-        f"{report.folder}: step {source.step}, {report.parameters:,} parameters, {report.weight_bytes / 1e6:,.1f} MB "
+        f"{out_dir}: step {source.step}, {report.parameters:,} parameters, {report.weight_bytes / 1e6:,.1f} MB "
         f"{report.dtype} in {len(report.weight_files)} file(s)\n"
         f"compared on {match.texts} texts, {match.tokens:,} tokens: {match.places} tensors of layers and loops agree, "
         f"logits differ by at most {match.max_abs_difference:.1e} (allowed {match.tolerance:.1e}), loss "
