@@ -11,7 +11,19 @@ from loopmem_pretrain.cluster import slurm
 from loopmem_pretrain.errors import EnvironmentFault
 
 # Of the environment only what cannot be a secret is written down.
-RECORDED = ("SLURM_", "SBATCH_", "SRUN_", "CUDA_", "NCCL_", "FI_", "OMP_", "TORCH_NCCL_", "UCX_", "GLOO_", "LOADEDMODULES")
+RECORDED = (
+    "SLURM_",
+    "SBATCH_",
+    "SRUN_",
+    "CUDA_",
+    "NCCL_",
+    "FI_",
+    "OMP_",
+    "TORCH_NCCL_",
+    "UCX_",
+    "GLOO_",
+    "LOADEDMODULES",
+)
 
 
 def submit_successor(here: slurm.Allocation, run_dir: Path, arguments: Sequence[str]) -> str:
@@ -30,10 +42,10 @@ def submit_successor(here: slurm.Allocation, run_dir: Path, arguments: Sequence[
     options += [f"--ntasks-per-node={here.tasks_per_node}", f"--time={job['TimeLimit']}"]
     options += [f"--chdir={job['WorkDir']}", f"--partition={job['Partition']}"]
     options += [f"--account={job['Account']}"] if job.get("Account", "(null)") != "(null)" else []
-    mine = {name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"}
-    clean = [argument for name in sorted(mine) for argument in ("-u", name)]  # this job's numbers are not the next one's
-    said = slurm.ask("env", *clean, "sbatch", "--parsable", *options, str(script), *arguments)
-    return said.strip().split(";")[0]
+    for name in ("cpus-per-task", "gpus-per-node", "gpus-per-task"):
+        value = os.environ.get(f"SLURM_{name.upper().replace('-', '_')}")
+        options += [f"--{name}={value}"] if value else []
+    return slurm.sbatch(*options, str(script), *arguments)
 
 
 def record_environment(here: slurm.Allocation, folder: Path) -> None:

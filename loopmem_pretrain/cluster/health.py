@@ -50,9 +50,7 @@ def check_nodes(options: argparse.Namespace, here: slurm.Allocation, folder: Pat
     return bad
 
 
-def silent_nodes(
-    options: argparse.Namespace, here: slurm.Allocation, nodes: Sequence[str], folder: Path
-) -> list[str]:
+def silent_nodes(options: argparse.Namespace, here: slurm.Allocation, nodes: Sequence[str], folder: Path) -> list[str]:
     """Nodes that do not answer any more, or are not fit any more: the ranks were lost because of them."""
     return list(judge(nodes, _ask(here, nodes, folder / "health-after", options.run_dir, SIGN_OF_LIFE)))
 

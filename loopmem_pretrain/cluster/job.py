@@ -1,9 +1,9 @@
-"""The batch script of a training job, after its settings: checks, starts the ranks, watches them, decides what comes next.
+"""The batch script of a training job, after its settings: checks, starts the ranks, watches them, decides what is next.
 
     python -m loopmem_pretrain.cluster.job --run-dir RUN --config FILE [options] -- [key=value ...]
 
-What SLURM and the ranks do at the end of a start is told by RUN/status.json and the ranks' exit files, not by srun's exit
-code. docs/slurm.md has a table of every outcome. Standard library only: runs outside of the container.
+How the ranks ended is told by RUN/status.json and their exit files, not by srun's exit code. docs/slurm.md has a table
+of every outcome. Standard library only: this runs outside of the container.
 """
 
 import argparse
@@ -51,7 +51,12 @@ def parser() -> argparse.ArgumentParser:
     add = options.add_argument
     add("--run-dir", required=True, help="run folder, on a filesystem that all nodes share")
     add("--config", required=True, help="config file of the run")
-    add("--launcher", choices=LAUNCHERS, default="srun", help="srun: a task a rank; else a task a node, which starts them")
+    add(
+        "--launcher",
+        choices=LAUNCHERS,
+        default="srun",
+        help="of the ranks; srun starts a task for each",
+    )
     add("--continue", dest="mode", choices=MODES, default="requeue", help="how the run goes on when this job is over")
     add("--max-crashes", type=int, default=3, help="crashes without a new checkpoint before the run gives up")
     add("--health", choices=health.LEVELS, default="node", help="what is checked on every node before training")
@@ -76,7 +81,8 @@ class Job:
         self.nodes = self.here.nodes[: len(self.here.nodes) - options.spare_nodes]
         if not self.nodes:
             raise EnvironmentFault(
-                f"{options.spare_nodes} spare nodes of {len(self.here.nodes)}", "ask for more nodes, or fewer spare ones"
+                f"{options.spare_nodes} spare nodes of {len(self.here.nodes)}",
+                "ask for more nodes, or fewer spare ones",
             )
         self.stop_file = self.folder / "stop"
         self.was_terminated = False
@@ -95,7 +101,12 @@ class Job:
             self.successor = chain.submit_successor(self.here, self.run_dir, self.options.arguments)
             say(f"job {self.successor} will go on when this one is over")
         control.take_over(self.run_dir, self.here.start)
-        begin = {"event": "start", "start": self.here.start, "nodes": self.here.nodes, "checkpoint": newest}
+        begin: records.Record = {
+            "event": "start",
+            "start": self.here.start,
+            "nodes": self.here.nodes,
+            "checkpoint": newest,
+        }
         records.append(self.run_dir, {**begin, "ranks": len(self.nodes) * self.here.tasks_per_node})
         chain.record_environment(self.here, self.folder)
         before = time.monotonic()
@@ -116,7 +127,7 @@ class Job:
         elif (self.run_dir / control.STOP).exists():
             say(f"nothing is started while {self.run_dir / control.STOP} is there")
         elif (self.run_dir / control.PAUSE).exists():
-            say(f"held while {self.run_dir / control.PAUSE} is there: remove it, then `scontrol release {self.here.job}`")
+            say(f"held: remove {self.run_dir / control.PAUSE}, then `scontrol release {self.here.job}`")
             self._leave(slurm.tell("scontrol", "requeuehold", self.here.job))
         else:
             return False
@@ -221,7 +232,9 @@ class Job:
     def _judge_crash(self, code: int, hangs: bool, reason: str) -> Ending:
         for line in what_ranks_said(self.folder):
             say(line)
-        exits = sorted((records.read_json(path) for path in self.folder.glob("rank-*.exit")), key=lambda end: end["time"])
+        exits = sorted(
+            (records.read_json(path) for path in self.folder.glob("rank-*.exit")), key=lambda end: end["time"]
+        )
         codes = [end["code"] for end in exits]
         final = next((each for each in codes if each in FINAL), None)
         if final is not None:
@@ -321,7 +334,9 @@ def what_ranks_said(folder: Path, most: int = 8) -> list[str]:
         for line in lines:
             if "rror: " in line and not line.startswith((" ", "\t")):
                 said.setdefault(line.split("rror: ", 1)[1].strip(), []).append(path.stem)
-    return [f"{ranks[0]}{f' and {len(ranks) - 1} more' if ranks[1:] else ''}: {text}" for text, ranks in said.items()][:most]
+    return [f"{ranks[0]}{f' and {len(ranks) - 1} more' if ranks[1:] else ''}: {text}" for text, ranks in said.items()][
+        :most
+    ]
 
 
 def say(text: str) -> None:

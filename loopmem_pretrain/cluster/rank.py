@@ -10,6 +10,7 @@ import base64
 import faulthandler
 import json
 import os
+import runpy
 import signal
 import sys
 import time
@@ -39,9 +40,10 @@ def main(arguments: Sequence[str]) -> int:
     faulthandler.register(signal.SIGQUIT)  # stacks of all threads, when the batch script asks for them
     code = 1
     try:
-        from loopmem_pretrain import cli
-
-        code = cli.main(arguments)
+        sys.argv[0] = "loopmem"
+        runpy.run_module("loopmem_pretrain", run_name="__main__")
+    except SystemExit as end:
+        code = int(end.code or 0)
     finally:
         if code:
             record = {"rank": rank, "code": code, "time": time.time()}
@@ -58,7 +60,7 @@ def exit_file(folder: Path, rank: int) -> Path:
 
 
 def place(environment: Mapping[str, str]) -> dict[str, str]:
-    """RANK, LOCAL_RANK and WORLD_SIZE: what a launcher has set, or what srun says; LOCAL_RANK is that of the GPU to take.
+    """RANK, LOCAL_RANK and WORLD_SIZE: what a launcher has set, or what srun says; LOCAL_RANK is the GPU to take.
 
     With --gpus-per-task or --gpu-bind a task sees its own GPU alone, whose number is then 0; with --gpus-per-node it
     sees those of all tasks of the node.
@@ -92,9 +94,9 @@ def node_command(environment: Mapping[str, str], arguments: Sequence[str]) -> li
         launcher = ["torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={ranks}", f"--node-rank={node}"]
         launcher += [f"--master-addr={host}", f"--master-port={port}", "-m"]
     else:
-        world = {str(number): list(range(ranks)) for number in range(nodes)}
+        world = json.dumps({str(number): list(range(ranks)) for number in range(nodes)})
         launcher = ["deepspeed.launcher.launch", f"--node_rank={node}", f"--master_addr={host}"]
-        launcher += [f"--master_port={port}", f"--world_info={base64.urlsafe_b64encode(json.dumps(world).encode()).decode()}"]
+        launcher += [f"--master_port={port}", f"--world_info={base64.urlsafe_b64encode(world.encode()).decode()}"]
         launcher += ["--module"]
     return [sys.executable, "-m", *launcher, MODULE, *arguments]
 

@@ -96,6 +96,21 @@ def ask(*command: str) -> str:
         time.sleep(2)
 
 
+def sbatch(*arguments: str) -> str:
+    """Submit, once: a submission that is repeated because its answer was lost makes two jobs. The job's id.
+
+    Raises:
+        EnvironmentFault: SLURM refuses it.
+    """
+    # The numbers of the job that this process may belong to are not those of the new one.
+    inherited = (name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF")
+    clean = [word for name in inherited for word in ("-u", name)]
+    result = _run(["env", *clean, "sbatch", "--parsable", *arguments])
+    if result.returncode:
+        raise EnvironmentFault(f"sbatch failed: {result.stderr.strip()}", "see docs/slurm.md, and try sbatch by hand")
+    return result.stdout.strip().split(";")[0]
+
+
 def tell(*command: str) -> str:
     """Run a command of SLURM once; an empty string where it succeeds, else what it complains about."""
     result = _run(command)

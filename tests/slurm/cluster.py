@@ -66,8 +66,8 @@ GresTypes=gpu
 PartitionName=debug Nodes=node[1-{count}] Default=YES MaxTime=INFINITE DefaultTime=10 PriorityTier=1 GraceTime=10
 PartitionName=urgent Nodes=node[1-{count}] MaxTime=INFINITE DefaultTime=10 PriorityTier=10 PreemptMode=OFF
 # A large machine that is not there, to ask `sbatch --test-only` about.
-NodeName=h[0001-0936] NodeAddr=127.0.0.1 Port=9 CPUs=96 Boards=1 SocketsPerBoard=2 CoresPerSocket=48 RealMemory=1900000 \
-Gres=gpu:8 State=CLOUD
+NodeName=h[0001-0936] NodeAddr=127.0.0.1 Port=9 CPUs=96 Boards=1 SocketsPerBoard=2 CoresPerSocket=48 \
+    RealMemory=1900000 Gres=gpu:8 State=CLOUD
 PartitionName=batch Nodes=h[0001-0936] MaxTime=24:00:00 DefaultTime=01:00:00 MaxNodes=384
 PartitionName=devel Nodes=h[0001-0010] MaxTime=02:00:00
 SuspendProgram=/bin/true
@@ -223,7 +223,9 @@ class Cluster:
         pid = (self.dir / f"{node}.pid").read_text().strip()
         if self.run("sh", "-c", f"kill -0 {pid} && echo there", check=False) != "there":
             log = str(self.dir / "log" / "cluster.sh")
-            start = f"setsid {HERE / 'cluster.sh'} node {self.dir} {node.removeprefix('node')} </dev/null >>{log} 2>&1 &"
+            start = (
+                f"setsid {HERE / 'cluster.sh'} node {self.dir} {node.removeprefix('node')} </dev/null >>{log} 2>&1 &"
+            )
             self.run("bash", "-c", start)
         self.run("ip", "link", "set", f"v{node.removeprefix('node')}", "up", check=False)
         self.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
@@ -253,6 +255,13 @@ class Cluster:
     def cut(self, node: str) -> None:
         """Pull its network cable; the disk that all share stays within its reach."""
         self.run("ip", "link", "set", f"v{node.removeprefix('node')}", "down")
+
+    def restart_controller(self) -> None:
+        """As an administrator does; jobs go on meanwhile."""
+        self.run("sh", "-c", f"kill $(cat {self.dir}/slurmctld.pid)")
+        wait_for(lambda: not (self.dir / "slurmctld.pid").exists(), 20, "slurmctld to end")
+        time.sleep(2)
+        self.run("slurmctld")
 
     def clean(self) -> None:
         """Between tests: no jobs, all nodes in service."""

@@ -39,7 +39,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inference": BASIC | {"hf"},
     "eval": BASIC | {"hf", "inference"},
     "tools": BASIC | {"hf", "inference", "eval"},
-    "cli": BASIC | {"training", "hf", "inference", "eval", "tools"},
+    "cluster": BASIC | {"training", "tools"},
+    "cli": BASIC | {"training", "hf", "inference", "eval", "tools", "cluster"},
     "__main__": {"cli"},
 }
 
