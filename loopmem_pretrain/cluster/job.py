@@ -7,6 +7,7 @@ of every outcome. Standard library only: this runs outside of the container.
 """
 
 import argparse
+import itertools
 import os
 import shlex
 import signal
@@ -225,13 +226,16 @@ class Job:
                 if (self.run_dir / name).exists():
                     return Ending(verdict, reason)
             return Ending("interrupted", reason)
-        if job.get("PreemptTime", "None") not in ("None", "Unknown", "") or self.was_terminated:
+        if slurm.was_preempted(job) or self.was_terminated:
             return Ending("preempted", reason)
         return self._judge_crash(code, hangs, reason)
 
     def _judge_crash(self, code: int, hangs: bool, reason: str) -> Ending:
-        for line in what_ranks_said(self.folder):
-            say(line)
+        said = what_ranks_said(self.folder)
+        for text in said:
+            say(text)
+        if said and reason.startswith("srun ended"):
+            reason = said[0].splitlines()[0]
         exits = sorted(
             (records.read_json(path) for path in self.folder.glob("rank-*.exit")), key=lambda end: end["time"]
         )
@@ -245,14 +249,14 @@ class Job:
         last = HangDetected.exit_code if hangs else codes[0] if codes else EnvironmentFault.exit_code
         newest = records.newest_checkpoint(self.run_dir)
         crashes = 1 + records.crashes_in_vain(records.read(self.run_dir), newest)
-        said = f"crash {crashes} without a new checkpoint ({self.options.max_crashes} are allowed): {reason}"
-        return Ending("failed" if crashes > self.options.max_crashes else "crashed", said, last)
+        counted = f"crash {crashes} without a new checkpoint ({self.options.max_crashes} are allowed): {reason}"
+        return Ending("failed" if crashes > self.options.max_crashes else "crashed", counted, last)
 
     def _go_on(self, ending: Ending) -> int:
         """Requeue, hold or end, as the verdict wants it."""
         if ending.verdict == "ended":
             # SLURM has decided; a requeue from here would bring a cancelled job back to life.
-            if slurm.show_job(self.here.job)["JobState"].startswith("CANCELLED"):
+            if slurm.was_cancelled(slurm.show_job(self.here.job)):
                 self._drop_successor()
             return ending.code
         if ending.verdict in ("done", "stopped", "failed"):
@@ -325,18 +329,19 @@ def train_command(options: argparse.Namespace) -> list[str]:
 
 
 def what_ranks_said(folder: Path, most: int = 8) -> list[str]:
-    """The errors at the ends of the ranks' logs, each once with the ranks that said it."""
+    """The errors at the ends of the ranks' logs, each once with the ranks that said it; what is indented goes along."""
     said: dict[str, list[str]] = {}
     for path in sorted(folder.glob("rank-*.log")):
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 8192))
             lines = file.read().decode("utf-8", "replace").splitlines()
-        for line in lines:
+        for index, line in enumerate(lines):
             if "rror: " in line and not line.startswith((" ", "\t")):
-                said.setdefault(line.split("rror: ", 1)[1].strip(), []).append(path.stem)
-    return [f"{ranks[0]}{f' and {len(ranks) - 1} more' if ranks[1:] else ''}: {text}" for text, ranks in said.items()][
-        :most
-    ]
+                more = itertools.takewhile(lambda text: text.startswith("  "), lines[index + 1 : index + 10])
+                text = "\n".join([line.split("rror: ", 1)[1].strip(), *more])
+                said.setdefault(text, []).append(path.stem)
+    others = {text: f" and {len(ranks) - 1} more" if ranks[1:] else "" for text, ranks in said.items()}
+    return [f"{ranks[0]}{others[text]}: {text}" for text, ranks in said.items()][:most]
 
 
 def say(text: str) -> None:

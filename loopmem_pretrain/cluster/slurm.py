@@ -134,6 +134,21 @@ def show_job(job: str) -> dict[str, str]:
     return dict(re.findall(r"(\S+?)=(\S*)", ask("scontrol", "show", "job", "-o", job)))
 
 
+def was_cancelled(job: Mapping[str, str]) -> bool:
+    """Whether somebody has cancelled a job that does not run any more.
+
+    While its processes end SLURM calls any job COMPLETING, but gives reasons for what it does itself.
+    """
+    if job["JobState"] != "COMPLETING":
+        return job["JobState"].startswith("CANCELLED")
+    return job.get("Reason") == "None" and not was_preempted(job)
+
+
+def was_preempted(job: Mapping[str, str]) -> bool:
+    """Whether a more urgent job takes the place of this one."""
+    return job.get("PreemptTime", "None") not in ("None", "Unknown")
+
+
 def end_time(job: str) -> float | None:
     """When the job's time is over, in seconds since the epoch; None where it has no limit."""
     said = show_job(job).get("EndTime", "Unknown")

@@ -16,7 +16,7 @@ class Run:
 
     def __init__(self, cluster: Cluster, folder: Path, script: Path = SCRIPT) -> None:
         self.cluster, self.script, self.folder = cluster, script, folder / "run"
-        self.folder.mkdir()
+        self.folder.mkdir(parents=True)
         self.stub = folder / "python"
         self.stub.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/slurm/stub.py "$@"\n')
         self.stub.chmod(0o755)

@@ -176,9 +176,94 @@ def test_cancelling_a_job_of_a_chain_cancels_the_next(run):
 
 @pytest.mark.slow
 def test_a_restart_of_the_controller_is_sat_out(run):
-    run.submit()
+    run.submit("steps=200")
     reaches(run, 12)
     run.cluster.restart_controller()
     run.cluster.run("scancel", "--signal=USR1", "--batch", run.job)
     assert run.cluster.wait(run.job) == "COMPLETED"
-    assert run.trained() == ONCE
+    assert run.verdicts() == ["interrupted", "done"]
+    assert run.trained() == list(range(1, 201))
+
+
+@pytest.mark.slow
+def test_a_chain_survives_the_loss_of_a_node(run):
+    run.submit(CONTINUE="chain", options=("--no-requeue",))
+    reaches(run, 12)
+    run.cluster.off("node2")
+    assert run.cluster.wait(run.job) == "NODE_FAIL"
+    assert run.cluster.wait(str(int(run.job) + 1)) == "COMPLETED"
+    assert run.verdicts()[-1] == "done" and "crashed" not in run.verdicts()
+
+
+@pytest.mark.slow
+def test_a_cut_off_start_does_not_write_after_the_next_has_begun(run):
+    run.submit("steps=400")
+    reaches(run, 12)
+    run.cluster.cut("node1")  # the batch node, with rank 0
+    run.cluster.run("scontrol", "update", "NodeName=node1", "State=DOWN", "Reason=cut")
+    wait_for(lambda: len([line for line in run.starts() if line["event"] == "start"]) == 2, 60, run.log)
+    assert run.cluster.wait(run.job) == "COMPLETED"
+    assert (run.folder / "fence").read_text() == f"{run.job}.1\n"
+    old = (run.folder / "logs" / f"{run.job}.0" / "rank-00000.log").read_text()
+    assert "has taken over the run folder" in old
+    assert run.verdicts()[-1] == "done"
+
+
+@pytest.mark.slow
+def test_a_frozen_node(run):
+    run.submit("steps=200")
+    reaches(run, 12)
+    run.cluster.freeze("node2")
+    wait_for(lambda: run.cluster.show(run.job).get("Restarts") == "1", 60, run.log)
+    assert run.cluster.wait(run.job, seconds=90) == "COMPLETED"
+    assert run.verdicts()[-1] == "done" and "crashed" not in run.verdicts()
+
+
+@pytest.mark.slow
+def test_an_unfit_node_is_left_out(run):
+    """What nvidia-smi says of node1 decides; node1 is named, not used again, and the run goes on without it."""
+    tools = run.folder.parent / "tools"
+    tools.mkdir()
+    smi = tools / "nvidia-smi"
+    smi.write_text("""#!/bin/sh
+[ "$1" = topo ] && exit
+echo "0, 81559, 0, Not Active, Not Active"
+[ "$SLURMD_NODENAME" = node1 ] || echo "1, 81559, 0, Not Active, Not Active"
+""")
+    smi.chmod(0o755)
+    run.submit(PATH=f"{tools}:{run.cluster.env['PATH']}")
+    assert run.cluster.wait(run.job) == "COMPLETED"
+    assert run.verdicts() == ["lost nodes", "done"]
+    assert "node1 is left out: 1 GPUs of 2" in run.log()
+    assert run.starts()[2]["nodes"] == ["node2", "node3"]
+
+
+@pytest.mark.slow
+def test_a_spare_node_steps_in_at_once(run):
+    tools = run.folder.parent / "tools"
+    tools.mkdir()
+    smi = tools / "nvidia-smi"
+    smi.write_text("""#!/bin/sh
+[ "$1" = topo ] && exit
+echo "0, 81559, 0, Not Active, Not Active"
+[ "$SLURMD_NODENAME" = node2 ] || echo "1, 81559, 0, Not Active, Not Active"
+""")
+    smi.chmod(0o755)
+    run.submit(PATH=f"{tools}:{run.cluster.env['PATH']}", SPARE_NODES=1, options=("--nodes=3",))
+    assert run.cluster.wait(run.job) == "COMPLETED"
+    assert run.verdicts() == ["done"]
+    assert "4 ranks on node1,node3" in run.log()
+    assert run.starts()[0]["ranks"] == 4
+
+
+@pytest.mark.slow
+def test_the_time_limit_itself(run):
+    """The real limit, with SLURM's own half minutes between looks at it."""
+    run.submit("steps=2000")
+    reaches(run, 12)
+    soon = run.cluster.run("date", "+%FT%T", "-d", "+70 seconds")
+    run.cluster.run("scontrol", "update", f"JobId={run.job}", f"EndTime={soon}")
+    wait_for(lambda: run.verdicts() == ["interrupted"], 90, run.log)
+    (run.folder / "STOP").touch()
+    assert "time of the job is nearly over (SIGUSR1)" in run.log()
+    assert run.cluster.wait(run.job) == "COMPLETED"
