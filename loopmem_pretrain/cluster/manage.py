@@ -43,7 +43,7 @@ def _run(run_dir: str) -> Path:
 
 
 def _queue(folder: Path) -> list[str]:
-    rows = slurm.ask("squeue", "-h", "-n", job_name(folder), "-o", "%i %T %M of %l on %N %r").splitlines()
+    rows = slurm.ask("squeue", "-h", "-n", job_name(folder), "-o", "%i %T %M of %l on %N %r", patience=0).splitlines()
     return [f"  {row}" for row in rows] or ["  no job"]
 
 
@@ -83,10 +83,12 @@ def _summary(folder: Path, starts: list[dict[str, Any]], lines: list[dict[str, A
     rank_hours = sum(_seconds(folder, start, ends) * start["ranks"] for start in starts) / 3600
     path = folder / "metrics.jsonl"
     logged = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    lost, before = 0, 0
-    for line in logged:
-        lost += max(0, before - line["step"] + 1) if line["step"] <= before else 0
-        before = line["step"]
+    lost, before, saved = 0, 0, {0}
+    for step in (line["step"] for line in logged):
+        if step <= before:  # resumed from a checkpoint, and every checkpoint is of a step that was logged
+            lost += before - max(each for each in saved if each < step)
+        saved.add(step)
+        before = step
     seconds = {line["step"]: line["seconds_per_step"] for line in logged}  # of steps trained again the last time
     useful = 0.0
     for earlier, later in zip([0, *sorted(seconds)], sorted(seconds), strict=False):
@@ -130,7 +132,7 @@ def show_log(run_dir: str, number: int, follow: bool) -> None:
 def cancel(run_dir: str) -> str:
     """End all jobs of the run now; ranks have what SLURM's KillWait grants them to save."""
     folder = _run(run_dir)
-    jobs = slurm.ask("squeue", "-h", "-n", job_name(folder), "-o", "%i").split()
+    jobs = slurm.ask("squeue", "-h", "-n", job_name(folder), "-o", "%i", patience=0).split()
     if not jobs:
         return f"no job of {folder} is in the queue"
     complaint = slurm.tell("scancel", *sorted(jobs, key=int, reverse=True))  # what waits for another one first

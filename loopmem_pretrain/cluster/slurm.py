@@ -80,13 +80,13 @@ def allocation(variables: Mapping[str, str] | None = None) -> Allocation:
     )
 
 
-def ask(*command: str) -> str:
+def ask(*command: str, patience: float = PATIENCE) -> str:
     """What a command of SLURM prints.
 
     Raises:
-        EnvironmentFault: it is not there, or fails for a minute.
+        EnvironmentFault: it is not there, or fails for `patience` seconds.
     """
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     while True:
         result = _run(command)
         if result.returncode == 0:

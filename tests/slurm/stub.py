@@ -98,9 +98,15 @@ class Stub:
         return True
 
     def all_are_there(self) -> bool:
-        """Wait for the others, like a collective; False when this rank is to end and they do not come."""
+        """Wait for the others, like a collective; False when this rank is to end and they do not come.
+
+        Looks at the fence meanwhile, as the trainer's watchdog does.
+        """
+        from loopmem_pretrain import control
+
         patience = 2.0
         while not all(self.came(rank) for rank in range(1, self.world_size)):
+            control.refuse_if_replaced(self.run)
             time.sleep(0.01)
             patience -= 0.01 * bool(self.asked)
             if patience < 0:

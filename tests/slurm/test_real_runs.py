@@ -1,5 +1,6 @@
 """Training through sbatch, with real ranks: it computes what one process computes, and goes on exactly."""
 
+import itertools
 import json
 import sys
 
@@ -17,9 +18,10 @@ SECTIONS = {"logging": {"interval_steps": 1}, "checkpoint": {"interval_steps": 5
 class RealRun(Run):
     """The tiny model on CPU ranks: `nodes` x `each`."""
 
-    def start(self, sentences, *arguments, nodes=2, each=1, options=(), **variables):
+    def start(self, sentences, *arguments, nodes=2, each=1, steps=20, options=(), **variables):
         config = self.folder.parent / "config.yaml"
-        config.write_text(dump_config(config_for(self.folder, sentences, **SECTIONS)))
+        sections = {**SECTIONS, "training": {"train_steps": steps}}
+        config.write_text(dump_config(config_for(self.folder, sentences, **sections)))
         shape = (f"--nodes={nodes}", f"--ntasks-per-node={each}", f"--gpus-per-node={each}")
         values = {"CONFIG": config, "RANK_PYTHON": sys.executable, "OMP_NUM_THREADS": 1, "HEALTH": "none"}
         return self.submit(*arguments, options=(*shape, *options), **{**values, **variables})
@@ -79,6 +81,23 @@ def test_a_rank_that_is_killed(cluster, tmp_path, sentences):
     cluster.run("scancel", "--signal=KILL", f"{run.job}.0")
     assert cluster.wait(run.job, seconds=240) == "COMPLETED", run.log()
     assert run.verdicts() == ["crashed", "done"]
+
+
+@pytest.mark.slow
+def test_a_cut_off_rank_ends_without_writing(cluster, tmp_path, sentences):
+    """Rank 0's node loses its network and SLURM starts the run again on other nodes: no second writer."""
+    run = RealRun(cluster, tmp_path)
+    run.start(sentences, steps=100)
+    wait_for(lambda: len(run.lines()) >= 7, 120, run.log)
+    cluster.cut("node1")
+    cluster.run("scontrol", "update", "NodeName=node1", "State=DOWN", "Reason=cut")
+    assert cluster.wait(run.job, seconds=300) == "COMPLETED", run.log()
+    assert run.verdicts()[-1] == "done" and "crashed" not in run.verdicts()
+    old = (run.folder / "logs" / f"{run.job}.0" / "rank-00000.log").read_text()
+    assert f"start {run.job}.1 has taken over the run folder" in old
+    steps = [line["step"] for line in run.lines()]
+    back = next(index for index, (a, b) in enumerate(itertools.pairwise(steps)) if b <= a)
+    assert steps[back + 1 :] == list(range(steps[back + 1], 101)), "the cut-off rank wrote in between"
 
 
 @pytest.mark.slow

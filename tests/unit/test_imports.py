@@ -254,3 +254,10 @@ def test_package_and_help_load_nothing_but_the_standard_library(code):
 )
 def test_configs_are_checked_before_anything_heavy_is_loaded(code):
     assert not loaded_by(code) & set(HEAVY)
+
+
+def test_what_runs_in_a_batch_script_needs_the_standard_library_only():
+    """It runs outside of the container, where the package's dependencies may be missing."""
+    modules = ", ".join(f"{PACKAGE}.cluster.{name}" for name in ("job", "rank", "health", "chain", "records", "slurm"))
+    loaded = loaded_by(f"import {modules}")
+    assert loaded - sys.stdlib_module_names <= {PACKAGE, "__main__", *loaded_by("pass")}
