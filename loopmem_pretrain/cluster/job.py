@@ -115,7 +115,12 @@ class Job:
             ending = Ending("failed", f"{vain} starts have brought no new checkpoint", EnvironmentFault.exit_code)
         else:
             ending = self._check_and_train()
-        end = {"event": "end", "start": self.here.start, "verdict": ending.verdict, "reason": ending.reason}
+        end: records.Record = {
+            "event": "end",
+            "start": self.here.start,
+            "verdict": ending.verdict,
+            "reason": ending.reason,
+        }
         end |= {"checkpoint": records.newest_checkpoint(self.run_dir), "seconds": round(time.monotonic() - before, 1)}
         records.append(self.run_dir, {**end, "bad_nodes": list(ending.bad_nodes)})
         say(f"{ending.verdict}: {ending.reason}")

@@ -147,7 +147,7 @@ def test_a_heartbeat_that_stands_still(tmp_path, monkeypatch):
     beat = tmp_path / "heartbeat.json"
     beat.write_text("of the start before")
     watch = Heartbeat(beat, start_seconds=100, hang_seconds=10)
-    for now, content, hangs in ((99, None, False), (100, "1", False), (109, None, False), (111, None, True)):  # noqa: B007
+    for now, content, hangs in ((99, None, False), (100, "1", False), (109, None, False), (111, None, True)):
         if content:
             beat.write_text(content)
         assert watch.stands_still() is hangs, now
