@@ -51,6 +51,12 @@ def job_end() -> float | None:
     return float(said) if said else None
 
 
+def owner(run_dir: Path) -> str:
+    """Name of the start that may write into the folder; empty where none has said so."""
+    path = run_dir / FENCE
+    return path.read_text(encoding="utf-8").strip() if path.exists() else ""
+
+
 def take_over(run_dir: Path, start: str) -> None:
     """From now on only `start` may write into the folder."""
     temporary = run_dir / f".{FENCE}.tmp"
@@ -61,11 +67,8 @@ def take_over(run_dir: Path, start: str) -> None:
 def replaced_by(run_dir: Path) -> str:
     """Name of the start that has taken the folder over from this one; empty where none has."""
     own = os.environ.get(START)
-    try:
-        owner = (run_dir / FENCE).read_text(encoding="utf-8").strip() if own else own
-    except FileNotFoundError:
-        return ""
-    return owner if owner and owner != own else ""
+    other = owner(run_dir) if own else ""
+    return other if other != own else ""
 
 
 def refuse_if_replaced(run_dir: Path) -> None:

@@ -37,10 +37,9 @@ def check_nodes(
     reports.mkdir(exist_ok=True)
     command = ["srun", "--job-name=burn-in", f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}"]
     command += [f"--ntasks={len(nodes) * here.tasks_per_node}", f"--ntasks-per-node={here.tasks_per_node}"]
+    command += [f"--cpus-per-task={here.cpus_per_task}"] if here.cpus_per_task else []
     command += [*shlex.split(options.srun), *shlex.split(options.wrap), options.python]
     variables = {"MASTER_ADDR": nodes[0], "MASTER_PORT": str(here.port), rank.RANKS_PER_NODE: str(here.tasks_per_node)}
-    if here.cpus_per_task:
-        variables["SRUN_CPUS_PER_TASK"] = str(here.cpus_per_task)
     step = subprocess.Popen(
         [*command, "-m", "loopmem_pretrain.cluster.burn_in", str(reports)],
         env={**os.environ, **variables},

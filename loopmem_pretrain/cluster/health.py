@@ -1,6 +1,6 @@
 """Whether the nodes of a job are fit: asked before training, and after the ranks have ended without a reason.
 
-    python -m loopmem_pretrain.cluster.health FOLDER RUN_DIR      what every node runs; writes FOLDER/NODE.json
+    python -m loopmem_pretrain.cluster.health FOLDER      what every node runs; writes FOLDER/NODE.json
 
 Standard library only. cluster/burn_in.py measures what needs torch.
 """
@@ -22,10 +22,10 @@ from loopmem_pretrain.cluster import records, slurm
 
 LEVELS = ("none", "node", "full")
 """none: nothing; node: what this file checks; full: also a matrix product on each GPU and an all-reduce over all."""
-LIMIT, SIGN_OF_LIFE = 180.0, 30.0
+LIMIT, SIGN_OF_LIFE = 180.0, 60.0
 """Seconds a node has for the checks before training, and for an answer after a crash."""
 FREE_BYTES, FREE_FILES = 1 << 30, 1000
-"""In the run folder and in the temporary folder."""
+"""In the run folder, which all nodes share, and in the temporary folder of each."""
 CLOCK_SECONDS = 60.0
 """A clock may differ so much from that of the other nodes: secure connections and time stamps still work."""
 PROBE_BYTES, PROBE_SECONDS = 1 << 22, 30.0
@@ -40,7 +40,7 @@ def check_nodes(options: argparse.Namespace, here: slurm.Allocation, folder: Pat
     """Nodes of the job that are not fit, each with what is wrong."""
     if options.health == "none":
         return {}
-    reports = _ask(here, here.nodes, folder / "health", options.run_dir, LIMIT)
+    reports = _ask(here.nodes, folder / "health", LIMIT)
     bad = judge(here.nodes, reports)
     if options.health == "full" and len(bad) < len(here.nodes):
         from loopmem_pretrain.cluster import burn_in
@@ -50,9 +50,9 @@ def check_nodes(options: argparse.Namespace, here: slurm.Allocation, folder: Pat
     return bad
 
 
-def silent_nodes(options: argparse.Namespace, here: slurm.Allocation, nodes: Sequence[str], folder: Path) -> list[str]:
+def silent_nodes(nodes: Sequence[str], folder: Path) -> list[str]:
     """Nodes that do not answer any more, or are not fit any more: the ranks were lost because of them."""
-    return list(judge(nodes, _ask(here, nodes, folder / "health-after", options.run_dir, SIGN_OF_LIFE)))
+    return list(judge(nodes, _ask(nodes, folder / "health-after", SIGN_OF_LIFE)))
 
 
 def judge(nodes: Sequence[str], reports: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -72,24 +72,22 @@ def judge(nodes: Sequence[str], reports: Mapping[str, Mapping[str, Any]]) -> dic
     return bad
 
 
-def _ask(
-    here: slurm.Allocation, nodes: Sequence[str], folder: Path, run_dir: str, limit: float
-) -> dict[str, dict[str, Any]]:
+def _ask(nodes: Sequence[str], folder: Path, limit: float) -> dict[str, dict[str, Any]]:
     """Reports by node. One step asks all; where a node is dead SLURM may end it, so the rest is asked one by one."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    _wait([_start(nodes, folder, run_dir)], limit)
+    _wait([_start(nodes, folder)], limit)
     silent = [node for node in nodes if not (folder / f"{node}.json").exists()]
     if silent and len(nodes) > 1:
-        _wait([_start([node], folder, run_dir) for node in silent], limit)
+        _wait([_start([node], folder) for node in silent], limit)
     found = {node: records.read_json(folder / f"{node}.json") for node in nodes}
     return {node: report for node, report in found.items() if report}
 
 
-def _start(nodes: Sequence[str], folder: Path, run_dir: str) -> "subprocess.Popen[bytes]":
+def _start(nodes: Sequence[str], folder: Path) -> "subprocess.Popen[bytes]":
     command = ["srun", "--job-name=health", "--overlap", f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}"]
     command += [f"--ntasks={len(nodes)}", "--ntasks-per-node=1", "--cpus-per-task=1", "--unbuffered"]
-    command += [sys.executable, "-m", "loopmem_pretrain.cluster.health", str(folder), run_dir]
+    command += [sys.executable, "-m", "loopmem_pretrain.cluster.health", str(folder)]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL)
 
 
@@ -106,9 +104,9 @@ def _wait(steps: "Sequence[subprocess.Popen[bytes]]", limit: float) -> None:
 # ---------------------------------------------------------------------------------------------------- on the node
 
 
-def report_on_this_node(folder: Path, run_dir: Path) -> None:
+def report_on_this_node(folder: Path) -> None:
     """Write NODE.json: `problems`, and `clock`, this clock's lead over that of the shared file system (seconds)."""
-    problems = [*_gpu_problems(), *_disk_problems(run_dir), *_disk_problems(Path(os.environ.get("TMPDIR", "/tmp")))]
+    problems = [*_gpu_problems(), *disk_problems(Path(os.environ.get("TMPDIR", "/tmp")))]
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     probe = folder / f".{node}.probe"
     content, started = os.urandom(PROBE_BYTES), time.monotonic()
@@ -170,7 +168,8 @@ def _topology() -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
 
 
-def _disk_problems(folder: Path) -> list[str]:
+def disk_problems(folder: Path) -> list[str]:
+    """What would soon be in the way of writing there."""
     try:
         disk = os.statvfs(folder)
     except OSError as error:
@@ -184,4 +183,4 @@ def _disk_problems(folder: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    report_on_this_node(Path(sys.argv[1]), Path(sys.argv[2]))
+    report_on_this_node(Path(sys.argv[1]))

@@ -28,7 +28,8 @@ STEP = "train"
 """Name of the job step with the ranks."""
 SLACK = 30.0
 """Seconds before the job's end at which the ranks shall be gone."""
-TICK = 0.5
+TICK = 1.0
+"""Seconds between looks at the ranks."""
 MAX_STARTS = 20
 """Starts from one checkpoint, whatever ended them, after which the run gives up."""
 FINAL = (2, 3, 4, 5, 7)
@@ -95,6 +96,7 @@ class Job:
         """From the first check to what becomes of the job; returns the exit code of the batch script."""
         if self._is_over():
             return 0
+        self._refuse_if_busy()
         self.folder.mkdir(parents=True, exist_ok=True)
         newest = records.newest_checkpoint(self.run_dir)
         vain = records.starts_in_vain(records.read(self.run_dir), newest)
@@ -102,13 +104,9 @@ class Job:
             self.successor = chain.submit_successor(self.here, self.run_dir, self.options.arguments)
             say(f"job {self.successor} will go on when this one is over")
         control.take_over(self.run_dir, self.here.start)
-        begin: records.Record = {
-            "event": "start",
-            "start": self.here.start,
-            "nodes": self.here.nodes,
-            "checkpoint": newest,
-        }
-        records.append(self.run_dir, {**begin, "ranks": len(self.nodes) * self.here.tasks_per_node})
+        begin: records.Record = {"event": "start", "start": self.here.start, "nodes": self.here.nodes}
+        begin |= {"ranks": len(self.nodes) * self.here.tasks_per_node, "checkpoint": newest}
+        records.append(self.run_dir, {**begin, "successor": self.successor})
         chain.record_environment(self.here, self.folder)
         before = time.monotonic()
         if vain >= MAX_STARTS:
@@ -139,6 +137,15 @@ class Job:
             return False
         return True
 
+    def _refuse_if_busy(self) -> None:
+        """Two jobs of one run would take the folder from each other for ever."""
+        other = control.owner(self.run_dir).partition(".")[0]
+        if other and other != self.here.job and slurm.is_running(other):
+            raise EnvironmentFault(
+                f"job {other} trains in the run folder {self.run_dir}",
+                "wait for it, cancel it, or choose another run_dir",
+            )
+
     def _on_signal(self, number: int, frame: Any) -> None:
         if number == signal.SIGUSR1:
             self._ask_to_stop("the time of the job is nearly over (SIGUSR1)")
@@ -156,10 +163,15 @@ class Job:
     # ------------------------------------------------------------------------------------------------ the ranks
 
     def _check_and_train(self) -> Ending:
+        shared = health.disk_problems(self.run_dir)
+        if shared:
+            return Ending("failed", "; ".join(shared), EnvironmentFault.exit_code)
         bad = health.check_nodes(self.options, self.here, self.folder)
         for node, problems in bad.items():
             say(f"{node} is left out: {'; '.join(problems)}")
         healthy = [node for node in self.here.nodes if node not in bad]
+        if not healthy and len(bad) > 1:
+            return Ending("failed", "no node is fit, so it is not the nodes", EnvironmentFault.exit_code)
         if len(healthy) < len(self.nodes):
             reason = f"{len(self.nodes)} nodes are needed and {len(healthy)} are healthy"
             return Ending("lost nodes", reason, EnvironmentFault.exit_code, list(bad))
@@ -200,8 +212,6 @@ class Job:
         if end is not None:
             values[control.END_TIME] = str(end - SLACK)
         if self.here.cpus_per_task:
-            # Since 22.05 srun does not take --cpus-per-task over from the job: one core a rank would be left.
-            values["SRUN_CPUS_PER_TASK"] = str(self.here.cpus_per_task)
             values.setdefault("OMP_NUM_THREADS", str(self.here.cpus_per_task))
         return values
 
@@ -241,14 +251,13 @@ class Job:
             say(text)
         if said and reason.startswith("srun ended"):
             reason = said[0].splitlines()[0]
-        exits = sorted(
-            (records.read_json(path) for path in self.folder.glob("rank-*.exit")), key=lambda end: end["time"]
-        )
+        exits = [record for path in self.folder.glob("rank-*.exit") if (record := records.read_json(path))]
+        exits.sort(key=lambda record: record["time"])
         codes = [end["code"] for end in exits]
         final = next((each for each in codes if each in FINAL), None)
         if final is not None:
             return Ending("failed", f"exit code {final}: {reason}", final)
-        silent = health.silent_nodes(self.options, self.here, self.nodes, self.folder)
+        silent = health.silent_nodes(self.nodes, self.folder)
         if silent:
             return Ending("lost nodes", f"no sign of life from {', '.join(silent)}", EnvironmentFault.exit_code, silent)
         last = HangDetected.exit_code if hangs else codes[0] if codes else EnvironmentFault.exit_code
@@ -264,7 +273,9 @@ class Job:
             if slurm.was_cancelled(slurm.show_job(self.here.job)):
                 self._drop_successor()
             return ending.code
-        if ending.verdict in ("done", "stopped", "failed"):
+        if ending.verdict in ("done", "stopped", "failed") or (
+            ending.verdict == "paused" and self.options.mode == "no"
+        ):
             self._drop_successor()
             return ending.code
         if ending.verdict == "paused":
@@ -321,7 +332,7 @@ def step_command(options: argparse.Namespace, here: slurm.Allocation, nodes: Seq
     tasks = here.tasks_per_node if options.launcher == "srun" else 1
     command = ["srun", f"--job-name={STEP}", f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}"]
     command += [f"--ntasks={len(nodes) * tasks}", f"--ntasks-per-node={tasks}"]
-    if here.cpus_per_task:
+    if here.cpus_per_task:  # since 22.05 srun does not take it over from the job: one core a rank would be left
         command.append(f"--cpus-per-task={here.cpus_per_task * here.tasks_per_node // tasks}")
     command += ["--kill-on-bad-exit=1", "--unbuffered", *shlex.split(options.srun)]
     return [*command, *shlex.split(options.wrap), options.python, *train_command(options)]

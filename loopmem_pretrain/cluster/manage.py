@@ -26,9 +26,9 @@ def status(run_dir: str) -> str:
     asked = [name for name in (control.STOP, control.PAUSE, control.SAVE) if (folder / name).exists()]
     said += [f"asked for by file: {', '.join(asked)}"] if asked else []
     try:
-        said += ["queue:", *_queue(folder)]
+        said += [f"job {job}: {row}" for job, row in _jobs(folder).items()] or ["no job in the queue"]
     except EnvironmentFault as fault:  # on a machine without SLURM the records are still worth reading
-        said.append(f"queue: unknown, {fault.problem}")
+        said.append(f"jobs unknown: {fault.problem}")
     starts = [line for line in lines if line["event"] == "start"]
     if starts:
         said += ["starts:", *_starts(folder, starts, lines), *_summary(folder, starts, lines)]
@@ -42,9 +42,13 @@ def _run(run_dir: str) -> Path:
     return folder
 
 
-def _queue(folder: Path) -> list[str]:
-    rows = slurm.ask("squeue", "-h", "-n", job_name(folder), "-o", "%i %T %M of %l on %N %r", patience=0).splitlines()
-    return [f"  {row}" for row in rows] or ["  no job"]
+def _jobs(folder: Path) -> dict[str, str]:
+    """The run's jobs in the queue: those with its name, and those that the records of its last start name."""
+    starts = [line for line in records.read(folder) if line["event"] == "start"]
+    known = {starts[-1]["start"].partition(".")[0], starts[-1].get("successor")} if starts else set()
+    rows = slurm.ask("squeue", "-h", "--me", "-o", "%i %j %T %M of %l on %D nodes %R", patience=0).splitlines()
+    each = [row.split(maxsplit=2) for row in rows]
+    return {job: said for job, name, said in each if name == job_name(folder) or job in known}
 
 
 def _ends(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -132,7 +136,7 @@ def show_log(run_dir: str, number: int, follow: bool) -> None:
 def cancel(run_dir: str) -> str:
     """End all jobs of the run now; ranks have what SLURM's KillWait grants them to save."""
     folder = _run(run_dir)
-    jobs = slurm.ask("squeue", "-h", "-n", job_name(folder), "-o", "%i", patience=0).split()
+    jobs = _jobs(folder)
     if not jobs:
         return f"no job of {folder} is in the queue"
     complaint = slurm.tell("scancel", *sorted(jobs, key=int, reverse=True))  # what waits for another one first

@@ -134,6 +134,12 @@ def show_job(job: str) -> dict[str, str]:
     return dict(re.findall(r"(\S+?)=(\S*)", ask("scontrol", "show", "job", "-o", job)))
 
 
+def is_running(job: str) -> bool:
+    """Whether the job trains now; one that SLURM has forgotten does not."""
+    result = _run(["squeue", "-h", "-j", job, "-o", "%T"])
+    return result.returncode == 0 and result.stdout.strip() == "RUNNING"
+
+
 def was_cancelled(job: Mapping[str, str]) -> bool:
     """Whether somebody has cancelled a job that does not run any more.
 

@@ -166,6 +166,17 @@ def test_a_chain_of_jobs(run):
 
 
 @pytest.mark.slow
+def test_a_second_job_does_not_disturb_the_first(run):
+    first = run.submit("steps=200")
+    reaches(run, 12)
+    second = run.submit("steps=200")
+    assert run.cluster.wait(second) == "FAILED"
+    assert f"job {first} trains in the run folder" in run.log()
+    assert run.cluster.wait(first) == "COMPLETED"
+    assert run.trained() == list(range(1, 201))
+
+
+@pytest.mark.slow
 def test_cancelling_a_job_of_a_chain_cancels_the_next(run):
     run.submit(CONTINUE="chain", options=("--no-requeue",))
     reaches(run, 12)

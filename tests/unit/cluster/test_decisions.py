@@ -108,11 +108,11 @@ def test_nodes_are_judged_together():
 
 def test_a_node_reports_on_itself(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURMD_NODENAME", "here")
-    health.report_on_this_node(tmp_path, tmp_path)
+    health.report_on_this_node(tmp_path)
     report = json.loads((tmp_path / "here.json").read_text())
     assert report["problems"] == [] and abs(report["clock"]) < 5
     monkeypatch.setattr(health, "FREE_BYTES", 1 << 60)
-    health.report_on_this_node(tmp_path, tmp_path)
+    health.report_on_this_node(tmp_path)
     assert "GB are free in" in json.loads((tmp_path / "here.json").read_text())["problems"][0]
 
 
