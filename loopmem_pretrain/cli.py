@@ -414,13 +414,16 @@ def _slurm_plan(options: Any) -> Any:
 
 
 def slurm_submit(options: Any) -> int:
+    import shlex
+
     from loopmem_pretrain.cluster.submit import submit
 
     ready = _slurm_plan(options)
     for note in ready.notes:
         print(note)
     job = submit(ready)
-    print(f"job {job}; see `loopmem slurm status {ready.run_dir}` and `loopmem slurm logs {ready.run_dir}`")
+    folder = shlex.quote(str(ready.run_dir))
+    print(f"job {job}; see `loopmem slurm status {folder}` and `loopmem slurm logs {folder}`")
     return EXIT_DONE
 
 

@@ -14,6 +14,9 @@ from pathlib import Path
 
 from loopmem_pretrain.errors import EnvironmentFault
 
+AT_STEP = "stopped at step"
+"""How status.json begins to say that a start has reached its --stop-at-step."""
+
 STOP, PAUSE, SAVE, FENCE = "STOP", "PAUSE", "SAVE", "fence"
 
 START = "LOOPMEM_START"

@@ -40,7 +40,7 @@ def submit_successor(here: slurm.Allocation, run_dir: Path, arguments: Sequence[
     job = slurm.show_job(here.job)
     options = [f"--job-name={here.name}", "--dependency=singleton", f"--nodes={len(here.nodes)}"]
     options += [f"--ntasks-per-node={here.tasks_per_node}", f"--time={job['TimeLimit']}"]
-    options += [f"--chdir={job['WorkDir']}", f"--partition={job['Partition']}"]
+    options += [f"--chdir={os.getcwd()}", f"--partition={job['Partition']}"]
     options += [f"--account={job['Account']}"] if job.get("Account", "(null)") != "(null)" else []
     for name in ("cpus-per-task", "gpus-per-node", "gpus-per-task"):
         value = os.environ.get(f"SLURM_{name.upper().replace('-', '_')}")

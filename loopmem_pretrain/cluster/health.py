@@ -30,10 +30,10 @@ CLOCK_SECONDS = 60.0
 """A clock may differ so much from that of the other nodes: secure connections and time stamps still work."""
 PROBE_BYTES, PROBE_SECONDS = 1 << 22, 30.0
 """Written to the shared folder and read back, in so many seconds."""
-_QUERY = (
-    "index,memory.total,ecc.errors.uncorrected.volatile.total,"
-    "clocks_throttle_reasons.hw_thermal_slowdown,clocks_throttle_reasons.hw_power_brake_slowdown"
-)
+_FIELDS = ("index", "memory.total", "ecc.errors.uncorrected.volatile.total")
+_REASONS = ("hw_thermal_slowdown", "hw_power_brake_slowdown")
+_SECTIONS = ("clocks_event_reasons", "clocks_throttle_reasons")
+"""Where nvidia-smi has these reasons: since driver 535, and before."""
 
 
 def check_nodes(options: argparse.Namespace, here: slurm.Allocation, folder: Path) -> dict[str, list[str]]:
@@ -136,14 +136,13 @@ def _gpu_problems() -> list[str]:
     wanted = int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))
     if not wanted or not shutil.which("nvidia-smi"):
         return []
-    said = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    if said.returncode:
+    for section in _SECTIONS:
+        query = ",".join([*_FIELDS, *(f"{section}.{reason}" for reason in _REASONS)])
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        if said.returncode == 0:
+            break
+    else:
         return [f"nvidia-smi fails: {(said.stderr or said.stdout).strip()}"]
     rows = [[cell.strip() for cell in line.split(",")] for line in said.stdout.splitlines()]
     problems = []

@@ -113,12 +113,8 @@ class Job:
             ending = Ending("failed", f"{vain} starts have brought no new checkpoint", EnvironmentFault.exit_code)
         else:
             ending = self._check_and_train()
-        end: records.Record = {
-            "event": "end",
-            "start": self.here.start,
-            "verdict": ending.verdict,
-            "reason": ending.reason,
-        }
+        end: records.Record = {"event": "end", "start": self.here.start}
+        end |= {"verdict": ending.verdict, "reason": ending.reason}
         end |= {"checkpoint": records.newest_checkpoint(self.run_dir), "seconds": round(time.monotonic() - before, 1)}
         records.append(self.run_dir, {**end, "bad_nodes": list(ending.bad_nodes)})
         say(f"{ending.verdict}: {ending.reason}")
@@ -222,11 +218,14 @@ class Job:
             if self.options.launcher == "srun":  # launchers would die of it
                 slurm.tell("scancel", "--signal=QUIT", step)
                 time.sleep(STACKS)
-            slurm.tell("scancel", "--signal=KILL", step)
+            report(slurm.tell("scancel", "--signal=KILL", step))
 
     # ------------------------------------------------------------------------------------------------ afterwards
 
     def _judge(self, code: int, hangs: bool, before: records.Record) -> Ending:
+        owner = control.owner(self.run_dir)
+        if owner != self.here.start:  # this node was cut off and is back: the job that SLURM knows is another start
+            return Ending("ended", f"start {owner} has taken over", EnvironmentFault.exit_code)
         status = records.read_json(self.run_dir / "status.json")
         fresh = {} if status == before else status
         reason = str(fresh.get("reason", f"srun ended with {code}"))
@@ -240,6 +239,8 @@ class Job:
             for name, verdict in asked:
                 if (self.run_dir / name).exists():
                     return Ending(verdict, reason)
+            if reason.startswith(control.AT_STEP):
+                return Ending("stopped", reason)
             return Ending("interrupted", reason)
         if slurm.was_preempted(job) or self.was_terminated:
             return Ending("preempted", reason)
@@ -273,12 +274,11 @@ class Job:
             if slurm.was_cancelled(slurm.show_job(self.here.job)):
                 self._drop_successor()
             return ending.code
-        if ending.verdict in ("done", "stopped", "failed") or (
-            ending.verdict == "paused" and self.options.mode == "no"
-        ):
+        is_paused = ending.verdict == "paused"
+        if ending.verdict in ("done", "stopped", "failed") or (is_paused and self.options.mode == "no"):
             self._drop_successor()
             return ending.code
-        if ending.verdict == "paused":
+        if is_paused:
             if self.successor:
                 return report(slurm.tell("scontrol", "hold", self.successor))
             self._leave(slurm.tell("scontrol", "requeuehold", self.here.job))

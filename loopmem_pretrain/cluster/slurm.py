@@ -92,7 +92,8 @@ def ask(*command: str, patience: float = PATIENCE) -> str:
         if result.returncode == 0:
             return result.stdout
         if time.monotonic() > deadline or "Invalid job id" in result.stderr:
-            raise EnvironmentFault(f"{' '.join(command)} failed: {result.stderr.strip()}", "ask your administrators")
+            fix = "see whether `sinfo` answers, and what `scontrol ping` says"
+            raise EnvironmentFault(f"{' '.join(command)} failed: {result.stderr.strip()}", fix)
         time.sleep(2)
 
 
@@ -112,9 +113,18 @@ def sbatch(*arguments: str) -> str:
 
 
 def tell(*command: str) -> str:
-    """Run a command of SLURM once; an empty string where it succeeds, else what it complains about."""
-    result = _run(command)
-    return "" if result.returncode == 0 else result.stderr.strip() or f"exit code {result.returncode}"
+    """Run a command of SLURM; an empty string where it succeeds, else what it complains about.
+
+    Repeated only while the controller cannot be reached: it may be restarting.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        result = _run(command)
+        if result.returncode == 0:
+            return ""
+        if "Unable to contact" not in result.stderr or time.monotonic() > deadline:
+            return result.stderr.strip() or f"exit code {result.returncode}"
+        time.sleep(2)
 
 
 def _run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":

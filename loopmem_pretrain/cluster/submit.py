@@ -58,6 +58,7 @@ class Request(NamedTuple):
 class Plan(NamedTuple):
     """A checked request."""
 
+    after: str | None
     run_dir: Path
     config: RunConfig
     script: str
@@ -94,7 +95,7 @@ def plan(request: Request) -> Plan:
         refuse_other_configuration(config, run_dir)
     warning = warning_seconds(run_dir, site)
     notes.append(f"warned {warning} s before the end of a job")
-    return Plan(run_dir, config, _script(request, run_dir, warning), notes)
+    return Plan(request.after, run_dir, config, _script(request, run_dir, warning), notes)
 
 
 def _estimate(config: RunConfig, site: SiteConfig, ranks: int) -> list[str]:
@@ -225,6 +226,8 @@ def submit(ready: Plan) -> str:
     Raises:
         EnvironmentFault: SLURM refuses it; nothing has been written then.
     """
+    if ready.after:  # SLURM starts at once what waits for a job that it does not know
+        slurm.ask("scontrol", "show", "job", ready.after, patience=0)
     test(ready.script)
     folder = ready.run_dir / "slurm"
     fresh = folder / ".code"

@@ -132,7 +132,7 @@ class Trainer:
             done = self.position.step >= self.config.training.train_steps
             status = "done" if done else "interrupted"
             reason = (
-                "all steps trained" if done else self.stop_reason or f"stopped at step {self.stop_at_step} as asked"
+                "all steps trained" if done else self.stop_reason or f"{control.AT_STEP} {self.stop_at_step} as asked"
             )
         except LoopMemError as error:
             reason = error.problem

@@ -19,6 +19,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "munged", "ip", "unshare", "nsenter", "pgrep")
+FREEZER = Path("/sys/fs/cgroup/freezer")
 GPUS, CPUS = 2, 8
 """Of a node."""
 
@@ -125,6 +126,7 @@ class Cluster:
     def _write_files(self, proctrack: str) -> None:
         for name in ("munge", "state", "spool", "log", "dev", *(f"spool/{node}" for node in self.nodes)):
             (self.dir / name).mkdir()
+        os.mkfifo(self.dir / "commands")
         (self.dir / "munge").chmod(0o755)
         self.dir.chmod(0o755)
         key = self.dir / "munge" / "key"
@@ -162,6 +164,9 @@ class Cluster:
         """End every process of the cluster and remove its files."""
         self.process.kill()  # unshare --kill-child takes the first process of the namespace along, and that all others
         self.process.wait()
+        for node in self.nodes:  # proctrack/cgroup leaves its empty folders
+            for folder, _, _ in os.walk(FREEZER / f"slurm_{node}", topdown=False):
+                os.rmdir(folder)
         shutil.rmtree(self.dir, ignore_errors=True)
 
     def run(self, *command: Any, check: bool = True, **variables: Any) -> str:
@@ -213,21 +218,14 @@ class Cluster:
 
     def off(self, node: str) -> None:
         """Power loss. SLURM takes 15 s to notice; here it is told."""
-        number = node.removeprefix("node")
         self.run("kill", "-KILL", (self.dir / f"{node}.pid").read_text().strip())
-        self.run("ip", "link", "del", f"v{number}", check=False)
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=off")
 
     def on(self, node: str) -> None:
         """Start a node that is off, unless it runs, and take it back into service."""
-        pid = (self.dir / f"{node}.pid").read_text().strip()
-        if self.run("sh", "-c", f"kill -0 {pid} && echo there", check=False) != "there":
-            log = str(self.dir / "log" / "cluster.sh")
-            start = (
-                f"setsid {HERE / 'cluster.sh'} node {self.dir} {node.removeprefix('node')} </dev/null >>{log} 2>&1 &"
-            )
-            self.run("bash", "-c", start)
-        self.run("ip", "link", "set", f"v{node.removeprefix('node')}", "up", check=False)
+        if not self.pids(node):
+            self._tell(f"{HERE}/cluster.sh node {self.dir} {node.removeprefix('node')}")
+        self._tell(f"ip link set v{node.removeprefix('node')} up")
         self.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
 
     def pids(self, node: str) -> list[int]:
@@ -254,7 +252,11 @@ class Cluster:
 
     def cut(self, node: str) -> None:
         """Pull its network cable; the disk that all share stays within its reach."""
-        self.run("ip", "link", "set", f"v{node.removeprefix('node')}", "down")
+        self._tell(f"ip link set v{node.removeprefix('node')} down")
+
+    def _tell(self, command: str) -> None:
+        """Let the cluster's first process run a command; does not wait for it."""
+        (self.dir / "commands").write_text(command + "\n")
 
     def restart_controller(self) -> None:
         """As an administrator does; jobs go on meanwhile."""

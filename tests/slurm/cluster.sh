@@ -1,7 +1,8 @@
 #!/bin/bash
 # The inside of a test cluster; tests/slurm/cluster.py starts it as the first process of new namespaces.
 #
-#   cluster.sh up DIR NODES     network, munged, slurmctld and the nodes; stays, and everything ends with it
+#   cluster.sh up DIR NODES     network, munged, slurmctld and the nodes; stays, and everything ends with it. Runs every
+#                               line that is written to DIR/commands: its rights are more than those who enter have
 #   cluster.sh node DIR NUMBER  one node: own network, host name, processes and mounts; stays, the node ends with it
 set -euo pipefail
 what=$1 dir=$2 number=$3
@@ -21,11 +22,13 @@ up() {
         --log-file="$dir/log/munged" --seed-file="$dir/munge/seed" --num-threads=2
     slurmctld -i
     for i in $(seq 1 "$number"); do "$here" node "$dir" "$i" & done
-    stay
+    trap : TERM HUP INT
+    exec 3<>"$dir/commands"
+    while read -r command <&3; do bash -c "$command" & done
 }
 
 node() {
-    ip link del "v$number" 2>/dev/null || true
+    ip link del "v$number" 2>/dev/null || true # of its life before
     unshare --net --uts --mount --pid --fork --kill-child --mount-proc "$here" inside "$dir" "$number" &
     local outer=$! inner=
     until inner=$(pgrep -P "$outer"); do sleep 0.01; done

@@ -25,10 +25,22 @@ class Run:
     def submit(self, *arguments: Any, options: tuple[str, ...] = (), **variables: Any) -> str:
         """The job's id; `options` are sbatch's, `variables` those of the script."""
         shape = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1")
-        values = {"CONFIG": "stub.yaml", "RUN_DIR": self.folder, "PYTHON": sys.executable, "RANK_PYTHON": self.stub}
+        values = {
+            "PYTHONPATH": ROOT,
+            "CONFIG": "stub.yaml",
+            "RUN_DIR": self.folder,
+            "PYTHON": sys.executable,
+            "RANK_PYTHON": self.stub,
+        }
         output = f"--output={self.folder.parent}/job-%j.out"
         self.job = self.cluster.sbatch(
-            output, f"--chdir={ROOT}", *shape, *options, self.script, *arguments, **{**values, **variables}
+            output,
+            f"--chdir={self.folder.parent}",
+            *shape,
+            *options,
+            self.script,
+            *arguments,
+            **{**values, **variables},
         )
         return self.job
 
@@ -51,4 +63,4 @@ class Run:
         return json.loads((self.folder / "status.json").read_text())
 
     def log(self) -> str:
-        return "".join(path.read_text() for path in sorted(self.folder.parent.glob("job-*.out")))
+        return "".join(path.read_text() for path in sorted(self.folder.parent.glob("*.out")))

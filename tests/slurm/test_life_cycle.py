@@ -40,6 +40,7 @@ def test_scancel_stays_cancelled(run):
     assert run.cluster.run("squeue", "-h") == ""
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_a_crash_and_the_run_goes_on(run):
     run.fault(kind="kill")
     run.submit()
@@ -78,12 +79,9 @@ def test_an_error_that_would_come_again_is_final(run):
 
 
 @pytest.mark.slow
-def test_ranks_that_hang_are_ended_and_leave_their_stacks(run, monkeypatch):
+def test_ranks_that_hang_are_ended_and_leave_their_stacks(run):
     run.fault(kind="hang", rank=0)
-    script = run.folder.parent / "hang.sbatch"
-    script.write_text(run.script.read_text().replace('--launcher "$', '--hang-seconds 3 --launcher "$'))
-    run.script = script
-    run.submit()
+    run.submit(HANG_SECONDS=3)
     assert run.cluster.wait(run.job) == "COMPLETED"
     assert run.verdicts() == ["crashed", "done"]
     assert "has stood still for 3 s" in run.log()
@@ -124,6 +122,7 @@ def test_preemption_saves_and_goes_on(run):
     assert run.trained() == ONCE
 
 
+@pytest.mark.slow
 def test_stop_file(run):
     run.submit()
     reaches(run, 12)

@@ -101,6 +101,14 @@ def test_a_cut_off_rank_ends_without_writing(cluster, tmp_path, sentences):
 
 
 @pytest.mark.slow
+def test_a_step_to_stop_at_ends_the_job(cluster, tmp_path, sentences):
+    run = RealRun(cluster, tmp_path)
+    run.start(sentences, "--stop-at-step", 3)
+    assert cluster.wait(run.job, seconds=180) == "COMPLETED", run.log()
+    assert run.verdicts() == ["stopped"]
+
+
+@pytest.mark.slow
 def test_a_wrong_number_of_ranks_is_refused_for_good(cluster, tmp_path, sentences):
     run = RealRun(cluster, tmp_path)
     run.start(sentences, nodes=3)

@@ -87,8 +87,9 @@ def shell(cluster, tmp_path, sentences):
 
 def test_what_is_refused_leaves_nothing_behind(shell):
     assert "global_batch_size" in shell.request("submit", nodes=3)
-    answer = shell.request("submit", "--time", "1:00:00", "--after", "4711")
+    answer = shell.request("submit", "--spare-nodes", "3")
     assert "SLURM refuses the job" in answer, answer
+    assert "Invalid job id" in shell.request("submit", "--after", "4711")
     assert not shell.run_dir.exists()
     assert shell.cluster.run("squeue", "-h") == ""
 
@@ -153,7 +154,7 @@ def test_the_whole_chain(cluster, tmp_path):
     )
     config = config_for(tmp_path / "run", "unused", training={"train_steps": 6})
     parts = [{"path": f"{tmp_path}/tokens/part-0000{number}"} for number in (1, 2)]
-    data = config.data.model_copy(update={"datasets": [type(config.data.datasets[0])(**part) for part in parts]})
+    data = config.data.model_copy(update={"datasets": tuple(type(config.data.datasets[0])(**part) for part in parts)})
     (tmp_path / "config.yaml").write_text(dump_config(config.model_copy(update={"data": data})))
     small = f"--mem=1G --cpus-per-task=1 --time=10 --output={tmp_path}/%x-%j.out"
     values = {
@@ -180,3 +181,17 @@ def test_chain_refuses_what_it_cannot_wait_for(tmp_path):
     env = {"PATH": "/usr/bin:/bin", "CONTINUE": "chain", **dict.fromkeys(names, "x")}
     result = subprocess.run([ROOT / "slurm" / "chain.sh"], env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 2 and "needs CONTINUE=requeue" in result.stderr
+
+
+@pytest.mark.slow
+def test_the_next_job_of_a_chain_runs_where_the_first_did(cluster, tmp_path, sentences):
+    shell = Shell(cluster, tmp_path, sentences, train_steps=60)
+    shell.request("submit", "--continue", "chain")
+    job = cluster.run("squeue", "-h", "-o", "%i")
+    metrics = shell.run_dir / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 2, 120, "the first steps")
+    cluster.run("scancel", "--signal=USR1", "--batch", job)
+    assert cluster.wait(job, seconds=60) == "COMPLETED"
+    assert cluster.wait(str(int(job) + 1), seconds=120) == "COMPLETED", shell("status", shell.run_dir)
+    status = shell("status", shell.run_dir)
+    assert "2 starts" in status and "1 interrupted, 1 done" in status and "0 steps trained again" in status
