@@ -1,6 +1,7 @@
 """`loopmem slurm submit` and `render`: everything that can be refused is refused before a job waits in the queue."""
 
 import getpass
+import hashlib
 import itertools
 import json
 import os
@@ -61,6 +62,8 @@ class Plan(NamedTuple):
     after: str | None
     run_dir: Path
     config: RunConfig
+    code: Path
+    """Where the package is copied to, and jobs run: a folder of this submission, which no later one touches."""
     script: str
     notes: list[str]
     """What the checks found, for people."""
@@ -95,7 +98,8 @@ def plan(request: Request) -> Plan:
         refuse_other_configuration(config, run_dir)
     warning = warning_seconds(run_dir, site)
     notes.append(f"warned {warning} s before the end of a job")
-    return Plan(request.after, run_dir, config, _script(request, run_dir, warning), notes)
+    code = run_dir / "slurm" / f"code-{time.strftime('%Y%m%dT%H%M%S')}"
+    return Plan(request.after, run_dir, config, code, _script(request, run_dir, code, warning), notes)
 
 
 def _estimate(config: RunConfig, site: SiteConfig, ranks: int) -> list[str]:
@@ -104,7 +108,7 @@ def _estimate(config: RunConfig, site: SiteConfig, ranks: int) -> list[str]:
     notes = [
         f"{ranks:,} ranks = TP {config.parallel.tensor_model_parallel_size} x "
         f"PP {config.parallel.pipeline_model_parallel_size} x DP {layout.data_ranks:,}; "
-        f"{layout.micro_batches} micro-batches a step"
+        f"{layout.micro_batches} micro-batch{'es' * (layout.micro_batches > 1)} a step"
     ]
     if site.gpus_per_node:
         usable = USABLE * site.gpu_memory_gb * 1e9
@@ -176,7 +180,7 @@ def warning_seconds(run_dir: Path, site: SiteConfig) -> int:
     return max(60, round(SAVE_FACTOR * (max(saves) + interval) + SLURM_SLACK))
 
 
-def _script(request: Request, run_dir: Path, warning: int) -> str:
+def _script(request: Request, run_dir: Path, code: Path, warning: int) -> str:
     site, tasks = request.site, request.site.tasks_per_node
     folder = run_dir / "slurm"
     options: dict[str, str | None] = {
@@ -188,7 +192,7 @@ def _script(request: Request, run_dir: Path, warning: int) -> str:
         "time": request.time or site.time,
         "signal": f"B:USR1@{warning}",
         "output": str(run_dir / "logs" / "job-%j.out"),
-        "chdir": str(folder / "code"),
+        "chdir": str(code),
         **gpu_options(site),
         **site_options(site),
     }
@@ -205,6 +209,11 @@ def _script(request: Request, run_dir: Path, warning: int) -> str:
         "MAX_CRASHES": str(request.max_crashes),
         "HEALTH": request.health,
         "SPARE_NODES": str(request.spare_nodes),
+        # Also what is not asked for: variables that happen to be set where somebody submits must not decide.
+        "HANG_SECONDS": "600",
+        "RANK_PYTHON": site.python or sys.executable,
+        "WRAP": "",
+        "SRUN_OPTIONS": "",
         **container_settings(site, [str(run_dir)]),
     }
     if not TEMPLATES.is_dir():
@@ -216,8 +225,8 @@ def _script(request: Request, run_dir: Path, warning: int) -> str:
 
 
 def job_name(run_dir: Path) -> str:
-    """Of all jobs of a run; a chain goes by it."""
-    return f"loopmem-{run_dir.parent.name}-{run_dir.name}".replace(" ", "_")
+    """Of all jobs of a run, and of no other run: a chain goes by it."""
+    return f"loopmem-{run_dir.name.replace(' ', '_')}-{hashlib.sha256(os.fsencode(run_dir)).hexdigest()[:8]}"
 
 
 def submit(ready: Plan) -> str:
@@ -230,13 +239,8 @@ def submit(ready: Plan) -> str:
         slurm.ask("scontrol", "show", "job", ready.after, patience=0)
     test(ready.script)
     folder = ready.run_dir / "slurm"
-    fresh = folder / ".code"
-    shutil.rmtree(fresh, ignore_errors=True)
-    shutil.copytree(PACKAGE, fresh / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
-    code = folder / "code"
-    if code.exists():  # jobs that run have loaded theirs; those in the queue go on with the newer code
-        code.rename(folder / f"code-before-{time.strftime('%Y%m%dT%H%M%S')}")
-    fresh.rename(code)
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(PACKAGE, ready.code / PACKAGE.name, ignore=ignore)
     (ready.run_dir / "logs").mkdir(exist_ok=True)
     write_file(folder / "config.yaml", dump_config(ready.config).encode())
     write_file(folder / "pretrain.sbatch", ready.script.encode())

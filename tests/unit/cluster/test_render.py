@@ -121,6 +121,7 @@ def test_128_nodes_of_8(tmp_path):
     assert options["cpus-per-task"] == "12" and options["partition"] == "batch"
     assert "1,024 ranks = TP 2 x PP 2 x DP 256; 4 micro-batches a step" in ready.notes[0]
     assert "SPARE_NODES=2 " in ready.script
+    assert "${" not in ready.script, "the environment of sbatch decides nothing"
     assert any("a step is expected to take" in note for note in ready.notes)
 
 
