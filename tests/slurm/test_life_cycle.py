@@ -70,6 +70,7 @@ def test_progress_renews_the_budget(run):
     assert run.verdicts() == ["crashed", "crashed", "done"]
 
 
+@pytest.mark.slow
 def test_an_error_that_would_come_again_is_final(run):
     run.fault(kind="exit", code=2, starts=99)
     run.submit()
