@@ -162,7 +162,6 @@ def test_a_chain_of_jobs(run):
     assert run.verdicts() == ["interrupted", "done"]
     assert run.trained() == list(range(1, 61))
     assert run.cluster.state(str(int(run.job) + 2)) == "CANCELLED"
-    assert {record["nodes"][0] for record in run.starts() if record["event"] == "start"} == {"node1"}
 
 
 @pytest.mark.slow
