@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from loopmem_pretrain import control
 from loopmem_pretrain.checkpoint.manifest import MANIFEST, DamagedCheckpoint, encode_manifest, read_manifest
 from loopmem_pretrain.config.training import CheckpointConfig
 from loopmem_pretrain.data.files import sha256_file, sync_file, sync_folder, write_file
@@ -107,7 +108,12 @@ class CheckpointStore:
         )
 
     def discard_incomplete(self) -> None:
-        """Remove what earlier, interrupted saves left."""
+        """Remove what earlier, interrupted saves left.
+
+        Raises:
+            EnvironmentFault: another start has taken the folder over; so do all methods that change it.
+        """
+        control.refuse_if_replaced(self.folder.parent)
         for path in self.folder.glob(".incomplete-*") if self.folder.is_dir() else []:
             _delete(path)
 
@@ -124,6 +130,7 @@ class CheckpointStore:
         }
         write_file(source / MANIFEST, encode_manifest(values))
         sync_folder(source)
+        control.refuse_if_replaced(self.folder.parent)
         if target.exists():
             self._remove(target)  # the same step trained again after an older checkpoint was resumed by hand
         self._abandon_after(step)
@@ -134,6 +141,7 @@ class CheckpointStore:
 
     def fall_back(self, chosen: Path, damaged: Iterable[Path]) -> None:
         """Make `chosen` the one that is resumed; the damaged ones get another name and are kept."""
+        control.refuse_if_replaced(self.folder.parent)
         write_file(self.folder / "latest", f"{chosen.name}\n".encode())
         for path in damaged:
             self._set_aside(path.name, f"damaged-{path.name}")
@@ -141,6 +149,7 @@ class CheckpointStore:
 
     def go_back_to(self, step: int) -> None:
         """Make the published checkpoint of `step` the one that is resumed, and set later ones aside."""
+        control.refuse_if_replaced(self.folder.parent)
         write_file(self.folder / "latest", f"{self.name(step)}\n".encode())
         self._abandon_after(step)
         sync_folder(self.folder)

@@ -15,6 +15,7 @@ from loopmem_pretrain.config.base import Section
 from loopmem_pretrain.config.cluster import ClusterConfig
 from loopmem_pretrain.config.prepare import PrepareConfig
 from loopmem_pretrain.config.run import RunConfig
+from loopmem_pretrain.config.site import SiteConfig
 
 _WORDS = {int: "whole number", float: "number", str: "text", bool: "`true` or `false`"}
 
@@ -44,7 +45,8 @@ def reference() -> str:
     run = "\n".join(_sections(RunConfig, "", "## A run: `loopmem train`, `loopmem estimate`"))
     prepare = "\n".join(_sections(PrepareConfig, "", "## Data: `loopmem prepare-data`, `loopmem train-tokenizer`"))
     cluster = "\n".join(_sections(ClusterConfig, "", "## A cluster: `loopmem estimate --cluster`"))
-    return f"{_HEAD}\n{run}\n{prepare}\n{cluster}"
+    site = "\n".join(_sections(SiteConfig, "", "## A SLURM cluster: `loopmem slurm submit --cluster`"))
+    return f"{_HEAD}\n{run}\n{prepare}\n{cluster}\n{site}"
 
 
 def _sections(section: type[Section], prefix: str, heading: str) -> Iterator[str]:

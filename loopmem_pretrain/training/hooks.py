@@ -178,6 +178,7 @@ class CheckpointHook:
             return
         with trainer.pause("save"):
             trainer.saver.save(wait=trainer.ending)
+        trainer.save_asked = False
         self._mind_the_time(trainer)
 
     def _mind_the_time(self, trainer: "Trainer") -> None:

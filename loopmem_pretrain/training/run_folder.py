@@ -74,19 +74,27 @@ def prepare(config: RunConfig, run_dir: Path) -> BinaryIO:
     lock = take_lock(run_dir / ".lock", busy, "wait for it, stop it, or choose another run_dir")
     recorded = run_dir / "config.yaml"
     if recorded.exists():
-        before, now = (_without_paths(each) for each in (load_config(RunConfig, recorded), config))
-        changed = [line for line in differences(before, now) if not line.startswith(MAY_CHANGE)]
-        if changed:
-            raise ConfigError(
-                f"the run folder {run_dir} belongs to another configuration:\n    " + "\n    ".join(changed),
-                "choose another run_dir for this configuration, or take the changes back to continue that run",
-            )
+        refuse_other_configuration(config, run_dir)
     identity = run_dir / RUN_ID
     if not identity.exists():
         write_file(identity, f"{secrets.token_hex(8)}\n".encode())
     write_file(recorded, dump_config(config).encode())
     write_file(run_dir / "environment.json", (json.dumps(environment(), indent=1) + "\n").encode())
     return lock
+
+
+def refuse_other_configuration(config: RunConfig, run_dir: Path) -> None:
+    """
+    Raises:
+        ConfigError: the run that is in the folder was started with another configuration (differences shown).
+    """
+    before, now = (_without_paths(each) for each in (load_config(RunConfig, run_dir / "config.yaml"), config))
+    changed = [line for line in differences(before, now) if not line.startswith(MAY_CHANGE)]
+    if changed:
+        raise ConfigError(
+            f"the run folder {run_dir} belongs to another configuration:\n    " + "\n    ".join(changed),
+            "choose another run_dir for this configuration, or take the changes back to continue that run",
+        )
 
 
 def _without_paths(config: RunConfig) -> RunConfig:
@@ -100,7 +108,7 @@ def environment() -> dict[str, Any]:
     versions = {name: importlib.metadata.version(name) for name in VERSIONS_OF}
     return {
         "loopmem_pretrain": __version__,
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "command": [re.sub(r"(?<=://)[^/@\s]*@", "", argument) for argument in sys.argv],
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -111,7 +119,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """Commit of the source tree this package runs from, `-dirty` with uncommitted changes; None for a wheel."""
     root = Path(__file__).resolve().parents[2]
     if not (root / "setup.py").exists() or not (root / ".git").exists():

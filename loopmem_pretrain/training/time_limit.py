@@ -1,4 +1,4 @@
-"""When to stop so that the last checkpoint is written before `faults.time_limit_seconds` are over."""
+"""When to stop so that the last checkpoint is written before the time of this start is over."""
 
 import os
 import time
@@ -11,11 +11,19 @@ MARGIN, ENDING = 1.5, 10.0
 class TimeLimit:
     """One rank's view; all ranks stop when any of them has to (`Trainer.agree`)."""
 
-    def __init__(self, seconds: int | None) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: int | None, job_end: float | None = None) -> None:
+        """`seconds` counts from the start of the process, `job_end` from the epoch; the earlier one holds."""
+        self.seconds: float | None = seconds
+        self.source = f"faults.time_limit_seconds ({seconds}) are"
+        left = None if job_end is None else job_end - time.time() + seconds_since_process_start()
+        if left is not None and (seconds is None or left < seconds):
+            self.seconds, self.source = left, "the time of the job is"
         self.longest_interval = 0.0
         """Seconds between two agreements, what lies between them included."""
         self.agreed: float | None = None
+
+    def __str__(self) -> str:
+        return self.source
 
     def is_due(self, longest_save: float) -> bool:
         """Whether going on to the next agreement could take too long. Call it once at each agreement.

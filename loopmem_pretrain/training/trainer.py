@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from loopmem_pretrain import control
 from loopmem_pretrain.checkpoint.position import Position
 from loopmem_pretrain.checkpoint.saving import Saver
 from loopmem_pretrain.checkpoint.state import resume
@@ -87,12 +88,14 @@ class Trainer:
         self.stop_at_step = min(stop_at_step or config.training.train_steps, config.training.train_steps)
         self.stop_reason: str | None = None
         self.signal: str | None = None
+        self.save_asked = False
+        """Whether a checkpoint of this step was asked for (RUN/SAVE); the same on every rank."""
         self.check_asked = self.check_replicas = False
         """Whether this rank was asked by SIGUSR2 to compare replicas, and whether all ranks have agreed to."""
         self.pause_seconds: float = 0.0
         self.saver = Saver(self)
         self.watch: FaultWatch = FaultWatch(config.faults)
-        self.time_limit = TimeLimit(config.faults.time_limit_seconds)
+        self.time_limit = TimeLimit(config.faults.time_limit_seconds, control.job_end())
         self.pending: dict[str, Any] = {}
         """Measurements that wait for the next line of metrics.jsonl, such as a validation loss."""
 
@@ -113,6 +116,7 @@ class Trainer:
         reason = "ended by an unexpected error"
         try:
             with self._signals(), self.watchdog.phase("step"):
+                self._stop_before_the_first_step()
                 batches = self._batches()
                 while self.position.step < self.stop_at_step and not self.stop_reason:
                     skipped = self.engine.skipped_steps
@@ -128,7 +132,7 @@ class Trainer:
             done = self.position.step >= self.config.training.train_steps
             status = "done" if done else "interrupted"
             reason = (
-                "all steps trained" if done else self.stop_reason or f"stopped at step {self.stop_at_step} as asked"
+                "all steps trained" if done else self.stop_reason or f"{control.AT_STEP} {self.stop_at_step} as asked"
             )
         except LoopMemError as error:
             reason = error.problem
@@ -209,28 +213,42 @@ class Trainer:
     @property
     def save_is_due(self) -> bool:
         """Whether a checkpoint of the step just done is to be written."""
-        return self.ending or self.position.step % self.config.checkpoint.interval_steps == 0
+        return self.ending or self.save_asked or self.position.step % self.config.checkpoint.interval_steps == 0
 
     @property
     def ending(self) -> bool:
         """Whether the step just done is the last of this start."""
         return self.position.step >= self.stop_at_step or self.stop_reason is not None
 
+    def _stop_before_the_first_step(self) -> None:
+        """A request that was there before the start, or came during it, is heeded before a step is trained."""
+        request = [control.stop_request(self.run_dir) if self.rank == 0 else ""]
+        dist.broadcast_object_list(request, src=0)
+        self.stop_reason = request[0] or None
+
     def agree(self) -> None:
-        """What any rank was asked by a signal or by its clock, all ranks do now.
+        """What any rank was asked by a signal or by its clock, or rank 0 by a file, all ranks do now.
 
         A collective, called where the host waits anyway.
         """
         names = ("SIGTERM", "SIGINT", "SIGUSR1")
         stop = names.index(self.signal) + 1 if self.signal else 0
-        mine = (stop, self.check_asked, self.saver.has_failed, self.time_limit.is_due(self.saver.longest_seconds))
+        is_due = self.time_limit.is_due(self.saver.longest_seconds)
+        request = control.stop_request(self.run_dir) if self.rank == 0 else ""
+        save = self.rank == 0 and control.save_request(self.run_dir)
+        mine = (stop, self.check_asked, self.saver.has_failed, is_due, bool(request), save)
         asked = torch.tensor([int(value) for value in mine], device=self.device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        stop, check, save_failed, is_due = asked.tolist()
-        if stop:
+        stop, check, save_failed, is_due, requested, save = asked.tolist()
+        if requested:
+            self.stop_reason = request or "stopped on request"  # rank 0 alone writes it down
+        elif stop:
             self.stop_reason = f"stopped by {names[stop - 1]}"
         elif is_due:
-            self.stop_reason = f"stopped before faults.time_limit_seconds ({self.time_limit.seconds}) are over"
+            self.stop_reason = f"stopped before {self.time_limit} over"
+        if save:
+            self.on_rank_zero(lambda: control.save_begins(self.run_dir))
+        self.save_asked = bool(save)
         self.check_replicas, self.check_asked = bool(check), False
         if save_failed:
             with self.pause("save"):

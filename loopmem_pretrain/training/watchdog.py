@@ -21,8 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from loopmem_pretrain import control
 from loopmem_pretrain.config.training import FaultConfig
-from loopmem_pretrain.errors import HangDetected, LoopMemError
+from loopmem_pretrain.errors import EnvironmentFault, HangDetected, LoopMemError
 from loopmem_pretrain.training import run_folder
 from loopmem_pretrain.training.guard import Guard
 
@@ -145,6 +146,7 @@ class Watchdog:
             if self.guard:
                 self._tell_guard(limit)
             if self.rank == 0 and now >= beat:
+                self._end_if_replaced()
                 self._write_heartbeat(silent)
                 beat = now + HEARTBEAT
             if silent >= limit:
@@ -162,6 +164,18 @@ class Watchdog:
         except BrokenPipeError:
             log.warning("the guard of rank %d is gone: a hang that holds the interpreter lock goes unseen", self.rank)
             self.guard = None
+
+    def _end_if_replaced(self) -> None:
+        """A start that the scheduler has repeated elsewhere ends at once, as if killed: the folder is another's."""
+        try:
+            control.refuse_if_replaced(self.run_dir)
+        except EnvironmentFault as fault:
+            os.write(2, f"loopmem (rank {self.rank}): error: {fault}\n".encode())
+            os._exit(fault.exit_code)
+        except OSError as error:
+            if not self.disk_complains:
+                log.warning("cannot read %s: %s", self.run_dir / control.FENCE, error)
+            self.disk_complains = True
 
     def _write_heartbeat(self, silent: float) -> None:
         record: dict[str, Any] = {

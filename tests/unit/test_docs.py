@@ -127,6 +127,16 @@ def test_what_may_change_are_fields():
         assert not field or field in RunConfig.model_fields[section].annotation.model_fields
 
 
+def test_every_outcome_of_a_job_is_explained():
+    from typing import get_args
+
+    from loopmem_pretrain.cluster.records import Verdict
+
+    text = (ROOT / "docs" / "slurm.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([a-z ]+)` \|.*\|.*\|", text.split("## Every outcome", 1)[1], re.MULTILINE)
+    assert set(rows) == set(get_args(Verdict))
+
+
 def test_operations_list_every_exit_code():
     import loopmem_pretrain.errors as errors
 

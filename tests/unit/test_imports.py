@@ -20,25 +20,27 @@ FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 # What each package may import of ours. Downhill: errors, config, model and data, parallel, checkpoint, then hf, then
 # inference and eval, then training and tools, then cli.
 BASIC = {"errors", "config", "model", "data", "parallel", "checkpoint", "lock", "progress", "quiet", PACKAGE}
-BASIC |= {"metrics_file"}
+BASIC |= {"metrics_file", "control"}
 MAY_IMPORT: dict[str, set[str]] = {
     PACKAGE: set(),
     "errors": set(),
     "quiet": set(),
     "lock": {"errors"},
+    "control": {"errors"},
     "progress": set(),
     "metrics_file": {"errors"},
     "config": {"errors"},
     "model": {"errors", "config"},
     "data": {"errors", "config", "lock"},
     "parallel": {"errors", "config", "model"},
-    "checkpoint": {"errors", "config", "model", "data", "parallel", "lock"},
+    "checkpoint": {"errors", "config", "model", "data", "parallel", "lock", "control"},
     "training": BASIC | {"eval"},
     "hf": BASIC,
     "inference": BASIC | {"hf"},
     "eval": BASIC | {"hf", "inference"},
     "tools": BASIC | {"hf", "inference", "eval"},
-    "cli": BASIC | {"training", "hf", "inference", "eval", "tools"},
+    "cluster": BASIC | {"training", "tools"},
+    "cli": BASIC | {"training", "hf", "inference", "eval", "tools", "cluster"},
     "__main__": {"cli"},
 }
 
@@ -252,3 +254,10 @@ def test_package_and_help_load_nothing_but_the_standard_library(code):
 )
 def test_configs_are_checked_before_anything_heavy_is_loaded(code):
     assert not loaded_by(code) & set(HEAVY)
+
+
+def test_what_runs_in_a_batch_script_needs_the_standard_library_only():
+    """It runs outside of the container, where the package's dependencies may be missing."""
+    modules = ", ".join(f"{PACKAGE}.cluster.{name}" for name in ("job", "rank", "health", "chain", "records", "slurm"))
+    loaded = loaded_by(f"import {modules}")
+    assert loaded - sys.stdlib_module_names <= {PACKAGE, "__main__", *loaded_by("pass")}

@@ -1,0 +1,114 @@
+"""How fast every rank multiplies matrices, and all of them add up a vector: slow GPUs are found before they train.
+
+    python -m loopmem_pretrain.cluster.burn_in FOLDER      what every rank runs; writes FOLDER/rank-00003.json
+
+A collective is as slow as its slowest member, so one GPU that is hot or broken slows the whole run down.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loopmem_pretrain.cluster import rank, records, slurm
+
+LIMIT = 600.0
+"""Seconds for all of it: imports, the first kernels, joining."""
+SLOW = 0.8
+"""A rank is slow below this share of the median."""
+SECONDS = 5.0
+"""Of matrix products: a GPU gets warm and may throttle."""
+BYTES = 1 << 28
+"""Of the vector that is added up, on GPUs."""
+
+
+def check_nodes(
+    options: argparse.Namespace, here: slurm.Allocation, nodes: Sequence[str], folder: Path
+) -> dict[str, list[str]]:
+    """Nodes with a rank that is slow or does not come to an end, each with what is wrong."""
+    reports = folder / "burn-in"
+    reports.mkdir(exist_ok=True)
+    command = ["srun", "--job-name=burn-in", f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}"]
+    command += [f"--ntasks={len(nodes) * here.tasks_per_node}", f"--ntasks-per-node={here.tasks_per_node}"]
+    command += [f"--cpus-per-task={here.cpus_per_task}"] if here.cpus_per_task else []
+    command += [*shlex.split(options.srun), *shlex.split(options.wrap), options.python]
+    variables = {"MASTER_ADDR": nodes[0], "MASTER_PORT": str(here.port), rank.RANKS_PER_NODE: str(here.tasks_per_node)}
+    step = subprocess.Popen(
+        [*command, "-m", "loopmem_pretrain.cluster.burn_in", str(reports)],
+        env={**os.environ, **variables},
+        stdin=subprocess.DEVNULL,
+    )
+    try:
+        step.wait(LIMIT)
+    except subprocess.TimeoutExpired:
+        step.kill()
+        step.wait()
+    found = [records.read_json(path) for path in sorted(reports.glob("rank-*.json"))]
+    bandwidths = [report["gb_per_second"] for report in found if report.get("gb_per_second")]
+    if bandwidths:
+        print(f"all-reduce over {len(found)} ranks: {min(bandwidths):.1f} GB/s", flush=True)
+    else:
+        print("the all-reduce has not come to an end on any rank", flush=True)
+    return judge(nodes, here.tasks_per_node, found)
+
+
+def judge(nodes: Sequence[str], ranks: int, reports: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """What is wrong with each node that is not fit, by the reports of all ranks."""
+    usual = statistics.median(report["tflops"] for report in reports) if reports else 0.0
+    bad: dict[str, list[str]] = {}
+    for node in nodes:
+        own = [report["tflops"] for report in reports if report["node"] == node]
+        slow = [speed for speed in own if speed < SLOW * usual]
+        if len(own) < ranks:
+            bad[node] = [f"{ranks - len(own)} of {ranks} ranks did not finish a matrix product"]
+        elif slow:
+            bad[node] = [f"a matrix product runs at {min(slow):.3g} TFLOP/s, {usual:.3g} is usual here"]
+    return bad
+
+
+def measure(folder: Path) -> None:
+    """One rank: the matrix product first, which needs nobody else, and its result written before the all-reduce."""
+    import torch
+    import torch.distributed as dist
+
+    os.environ.update(rank.place(os.environ))
+    local, cuda = int(os.environ["LOCAL_RANK"]), torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    size, dtype, limit = (8192, torch.bfloat16, SECONDS) if cuda else (512, torch.float32, 0.5)
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    left @ right
+    products, started = 0, time.perf_counter()
+    while time.perf_counter() - started < limit:
+        left @ right
+        products += 1
+        if cuda:
+            torch.cuda.synchronize(device)
+    report = {
+        "node": os.environ["SLURMD_NODENAME"],
+        "tflops": products * 2 * size**3 / (time.perf_counter() - started) / 1e12,
+    }
+    path = folder / f"rank-{int(os.environ['RANK']):05d}.json"
+    path.write_text(json.dumps(report) + "\n", encoding="utf-8")
+    dist.init_process_group("nccl" if cuda else "gloo")
+    vector = torch.ones(BYTES // 4 if cuda else 1 << 18, device=device)
+    dist.all_reduce(vector)
+    if cuda:
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    dist.all_reduce(vector)
+    if cuda:
+        torch.cuda.synchronize(device)
+    report["gb_per_second"] = vector.nbytes / (time.perf_counter() - started) / 1e9
+    path.write_text(json.dumps(report) + "\n", encoding="utf-8")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    measure(Path(sys.argv[1]))

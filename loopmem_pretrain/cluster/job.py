@@ -1,0 +1,383 @@
+"""The batch script of a training job, after its settings: checks, starts the ranks, watches them, decides what is next.
+
+    python -m loopmem_pretrain.cluster.job --run-dir RUN --config FILE [options] -- [key=value ...]
+
+How the ranks ended is told by RUN/status.json and their exit files, not by srun's exit code. docs/slurm.md has a table
+of every outcome. Standard library only: this runs outside of the container.
+"""
+
+import argparse
+import itertools
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from loopmem_pretrain import control
+from loopmem_pretrain.cluster import chain, health, rank, records, slurm
+from loopmem_pretrain.errors import EnvironmentFault, HangDetected, LoopMemError
+
+LAUNCHERS = ("srun", "torchrun", "deepspeed")
+MODES = ("requeue", "chain", "no")
+STEP = "train"
+"""Name of the job step with the ranks."""
+SLACK = 30.0
+"""Seconds before the job's end at which the ranks shall be gone."""
+TICK = 1.0
+"""Seconds between looks at the ranks."""
+MAX_STARTS = 20
+"""Starts from one checkpoint, whatever ended them, after which the run gives up."""
+FINAL = (2, 3, 4, 5, 7)
+"""Exit codes of a rank that the same start would end with again (errors.py)."""
+STACKS = 5.0
+"""Seconds for hanging ranks to write where they are."""
+
+
+class Ending(NamedTuple):
+    """How the step ended."""
+
+    verdict: records.Verdict
+    reason: str
+    code: int = 0
+    """Exit code of the batch script, where the run does not go on."""
+    bad_nodes: Sequence[str] = ()
+
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(prog="python -m loopmem_pretrain.cluster.job", description=__doc__)
+    add = options.add_argument
+    add("--run-dir", required=True, help="run folder, on a filesystem that all nodes share")
+    add("--config", required=True, help="config file of the run")
+    add(
+        "--launcher",
+        choices=LAUNCHERS,
+        default="srun",
+        help="of the ranks; srun starts a task for each",
+    )
+    add("--continue", dest="mode", choices=MODES, default="requeue", help="how the run goes on when this job is over")
+    add("--max-crashes", type=int, default=3, help="crashes without a new checkpoint before the run gives up")
+    add("--health", choices=health.LEVELS, default="node", help="what is checked on every node before training")
+    add("--spare-nodes", type=int, default=0, help="nodes of the job that are left idle while all are healthy")
+    add("--hang-seconds", type=int, default=600, help="end the ranks when heartbeat.json stands still for so long")
+    add("--start-seconds", type=int, default=1800, help="the same before there is a heartbeat")
+    add("--python", default=sys.executable, help="interpreter of the ranks, inside the container where there is one")
+    add("--wrap", default="", help='what the ranks run in, such as "apptainer exec --nv image.sif"')
+    add("--srun", default="", help='more options for srun, such as "--container-image=image.sqsh"')
+    add("arguments", nargs="*", help="more for `loopmem train`, after --: the arguments of the batch script")
+    return options
+
+
+class Job:
+    """One start of a run, seen from its first node."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.run_dir = Path(options.run_dir).absolute()
+        self.here = slurm.allocation()
+        self.folder = self.run_dir / "logs" / self.here.start
+        self.nodes = self.here.nodes[: len(self.here.nodes) - options.spare_nodes]
+        if not self.nodes:
+            raise EnvironmentFault(
+                f"{options.spare_nodes} spare nodes of {len(self.here.nodes)}",
+                "ask for more nodes, or fewer spare ones",
+            )
+        self.stop_file = self.folder / "stop"
+        self.was_terminated = False
+        self.successor: str | None = None
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def run(self) -> int:
+        """From the first check to what becomes of the job; returns the exit code of the batch script."""
+        if self._is_over():
+            return 0
+        self._refuse_if_busy()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        newest = records.newest_checkpoint(self.run_dir)
+        vain = records.starts_in_vain(records.read(self.run_dir), newest)
+        if self.options.mode == "chain":
+            self.successor = chain.submit_successor(self.here, self.run_dir, self.options.arguments)
+            say(f"job {self.successor} will go on when this one is over")
+        control.take_over(self.run_dir, self.here.start)
+        begin: records.Record = {"event": "start", "start": self.here.start, "nodes": self.here.nodes}
+        begin |= {"ranks": len(self.nodes) * self.here.tasks_per_node, "checkpoint": newest}
+        records.append(self.run_dir, {**begin, "successor": self.successor})
+        chain.record_environment(self.here, self.folder)
+        before = time.monotonic()
+        if vain >= MAX_STARTS:
+            ending = Ending("failed", f"{vain} starts have brought no new checkpoint", EnvironmentFault.exit_code)
+        else:
+            ending = self._check_and_train()
+        end: records.Record = {"event": "end", "start": self.here.start}
+        end |= {"verdict": ending.verdict, "reason": ending.reason}
+        end |= {"checkpoint": records.newest_checkpoint(self.run_dir), "seconds": round(time.monotonic() - before, 1)}
+        records.append(self.run_dir, {**end, "bad_nodes": list(ending.bad_nodes)})
+        say(f"{ending.verdict}: {ending.reason}")
+        return self._go_on(ending)
+
+    def _is_over(self) -> bool:
+        """Whether there is nothing to start, so that a chain that is queued behind a finished run burns through."""
+        if records.read_json(self.run_dir / "status.json").get("status") == "done":
+            say(f"nothing to do: {self.run_dir} is done")
+        elif (self.run_dir / control.STOP).exists():
+            say(f"nothing is started while {self.run_dir / control.STOP} is there")
+        elif (self.run_dir / control.PAUSE).exists():
+            say(f"held: remove {self.run_dir / control.PAUSE}, then `scontrol release {self.here.job}`")
+            self._leave(slurm.tell("scontrol", "requeuehold", self.here.job))
+        else:
+            return False
+        return True
+
+    def _refuse_if_busy(self) -> None:
+        """Two jobs of one run would take the folder from each other for ever."""
+        other = control.owner(self.run_dir).partition(".")[0]
+        if other and other != self.here.job and slurm.is_running(other):
+            raise EnvironmentFault(
+                f"job {other} trains in the run folder {self.run_dir}",
+                "wait for it, cancel it, or choose another run_dir",
+            )
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if number == signal.SIGUSR1:
+            self._ask_to_stop("the time of the job is nearly over (SIGUSR1)")
+        else:
+            self.was_terminated = True
+            self._ask_to_stop(f"the job was asked to end ({signal.Signals(number).name})")
+
+    def _ask_to_stop(self, reason: str) -> None:
+        say(f"{reason}: asking the ranks to save and stop")
+        if self.folder.is_dir() and not self.stop_file.exists():
+            temporary = self.stop_file.with_name(".stop.tmp")
+            temporary.write_text(reason + "\n", encoding="utf-8")
+            os.replace(temporary, self.stop_file)
+
+    # ------------------------------------------------------------------------------------------------ the ranks
+
+    def _check_and_train(self) -> Ending:
+        shared = health.disk_problems(self.run_dir)
+        if shared:
+            return Ending("failed", "; ".join(shared), EnvironmentFault.exit_code)
+        bad = health.check_nodes(self.options, self.here, self.folder)
+        for node, problems in bad.items():
+            say(f"{node} is left out: {'; '.join(problems)}")
+        healthy = [node for node in self.here.nodes if node not in bad]
+        if not healthy and len(bad) > 1:
+            return Ending("failed", "no node is fit, so it is not the nodes", EnvironmentFault.exit_code)
+        if len(healthy) < len(self.nodes):
+            reason = f"{len(self.nodes)} nodes are needed and {len(healthy)} are healthy"
+            return Ending("lost nodes", reason, EnvironmentFault.exit_code, list(bad))
+        self.nodes = healthy[: len(self.nodes)]
+        if self.stop_file.exists():
+            return Ending("interrupted", "asked to stop before the ranks were started")
+        return self._judge(*self._train())
+
+    def _train(self) -> tuple[int, bool, records.Record]:
+        """Start the ranks and wait for their end: srun's exit code, whether they hung, status.json before."""
+        before = records.read_json(self.run_dir / "status.json")
+        command, environment = step_command(self.options, self.here, self.nodes), self._environment()
+        say(f"{len(self.nodes) * self.here.tasks_per_node} ranks on {','.join(self.nodes)}: {shlex.join(command)}")
+        say(f"logs: {rank.log_file(self.folder, 0)} and its neighbours")
+        step = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+        watch = Heartbeat(self.run_dir / "heartbeat.json", self.options.start_seconds, self.options.hang_seconds)
+        hangs = False
+        while step.poll() is None:
+            time.sleep(TICK)
+            if watch.stands_still() and not hangs:
+                hangs = True
+                say(f"{watch}: ending the ranks; where they were is in their logs")
+                self._end_step()
+        return step.returncode, hangs, before
+
+    def _environment(self) -> dict[str, str]:
+        end = slurm.end_time(self.here.job)
+        values = {
+            **os.environ,
+            "MASTER_ADDR": self.nodes[0],
+            "MASTER_PORT": str(self.here.port),
+            control.START: self.here.start,
+            control.STOP_FILE: str(self.stop_file),
+            rank.LOG_DIR: str(self.folder),
+            rank.LAUNCHER: self.options.launcher,
+            rank.RANKS_PER_NODE: str(self.here.tasks_per_node),
+        }
+        if end is not None:
+            values[control.END_TIME] = str(end - SLACK)
+        if self.here.cpus_per_task:
+            values.setdefault("OMP_NUM_THREADS", str(self.here.cpus_per_task))
+        return values
+
+    def _end_step(self) -> None:
+        """Stacks first, then no mercy: what hangs answers to nothing else."""
+        listed = slurm.ask("squeue", "-h", "-s", "-j", self.here.job, "-o", "%i %j").splitlines()
+        for step in [line.split()[0] for line in listed if line.split()[1:] == [STEP]]:
+            if self.options.launcher == "srun":  # launchers would die of it
+                slurm.tell("scancel", "--signal=QUIT", step)
+                time.sleep(STACKS)
+            report(slurm.tell("scancel", "--signal=KILL", step))
+
+    # ------------------------------------------------------------------------------------------------ afterwards
+
+    def _judge(self, code: int, hangs: bool, before: records.Record) -> Ending:
+        owner = control.owner(self.run_dir)
+        if owner != self.here.start:  # this node was cut off and is back: the job that SLURM knows is another start
+            return Ending("ended", f"start {owner} has taken over", EnvironmentFault.exit_code)
+        status = records.read_json(self.run_dir / "status.json")
+        fresh = {} if status == before else status
+        reason = str(fresh.get("reason", f"srun ended with {code}"))
+        if fresh.get("status") == "done":
+            return Ending("done", reason)
+        job = slurm.show_job(self.here.job)
+        if job["JobState"] != "RUNNING":
+            return Ending("ended", f"SLURM says {job['JobState']}, reason {job.get('Reason')}; {reason}", 1)
+        if fresh.get("status") == "interrupted":
+            asked: tuple[tuple[str, records.Verdict], ...] = ((control.STOP, "stopped"), (control.PAUSE, "paused"))
+            for name, verdict in asked:
+                if (self.run_dir / name).exists():
+                    return Ending(verdict, reason)
+            if reason.startswith(control.AT_STEP):
+                return Ending("stopped", reason)
+            return Ending("interrupted", reason)
+        if slurm.was_preempted(job) or self.was_terminated:
+            return Ending("preempted", reason)
+        return self._judge_crash(code, hangs, reason)
+
+    def _judge_crash(self, code: int, hangs: bool, reason: str) -> Ending:
+        said = what_ranks_said(self.folder)
+        for text in said:
+            say(text)
+        if said and reason.startswith("srun ended"):
+            reason = said[0].splitlines()[0]
+        exits = [record for path in self.folder.glob("rank-*.exit") if (record := records.read_json(path))]
+        exits.sort(key=lambda record: record["time"])
+        codes = [end["code"] for end in exits]
+        final = next((each for each in codes if each in FINAL), None)
+        if final is not None:
+            return Ending("failed", f"exit code {final}: {reason}", final)
+        silent = health.silent_nodes(self.nodes, self.folder)
+        if silent:
+            return Ending("lost nodes", f"no sign of life from {', '.join(silent)}", EnvironmentFault.exit_code, silent)
+        last = HangDetected.exit_code if hangs else codes[0] if codes else EnvironmentFault.exit_code
+        newest = records.newest_checkpoint(self.run_dir)
+        crashes = 1 + records.crashes_in_vain(records.read(self.run_dir), newest)
+        counted = f"crash {crashes} without a new checkpoint ({self.options.max_crashes} are allowed): {reason}"
+        return Ending("failed" if crashes > self.options.max_crashes else "crashed", counted, last)
+
+    def _go_on(self, ending: Ending) -> int:
+        """Requeue, hold or end, as the verdict wants it."""
+        if ending.verdict == "ended":
+            # SLURM has decided; a requeue from here would bring a cancelled job back to life.
+            if slurm.was_cancelled(slurm.show_job(self.here.job)):
+                self._drop_successor()
+            return ending.code
+        is_paused = ending.verdict == "paused"
+        if ending.verdict in ("done", "stopped", "failed") or (is_paused and self.options.mode == "no"):
+            self._drop_successor()
+            return ending.code
+        if is_paused:
+            if self.successor:
+                return report(slurm.tell("scontrol", "hold", self.successor))
+            self._leave(slurm.tell("scontrol", "requeuehold", self.here.job))
+        if self.options.mode == "requeue":
+            if not ending.bad_nodes:
+                self._leave(slurm.tell("scontrol", "requeue", self.here.job))
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            self._leave(slurm.hold_without(self.here.job, ending.bad_nodes))
+        if self.successor and ending.bad_nodes:
+            nodes = ",".join(ending.bad_nodes)
+            report(slurm.tell("scontrol", "update", f"JobId={self.successor}", f"ExcNodeList={nodes}"))
+        return ending.code
+
+    def _drop_successor(self) -> None:
+        if self.successor:
+            report(slurm.tell("scancel", self.successor))
+
+    def _leave(self, complaint: str) -> NoReturn:
+        """The job is back in the queue, so SLURM ends this process now."""
+        if complaint:
+            raise EnvironmentFault(f"the job could not be put back into the queue: {complaint}", "submit it again")
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(60)
+        sys.exit(1)
+
+
+class Heartbeat:
+    """Whether rank 0 still writes heartbeat.json; by this machine's clock alone."""
+
+    def __init__(self, path: Path, start_seconds: float, hang_seconds: float) -> None:
+        self.path, self.limits = path, (start_seconds, hang_seconds)
+        self.content = path.read_bytes() if path.exists() else b""
+        self.changed = time.monotonic()
+        self.beats = False
+
+    def stands_still(self) -> bool:
+        try:
+            content = self.path.read_bytes()
+        except OSError:
+            content = self.content  # not there yet, or the disk does not answer
+        if content != self.content:
+            self.content, self.changed, self.beats = content, time.monotonic(), True
+        return time.monotonic() - self.changed > self.limits[self.beats]
+
+    def __str__(self) -> str:
+        return f"{self.path} has stood still for {self.limits[self.beats]:.0f} s"
+
+
+def step_command(options: argparse.Namespace, here: slurm.Allocation, nodes: Sequence[str]) -> list[str]:
+    """srun with a task for each rank, or for each node where a launcher starts the ranks."""
+    tasks = here.tasks_per_node if options.launcher == "srun" else 1
+    command = ["srun", f"--job-name={STEP}", f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}"]
+    command += [f"--ntasks={len(nodes) * tasks}", f"--ntasks-per-node={tasks}"]
+    if here.cpus_per_task:  # since 22.05 srun does not take it over from the job: one core a rank would be left
+        command.append(f"--cpus-per-task={here.cpus_per_task * here.tasks_per_node // tasks}")
+    command += ["--kill-on-bad-exit=1", "--unbuffered", *shlex.split(options.srun)]
+    return [*command, *shlex.split(options.wrap), options.python, *train_command(options)]
+
+
+def train_command(options: argparse.Namespace) -> list[str]:
+    """What a rank runs, after its interpreter."""
+    folder = Path(options.run_dir).absolute()
+    return ["-m", rank.MODULE, "train", "--config", options.config, *options.arguments, f"run_dir={folder}"]
+
+
+def what_ranks_said(folder: Path, most: int = 8) -> list[str]:
+    """The errors at the ends of the ranks' logs, each once with the ranks that said it; what is indented goes along."""
+    said: dict[str, list[str]] = {}
+    for path in sorted(folder.glob("rank-*.log")):
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 8192))
+            lines = file.read().decode("utf-8", "replace").splitlines()
+        for index, line in enumerate(lines):
+            if "rror: " in line and not line.startswith((" ", "\t")):
+                more = itertools.takewhile(lambda text: text.startswith("  "), lines[index + 1 : index + 10])
+                text = "\n".join([line.split("rror: ", 1)[1].strip(), *more])
+                said.setdefault(text, []).append(path.stem)
+    others = {text: f" and {len(ranks) - 1} more" if ranks[1:] else "" for text, ranks in said.items()}
+    return [f"{ranks[0]}{others[text]}: {text}" for text, ranks in said.items()][:most]
+
+
+def say(text: str) -> None:
+    print(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}", flush=True)
+
+
+def report(complaint: str) -> int:
+    """Exit code of something SLURM was told that the run does not depend on."""
+    if complaint:
+        say(f"SLURM refused: {complaint}")
+    return EnvironmentFault.exit_code if complaint else 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    try:
+        return Job(parser().parse_args(arguments)).run()
+    except LoopMemError as error:
+        print(f"loopmem: error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,152 @@
+"""`loopmem slurm status|logs|cancel|stop`: what became of a run over all its starts, and how to end it."""
+
+import json
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from loopmem_pretrain import control
+from loopmem_pretrain.cluster import rank, records, slurm
+from loopmem_pretrain.cluster.submit import job_name
+from loopmem_pretrain.errors import ConfigError, EnvironmentFault
+from loopmem_pretrain.tools.tables import table
+
+
+def status(run_dir: str) -> str:
+    """How the run stands, its jobs in the queue, a line a start, and what all starts have cost."""
+    folder = _run(run_dir)
+    lines = records.read(folder)
+    verdict = records.read_json(folder / "status.json")
+    beat = records.read_json(folder / "heartbeat.json")
+    said = [f"{folder}: {verdict.get('status', 'not started')}, {verdict.get('reason', 'no status.json yet')}"]
+    if beat:
+        said.append(f"now: {beat.get('phase', 'training')}, step {beat['step']}, said {beat.get('time', '')}")
+    asked = [name for name in (control.STOP, control.PAUSE, control.SAVE) if (folder / name).exists()]
+    said += [f"asked for by file: {', '.join(asked)}"] if asked else []
+    try:
+        said += [f"job {job}: {row}" for job, row in _jobs(folder).items()] or ["no job in the queue"]
+    except EnvironmentFault as fault:  # on a machine without SLURM the records are still worth reading
+        said.append(f"jobs unknown: {fault.problem}")
+    starts = [line for line in lines if line["event"] == "start"]
+    if starts:
+        said += ["starts:", *_starts(folder, starts, lines), *_summary(folder, starts, lines)]
+    return "\n".join(said)
+
+
+def _run(run_dir: str) -> Path:
+    folder = Path(run_dir).absolute()
+    if not records.starts_file(folder).exists():
+        raise ConfigError(f"{folder} has no {records.starts_file(folder).relative_to(folder)}", "give a run folder")
+    return folder
+
+
+def _jobs(folder: Path) -> dict[str, str]:
+    """The run's jobs in the queue: those with its name, and those that the records of its last start name."""
+    starts = [line for line in records.read(folder) if line["event"] == "start"]
+    known = {starts[-1]["start"].partition(".")[0], starts[-1].get("successor")} if starts else set()
+    rows = slurm.ask("squeue", "-h", "--me", "-o", "%i %j %T %M of %l on %D nodes %R", patience=0).splitlines()
+    each = [row.split(maxsplit=2) for row in rows]
+    return {job: said for job, name, said in each if name == job_name(folder) or job in known}
+
+
+def _ends(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {line["start"]: line for line in lines if line["event"] == "end"}
+
+
+def _seconds(folder: Path, start: dict[str, Any], ends: dict[str, dict[str, Any]]) -> float:
+    """How long a start held its nodes; of one that was killed, until a rank last wrote into its log."""
+    end = ends.get(start["start"])
+    if end:
+        return float(end["time"] - start["time"])
+    logs = list((folder / "logs" / start["start"]).glob("rank-*.log"))
+    return max(0.0, max((path.stat().st_mtime for path in logs), default=start["time"]) - start["time"])
+
+
+def _starts(folder: Path, starts: list[dict[str, Any]], lines: list[dict[str, Any]]) -> list[str]:
+    ends = _ends(lines)
+    rows = [["start", "began", "hours", "nodes", "from step", "to step", "verdict"]]
+    for index, start in enumerate(starts):
+        end = ends.get(start["start"], {})
+        last = index == len(starts) - 1
+        verdict = end.get("verdict", "running, or killed" if last else "killed from outside")
+        after = end.get(
+            "checkpoint", starts[index + 1]["checkpoint"] if not last else records.newest_checkpoint(folder)
+        )
+        began = time.strftime("%m-%d %H:%M", time.localtime(start["time"]))
+        hours = f"{_seconds(folder, start, ends) / 3600:.2f}"
+        steps = [str(max(0, start["checkpoint"])), str(max(0, after))]
+        rows.append([start["start"], began, hours, str(len(start["nodes"])), *steps, verdict])
+    return table(rows)
+
+
+def _summary(folder: Path, starts: list[dict[str, Any]], lines: list[dict[str, Any]]) -> list[str]:
+    """GPU hours, the share of them that trained steps which count, steps trained in vain, causes and nodes."""
+    ends = _ends(lines)
+    rank_hours = sum(_seconds(folder, start, ends) * start["ranks"] for start in starts) / 3600
+    path = folder / "metrics.jsonl"
+    logged = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    lost, before, saved = 0, 0, {0}
+    for step in (line["step"] for line in logged):
+        if step <= before:  # resumed from a checkpoint, and every checkpoint is of a step that was logged
+            lost += before - max(each for each in saved if each < step)
+        saved.add(step)
+        before = step
+    seconds = {line["step"]: line["seconds_per_step"] for line in logged}  # of steps trained again the last time
+    useful = 0.0
+    for earlier, later in zip([0, *sorted(seconds)], sorted(seconds), strict=False):
+        useful += (later - earlier) * seconds[later]
+    held = sum(_seconds(folder, start, ends) for start in starts)
+    causes = Counter(ends[start["start"]]["verdict"] if start["start"] in ends else "no end" for start in starts)
+    nodes = Counter(node for start in starts for node in start["nodes"])
+    bad = sorted({node for end in ends.values() for node in end.get("bad_nodes", [])})
+    said = [
+        f"{len(starts)} starts, {rank_hours:,.2f} rank hours, {useful / held if held else 0:.0%} of them in steps that "
+        f"count; {lost:,} steps trained again",
+        "ends: " + ", ".join(f"{count} {name}" for name, count in causes.most_common()),
+        f"{len(nodes)} nodes used" + (f"; left out: {', '.join(bad)}" if bad else ""),
+    ]
+    return ["", *said]
+
+
+def log_path(run_dir: str, number: int) -> Path:
+    """The log of one rank in the newest start that has one.
+
+    Raises:
+        ConfigError: no start has got so far; names the log of the job.
+    """
+    folder = _run(run_dir)
+    starts = [line["start"] for line in records.read(folder) if line["event"] == "start"]
+    for start in reversed(starts):
+        path = rank.log_file(folder / "logs" / start, number)
+        if path.exists():
+            return path
+    jobs = sorted((folder / "logs").glob("job-*.out"), key=os.path.getmtime)
+    where = f"see {jobs[-1]}" if jobs else "wait for the job to start: loopmem slurm status"
+    raise ConfigError(f"rank {number} has no log yet in {folder / 'logs'}", where)
+
+
+def show_log(run_dir: str, number: int, follow: bool) -> None:
+    """Become `tail` on the log of a rank."""
+    path = str(log_path(run_dir, number))
+    os.execvp("tail", ["tail", "--lines=40", *(["--follow=name", "--retry"] if follow else []), path])
+
+
+def cancel(run_dir: str) -> str:
+    """End all jobs of the run now; ranks have what SLURM's KillWait grants them to save."""
+    folder = _run(run_dir)
+    jobs = _jobs(folder)
+    if not jobs:
+        return f"no job of {folder} is in the queue"
+    complaint = slurm.tell("scancel", *sorted(jobs, key=int, reverse=True))  # what waits for another one first
+    if complaint:
+        raise EnvironmentFault(f"scancel failed: {complaint}", "cancel by hand: scancel " + " ".join(jobs))
+    return f"cancelled {', '.join(jobs)}"
+
+
+def stop(run_dir: str) -> str:
+    """Ask the run to save, end, and stay ended."""
+    path = _run(run_dir) / control.STOP
+    path.touch()
+    return f"{path}: the run saves at its next line of metrics.jsonl and ends; remove the file to let it start again"

@@ -1,0 +1,192 @@
+"""What SLURM says about the job that this process belongs to, and what the job may ask of SLURM.
+
+Standard library only, like everything that runs in the batch script: there may be a container around the ranks, and the
+commands of SLURM are outside of it.
+"""
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from loopmem_pretrain.errors import EnvironmentFault
+
+FIRST_PORT, PORTS = 20_000, 10_000
+"""Where ranks meet: below the ephemeral range (32768 and up), from which the system gives ports to anybody."""
+PATIENCE = 60.0
+"""Seconds for which a question to the controller is repeated: it may be restarting."""
+
+
+class Allocation(NamedTuple):
+    """What this job was given."""
+
+    job: str
+    restart: int
+    """How often SLURM has put the job back into the queue."""
+    name: str
+    nodes: list[str]
+    tasks_per_node: int
+    """Ranks a node."""
+    cpus_per_task: int | None
+
+    @property
+    def start(self) -> str:
+        """Name of this start among all starts of a run."""
+        return f"{self.job}.{self.restart}"
+
+    @property
+    def port(self) -> int:
+        return FIRST_PORT + int(self.job) % PORTS
+
+
+def allocation(variables: Mapping[str, str] | None = None) -> Allocation:
+    """This job, checked: every node has as many tasks as any other, and a GPU for each where GPUs were asked for.
+
+    Raises:
+        EnvironmentFault: not in a job, or the numbers do not fit each other.
+    """
+    environment = os.environ if variables is None else variables
+    job, node_list = environment.get("SLURM_JOB_ID"), environment.get("SLURM_JOB_NODELIST")
+    if not job or not node_list:
+        raise EnvironmentFault(
+            "this is no job of SLURM: SLURM_JOB_ID or SLURM_JOB_NODELIST is not set",
+            "submit with `loopmem slurm submit`, or with sbatch as the head of slurm/pretrain.sbatch says",
+        )
+    nodes = ask("scontrol", "show", "hostnames", node_list).split()
+    each = environment.get("SLURM_TASKS_PER_NODE", "")
+    uniform = re.fullmatch(r"(\d+)(\(x\d+\))?", each)
+    tasks = int(environment.get("SLURM_NTASKS", "0"))
+    per_node = int(uniform[1]) if uniform else 0
+    gpus = environment.get("SLURM_GPUS_ON_NODE", "0")
+    said = f"{len(nodes)} nodes, SLURM_NTASKS={tasks}, SLURM_TASKS_PER_NODE={each}, SLURM_GPUS_ON_NODE={gpus}"
+    if not uniform or per_node * len(nodes) != tasks:
+        raise EnvironmentFault(
+            f"tasks a node x nodes is not the number of ranks: {said}",
+            "give --nodes and --ntasks-per-node, and no --ntasks",
+        )
+    if gpus.isdecimal() and int(gpus) not in (0, per_node):
+        raise EnvironmentFault(
+            f"a rank needs one GPU and every GPU a rank: {said}", "make --ntasks-per-node equal to --gpus-per-node"
+        )
+    return Allocation(
+        job=job,
+        restart=int(environment.get("SLURM_RESTART_COUNT", "0")),  # not set in the first run
+        name=environment.get("SLURM_JOB_NAME", job),
+        nodes=nodes,
+        tasks_per_node=per_node,
+        cpus_per_task=int(environment["SLURM_CPUS_PER_TASK"]) if "SLURM_CPUS_PER_TASK" in environment else None,
+    )
+
+
+def ask(*command: str, patience: float = PATIENCE) -> str:
+    """What a command of SLURM prints.
+
+    Raises:
+        EnvironmentFault: it is not there, or fails for `patience` seconds.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        result = _run(command)
+        if result.returncode == 0:
+            return result.stdout
+        if time.monotonic() > deadline or "Invalid job id" in result.stderr:
+            fix = "see whether `sinfo` answers, and what `scontrol ping` says"
+            raise EnvironmentFault(f"{' '.join(command)} failed: {result.stderr.strip()}", fix)
+        time.sleep(2)
+
+
+def sbatch(*arguments: str) -> str:
+    """Submit, once: a submission that is repeated because its answer was lost makes two jobs. The job's id.
+
+    Raises:
+        EnvironmentFault: SLURM refuses it.
+    """
+    # The numbers of the job that this process may belong to are not those of the new one.
+    inherited = (name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF")
+    clean = [word for name in inherited for word in ("-u", name)]
+    result = _run(["env", *clean, "sbatch", "--parsable", *arguments])
+    if result.returncode:
+        raise EnvironmentFault(f"sbatch failed: {result.stderr.strip()}", "see docs/slurm.md, and try sbatch by hand")
+    return result.stdout.strip().split(";")[0]
+
+
+def tell(*command: str) -> str:
+    """Run a command of SLURM; an empty string where it succeeds, else what it complains about.
+
+    Repeated only while the controller cannot be reached: it may be restarting.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        result = _run(command)
+        if result.returncode == 0:
+            return ""
+        if "Unable to contact" not in result.stderr or time.monotonic() > deadline:
+            return result.stderr.strip() or f"exit code {result.returncode}"
+        time.sleep(2)
+
+
+def _run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    except FileNotFoundError:
+        raise EnvironmentFault(
+            f"there is no `{command[0]}` here",
+            "run this where SLURM's commands are: on a login node, or in a batch script outside of the container",
+        ) from None
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 1, "", f"no answer within {PATIENCE:.0f} s")
+
+
+def show_job(job: str) -> dict[str, str]:
+    """What `scontrol show job` says, by key."""
+    return dict(re.findall(r"(\S+?)=(\S*)", ask("scontrol", "show", "job", "-o", job)))
+
+
+def is_running(job: str) -> bool:
+    """Whether the job trains now; one that SLURM has forgotten does not."""
+    result = _run(["squeue", "-h", "-j", job, "-o", "%T"])
+    return result.returncode == 0 and result.stdout.strip() == "RUNNING"
+
+
+def was_cancelled(job: Mapping[str, str]) -> bool:
+    """Whether somebody has cancelled a job that does not run any more.
+
+    While its processes end SLURM calls any job COMPLETING, but gives reasons for what it does itself.
+    """
+    if job["JobState"] != "COMPLETING":
+        return job["JobState"].startswith("CANCELLED")
+    return job.get("Reason") == "None" and not was_preempted(job)
+
+
+def was_preempted(job: Mapping[str, str]) -> bool:
+    """Whether a more urgent job takes the place of this one."""
+    return job.get("PreemptTime", "None") not in ("None", "Unknown")
+
+
+def end_time(job: str) -> float | None:
+    """When the job's time is over, in seconds since the epoch; None where it has no limit."""
+    said = show_job(job).get("EndTime", "Unknown")
+    try:
+        return time.mktime(time.strptime(said, "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:
+        return None
+
+
+def hold_without(job: str, nodes: Sequence[str]) -> str:
+    """Put the job back into the queue so that it is not given `nodes` again; a complaint, or an empty string.
+
+    A running job's list cannot be changed, so it is requeued and held, changed, and released. The caller lives until
+    then only if it ignores SIGTERM.
+    """
+    refused = list(filter(None, show_job(job).get("ExcNodeList", "").replace("(null)", "").split(",")))
+    complaint = tell("scontrol", "requeuehold", job)
+    for _ in range(40):
+        if complaint:
+            return complaint
+        time.sleep(0.5)
+        changed = tell("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join([*refused, *nodes])}")
+        if not changed:
+            return tell("scontrol", "release", job)
+    return changed

@@ -1,0 +1,271 @@
+"""`loopmem slurm submit` and `render`: everything that can be refused is refused before a job waits in the queue."""
+
+import getpass
+import hashlib
+import itertools
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import loopmem_pretrain
+from loopmem_pretrain.cluster import records, slurm
+from loopmem_pretrain.cluster.render import container_settings, gpu_options, render, site_options, site_setup
+from loopmem_pretrain.config.cluster import ClusterConfig
+from loopmem_pretrain.config.load import dump_config, load_config
+from loopmem_pretrain.config.run import RunConfig, run_problems
+from loopmem_pretrain.config.site import SiteConfig
+from loopmem_pretrain.data.files import write_file
+from loopmem_pretrain.errors import ConfigError, EnvironmentFault
+from loopmem_pretrain.tools.memory_plan import Layout, stage_memory
+from loopmem_pretrain.tools.plans import USABLE
+from loopmem_pretrain.tools.step_time import step_time
+from loopmem_pretrain.tools.tables import human_bytes, human_seconds
+
+Launcher = Literal["srun", "torchrun", "deepspeed"]
+Mode = Literal["requeue", "chain", "no"]
+
+PACKAGE = Path(loopmem_pretrain.__file__).parent
+TEMPLATES = PACKAGE.parent / "slurm"
+LOCAL = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "ramfs", "overlay")
+"""Kinds of filesystems that one node alone sees."""
+SAVE_FACTOR, SLURM_SLACK = 2.0, 60.0
+"""A job is warned so many times its longest save before its end, and SLURM's own delay (seconds) earlier."""
+
+
+class Request(NamedTuple):
+    """What a user asks for."""
+
+    config: str
+    overrides: Sequence[str]
+    site: SiteConfig
+    nodes: int
+    spare_nodes: int = 0
+    launcher: Launcher = "srun"
+    mode: Mode = "requeue"
+    time: str | None = None
+    health: str = "node"
+    max_crashes: int = 3
+    after: str | None = None
+    """A job that must have ended well before."""
+
+
+class Plan(NamedTuple):
+    """A checked request."""
+
+    after: str | None
+    run_dir: Path
+    config: RunConfig
+    code: Path
+    """Where the package is copied to, and jobs run: a folder of this submission, which no later one touches."""
+    script: str
+    notes: list[str]
+    """What the checks found, for people."""
+
+
+def plan(request: Request) -> Plan:
+    """Check the request and render its script; changes nothing.
+
+    Raises:
+        ConfigError: configuration, sizes, memory or the site do not fit each other.
+        EnvironmentFault: the run folder is another run's, or only this machine sees it.
+    """
+    site, ranks = request.site, request.nodes * request.site.tasks_per_node
+    config = load_config(RunConfig, request.config, request.overrides, run_problems)
+    if site.max_nodes and request.nodes + request.spare_nodes > site.max_nodes:
+        raise ConfigError(
+            f"{request.nodes + request.spare_nodes} nodes, and {site.name} gives {site.max_nodes} at most",
+            "ask for fewer --nodes or --spare-nodes",
+        )
+    if request.launcher != "srun" and site.gpu_request == "gpus-per-task":
+        raise ConfigError(
+            f"--launcher {request.launcher} starts a node's ranks in one task, which would get one GPU",
+            "use --launcher srun, or another gpu_request in the file of the cluster",
+        )
+    notes = [*_estimate(config, site, ranks)]
+    run_dir = Path(config.run_dir).absolute()
+    check_folder(run_dir, site)
+    config = _absolute(config, run_dir)
+    if (run_dir / "config.yaml").exists():
+        from loopmem_pretrain.training.run_folder import refuse_other_configuration
+
+        refuse_other_configuration(config, run_dir)
+    warning = warning_seconds(run_dir, site)
+    notes.append(f"warned {warning} s before the end of a job")
+    code = run_dir / "slurm" / f"code-{time.strftime('%Y%m%dT%H%M%S')}"
+    return Plan(request.after, run_dir, config, code, _script(request, run_dir, code, warning), notes)
+
+
+def _estimate(config: RunConfig, site: SiteConfig, ranks: int) -> list[str]:
+    """Sizes, memory and, where the site's numbers are known, time."""
+    layout = Layout.of(config, ranks)
+    notes = [
+        f"{ranks:,} ranks = TP {config.parallel.tensor_model_parallel_size} x "
+        f"PP {config.parallel.pipeline_model_parallel_size} x DP {layout.data_ranks:,}; "
+        f"{layout.micro_batches} micro-batch{'es' * (layout.micro_batches > 1)} a step"
+    ]
+    if site.gpus_per_node:
+        usable = USABLE * site.gpu_memory_gb * 1e9
+        worst = max(stage_memory(layout, stage).total for stage in range(layout.stages))
+        said = f"{human_bytes(worst)} of {human_bytes(usable)} usable memory a GPU"
+        if worst > usable:
+            raise ConfigError(
+                f"the model does not fit: a rank needs {said}",
+                f"see the plans that fit: loopmem estimate --ranks {ranks} --gpu-memory {site.gpu_memory_gb:g}",
+            )
+        notes.append(said)
+    if site.hardware:
+        seconds = step_time(layout, load_config(ClusterConfig, site.hardware)).total
+        hours = seconds * config.training.train_steps / 3600
+        notes.append(f"a step is expected to take {human_seconds(seconds)}, the run {hours:,.1f} h")
+    return notes
+
+
+def check_folder(run_dir: Path, site: SiteConfig) -> None:
+    """
+    Raises:
+        EnvironmentFault: another user's, no run's although there is something in it, or on a disk of this node alone.
+    """
+    if run_dir.exists() and run_dir.stat().st_uid != os.getuid():
+        raise EnvironmentFault(f"the run folder {run_dir} belongs to another user", "choose another run_dir")
+    present = [path.name for path in run_dir.iterdir() if path.name != "slurm"] if run_dir.is_dir() else []
+    if present and not {"config.yaml", "logs"} & {*present}:
+        raise EnvironmentFault(
+            f"{run_dir} is no run's folder: it has {', '.join(sorted(present)[:3])} in it", "choose another run_dir"
+        )
+    if site.shared_folders:
+        if not any(run_dir.is_relative_to(folder) for folder in site.shared_folders):
+            raise EnvironmentFault(
+                f"the run folder {run_dir} is not below {' or '.join(site.shared_folders)}, which all nodes share",
+                "set run_dir to a folder there",
+            )
+        return
+    parent = next(folder for folder in [run_dir, *run_dir.parents] if folder.exists())
+    kind = subprocess.run(
+        ["stat", "--file-system", "--format=%T", str(parent)], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if kind.split("/")[0] in LOCAL:
+        raise EnvironmentFault(
+            f"the run folder {run_dir} lies on {kind}, which other nodes do not see",
+            "set run_dir to a shared folder, or name it in shared_folders of the cluster's file",
+        )
+
+
+def _absolute(config: RunConfig, run_dir: Path) -> RunConfig:
+    """Paths that do not depend on where the job starts."""
+    datasets = tuple(each.model_copy(update={"path": str(Path(each.path).absolute())}) for each in config.data.datasets)
+    data = config.data.model_copy(update={"datasets": datasets})
+    return config.model_copy(update={"run_dir": str(run_dir), "data": data})
+
+
+def warning_seconds(run_dir: Path, site: SiteConfig) -> int:
+    """How long before its end a job is warned: by what saves and lines of metrics took, or what the site says."""
+    saves = []
+    for manifest in run_dir.glob("checkpoints/step_*/manifest.json"):
+        saves.append(sum(records.read_json(manifest).get("seconds", {}).values()))
+    if not saves:
+        return site.warning_seconds
+    interval = 0.0
+    metrics = run_dir / "metrics.jsonl"
+    if metrics.exists():
+        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()[-20:]]
+        pairs = itertools.pairwise(lines)
+        interval = max((b["seconds_per_step"] * (b["step"] - a["step"]) for a, b in pairs), default=0.0)
+    return max(60, round(SAVE_FACTOR * (max(saves) + interval) + SLURM_SLACK))
+
+
+def _script(request: Request, run_dir: Path, code: Path, warning: int) -> str:
+    site, tasks = request.site, request.site.tasks_per_node
+    folder = run_dir / "slurm"
+    options: dict[str, str | None] = {
+        "job-name": job_name(run_dir),
+        "nodes": str(request.nodes + request.spare_nodes),
+        "ntasks-per-node": str(tasks),
+        "cpus-per-task": str(max(1, site.cpus_per_node // tasks)),
+        "mem": site.memory,
+        "time": request.time or site.time,
+        "signal": f"B:USR1@{warning}",
+        "output": str(run_dir / "logs" / "job-%j.out"),
+        "chdir": str(code),
+        **gpu_options(site),
+        **site_options(site),
+    }
+    if request.mode != "requeue":
+        options |= {"requeue": None, "no-requeue": ""}
+    if request.after:
+        options |= {"dependency": f"afterok:{request.after}", "kill-on-invalid-dep": "yes"}
+    settings = {
+        "CONFIG": str(folder / "config.yaml"),
+        "RUN_DIR": str(run_dir),
+        "PYTHON": site.python or sys.executable,
+        "LAUNCHER": request.launcher,
+        "CONTINUE": request.mode,
+        "MAX_CRASHES": str(request.max_crashes),
+        "HEALTH": request.health,
+        "SPARE_NODES": str(request.spare_nodes),
+        # Also what is not asked for: variables that happen to be set where somebody submits must not decide.
+        "HANG_SECONDS": "600",
+        "RANK_PYTHON": site.python or sys.executable,
+        "WRAP": "",
+        "SRUN_OPTIONS": "",
+        **container_settings(site, [str(run_dir)]),
+    }
+    if not TEMPLATES.is_dir():
+        raise EnvironmentFault(
+            f"there are no templates at {TEMPLATES}", "run loopmem from a checkout of the repository"
+        )
+    template = (TEMPLATES / "pretrain.sbatch").read_text(encoding="utf-8")
+    return render(template, options, settings, site_setup(site))
+
+
+def job_name(run_dir: Path) -> str:
+    """Of all jobs of a run, and of no other run: a chain goes by it."""
+    return f"loopmem-{run_dir.name.replace(' ', '_')}-{hashlib.sha256(os.fsencode(run_dir)).hexdigest()[:8]}"
+
+
+def submit(ready: Plan) -> str:
+    """Let SLURM check the script, freeze what will run below RUN/slurm, and submit; the job's id.
+
+    Raises:
+        EnvironmentFault: SLURM refuses it; nothing has been written then.
+    """
+    if ready.after:  # SLURM starts at once what waits for a job that it does not know
+        slurm.ask("scontrol", "show", "job", ready.after, patience=0)
+    test(ready.script)
+    folder = ready.run_dir / "slurm"
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(PACKAGE, ready.code / PACKAGE.name, ignore=ignore)
+    (ready.run_dir / "logs").mkdir(exist_ok=True)
+    write_file(folder / "config.yaml", dump_config(ready.config).encode())
+    write_file(folder / "pretrain.sbatch", ready.script.encode())
+    job = slurm.sbatch(str(folder / "pretrain.sbatch"))
+    from loopmem_pretrain.training.run_folder import git_commit
+
+    said = {"event": "submit", "job": job, "user": getpass.getuser(), "command": shlex.join(sys.argv)}
+    records.append(ready.run_dir, {**said, "git_commit": git_commit()})
+    return job
+
+
+def test(script: str) -> str:
+    """What SLURM says of the script: when and where it would start.
+
+    Raises:
+        EnvironmentFault: it would refuse it, with its reason.
+    """
+    command = ["sbatch", "--test-only"]
+    try:
+        said = subprocess.run(command, input=script, capture_output=True, text=True, check=False, timeout=60)
+    except FileNotFoundError:
+        raise EnvironmentFault("there is no `sbatch` here", "submit from a login node of the cluster") from None
+    if said.returncode:
+        raise EnvironmentFault(
+            f"SLURM refuses the job: {said.stderr.strip()}",
+            "compare partition, time, nodes, GPUs and cores with what the cluster gives: sinfo -o '%P %l %D %c %G'",
+        )
+    return said.stderr.strip()

@@ -1,0 +1,279 @@
+"""What becomes of a job when its time is over, it is cancelled, a rank or a node dies: on a real SLURM, stub ranks."""
+
+import pytest
+
+from tests.slurm.cluster import wait_for
+from tests.slurm.runs import Run
+
+ONCE = list(range(1, 41))
+"""The steps of a run, each trained once."""
+
+
+@pytest.fixture
+def run(cluster, tmp_path):
+    return Run(cluster, tmp_path)
+
+
+def reaches(run, step):
+    wait_for(lambda: step in run.trained(), 30, lambda: f"step {step}\n{run.log()}", pause=0.05)
+
+
+def test_warning_save_requeue_finish(run):
+    run.submit()
+    reaches(run, 12)
+    run.cluster.run("scancel", "--signal=USR1", "--batch", run.job)
+    assert run.cluster.wait(run.job) == "COMPLETED"
+    assert run.verdicts() == ["interrupted", "done"]
+    assert run.trained() == ONCE
+    assert "time of the job is nearly over" in run.log()
+    assert run.log().count("ranks on node") == 2, "the log of the first start is lost"
+    assert sorted(path.name for path in (run.folder / "logs").iterdir()) == [f"{run.job}.0", f"{run.job}.1"]
+
+
+def test_scancel_stays_cancelled(run):
+    run.submit()
+    reaches(run, 12)
+    run.cluster.run("scancel", run.job)
+    assert run.cluster.wait(run.job) == "CANCELLED"
+    assert run.status()["status"] == "interrupted", "there was time to save"
+    wait_for(lambda: run.verdicts() == ["ended"], 10, run.log)
+    assert run.cluster.run("squeue", "-h") == ""
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_a_crash_and_the_run_goes_on(run):
+    run.fault(kind="kill")
+    run.submit()
+    assert run.cluster.wait(run.job) == "COMPLETED"
+    assert run.verdicts() == ["crashed", "done"]
+    assert set(run.trained()) == set(ONCE)
+    assert run.starts()[2]["checkpoint"] == 10
+
+
+@pytest.mark.slow
+def test_crashes_without_progress_end_the_run(run):
+    run.fault(kind="exit", code=6, starts=99)
+    run.submit(MAX_CRASHES=1)
+    assert run.cluster.wait(run.job) == "FAILED"
+    assert run.verdicts() == ["crashed", "failed"]
+    assert run.cluster.show(run.job)["ExitCode"] == "6:0"
+    assert "rank-00001: as the test wanted" in run.log()
+
+
+@pytest.mark.slow
+def test_progress_renews_the_budget(run):
+    run.fault(kind="exit", code=6, starts=1)
+    run.submit(MAX_CRASHES=1)
+    wait_for(lambda: run.verdicts() == ["crashed"], 30, run.log)
+    run.fault(kind="exit", code=6, starts=2, step=25)
+    assert run.cluster.wait(run.job) == "COMPLETED"
+    assert run.verdicts() == ["crashed", "crashed", "done"]
+
+
+@pytest.mark.slow
+def test_an_error_that_would_come_again_is_final(run):
+    run.fault(kind="exit", code=2, starts=99)
+    run.submit()
+    assert run.cluster.wait(run.job) == "FAILED"
+    assert run.verdicts() == ["failed"]
+    assert run.cluster.show(run.job)["ExitCode"] == "2:0"
+
+
+@pytest.mark.slow
+def test_ranks_that_hang_are_ended_and_leave_their_stacks(run):
+    run.fault(kind="hang", rank=0)
+    run.submit(HANG_SECONDS=3)
+    assert run.cluster.wait(run.job) == "COMPLETED"
+    assert run.verdicts() == ["crashed", "done"]
+    assert "has stood still for 3 s" in run.log()
+    assert "in train" in (run.folder / "logs" / f"{run.job}.0" / "rank-00000.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("node", ["node2", "node1"], ids=["worker", "batch node"])
+def test_power_off_is_no_crash(run, node):
+    run.submit()
+    reaches(run, 12)
+    run.cluster.off(node)
+    wait_for(lambda: run.cluster.show(run.job).get("Restarts") == "1", 30, run.log)
+    run.cluster.on(node)
+    assert run.cluster.wait(run.job) == "COMPLETED"
+    assert run.verdicts() in (["done"], ["ended", "done"])
+    assert set(run.trained()) == set(ONCE)
+
+
+@pytest.mark.slow
+def test_a_dead_node_that_slurm_has_not_noticed_is_left_out(run):
+    run.submit()
+    reaches(run, 12)
+    pid = (run.cluster.dir / "node2.pid").read_text().strip()
+    run.cluster.run("kill", "-KILL", pid)
+    assert run.cluster.wait(run.job, seconds=120) == "COMPLETED"
+    assert run.verdicts()[-1] == "done" and "crashed" not in run.verdicts()
+
+
+@pytest.mark.slow
+def test_preemption_saves_and_goes_on(run):
+    run.submit()
+    reaches(run, 12)
+    urgent = run.cluster.sbatch("-p", "urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    assert run.cluster.wait(urgent) == "COMPLETED"
+    assert run.cluster.wait(run.job) == "COMPLETED"
+    assert run.verdicts()[-1] == "done" and "crashed" not in run.verdicts()
+    assert run.trained() == ONCE
+
+
+@pytest.mark.slow
+def test_stop_file(run):
+    run.submit()
+    reaches(run, 12)
+    (run.folder / "STOP").touch()
+    assert run.cluster.wait(run.job) == "COMPLETED"
+    assert run.verdicts() == ["stopped"]
+    again = run.submit()
+    assert run.cluster.wait(again) == "COMPLETED"
+    assert run.verdicts() == ["stopped"], "nothing is started while the file is there"
+    (run.folder / "STOP").unlink()
+    assert run.cluster.wait(run.submit()) == "COMPLETED"
+    assert run.trained() == ONCE
+
+
+@pytest.mark.slow
+def test_pause_file_holds_the_job(run):
+    run.submit()
+    reaches(run, 12)
+    (run.folder / "PAUSE").touch()
+    wait_for(lambda: run.cluster.show(run.job).get("Reason") == "job_requeued_in_held_state", 30, run.log)
+    (run.folder / "PAUSE").unlink()
+    run.cluster.run("scontrol", "release", run.job)
+    assert run.cluster.wait(run.job) == "COMPLETED"
+    assert run.verdicts() == ["paused", "done"]
+    assert run.trained() == ONCE
+
+
+@pytest.mark.slow
+def test_a_chain_of_jobs(run):
+    run.submit("steps=60", CONTINUE="chain", options=("--no-requeue",))
+    reaches(run, 12)
+    run.cluster.run("scancel", "--signal=USR1", "--batch", run.job)
+    assert run.cluster.wait(run.job) == "COMPLETED"
+    second = str(int(run.job) + 1)
+    assert run.cluster.wait(second) == "COMPLETED"
+    assert run.verdicts() == ["interrupted", "done"]
+    assert run.trained() == list(range(1, 61))
+    assert run.cluster.state(str(int(run.job) + 2)) == "CANCELLED"
+
+
+@pytest.mark.slow
+def test_a_second_job_does_not_disturb_the_first(run):
+    first = run.submit("steps=200")
+    reaches(run, 12)
+    second = run.submit("steps=200")
+    assert run.cluster.wait(second) == "FAILED"
+    assert f"job {first} trains in the run folder" in run.log()
+    assert run.cluster.wait(first) == "COMPLETED"
+    assert run.trained() == list(range(1, 201))
+
+
+@pytest.mark.slow
+def test_cancelling_a_job_of_a_chain_cancels_the_next(run):
+    run.submit(CONTINUE="chain", options=("--no-requeue",))
+    reaches(run, 12)
+    run.cluster.run("scancel", run.job)
+    assert run.cluster.wait(run.job) == "CANCELLED"
+    assert run.cluster.wait(str(int(run.job) + 1)) == "CANCELLED"
+
+
+@pytest.mark.slow
+def test_a_restart_of_the_controller_is_sat_out(run):
+    run.submit("steps=200")
+    reaches(run, 12)
+    run.cluster.restart_controller()
+    run.cluster.run("scancel", "--signal=USR1", "--batch", run.job)
+    assert run.cluster.wait(run.job) == "COMPLETED"
+    assert run.verdicts() == ["interrupted", "done"]
+    assert run.trained() == list(range(1, 201))
+
+
+@pytest.mark.slow
+def test_a_chain_survives_the_loss_of_a_node(run):
+    run.submit(CONTINUE="chain", options=("--no-requeue",))
+    reaches(run, 12)
+    run.cluster.off("node2")
+    assert run.cluster.wait(run.job) == "NODE_FAIL"
+    assert run.cluster.wait(str(int(run.job) + 1)) == "COMPLETED"
+    assert run.verdicts()[-1] == "done" and "crashed" not in run.verdicts()
+
+
+@pytest.mark.slow
+def test_a_cut_off_start_does_not_write_after_the_next_has_begun(run):
+    run.submit("steps=400")
+    reaches(run, 12)
+    run.cluster.cut("node1")  # the batch node, with rank 0
+    run.cluster.run("scontrol", "update", "NodeName=node1", "State=DOWN", "Reason=cut")
+    wait_for(lambda: len([line for line in run.starts() if line["event"] == "start"]) == 2, 60, run.log)
+    assert run.cluster.wait(run.job) == "COMPLETED"
+    assert (run.folder / "fence").read_text() == f"{run.job}.1\n"
+    old = (run.folder / "logs" / f"{run.job}.0" / "rank-00000.log").read_text()
+    assert "has taken over the run folder" in old
+    assert run.verdicts()[-1] == "done"
+
+
+@pytest.mark.slow
+def test_a_frozen_node(run):
+    run.submit("steps=200")
+    reaches(run, 12)
+    run.cluster.freeze("node2")
+    wait_for(lambda: run.cluster.show(run.job).get("Restarts") == "1", 60, run.log)
+    assert run.cluster.wait(run.job, seconds=90) == "COMPLETED"
+    assert run.verdicts()[-1] == "done" and "crashed" not in run.verdicts()
+
+
+@pytest.mark.slow
+def test_an_unfit_node_is_left_out(run):
+    """What nvidia-smi says of node1 decides; node1 is named, not used again, and the run goes on without it."""
+    tools = run.folder.parent / "tools"
+    tools.mkdir()
+    smi = tools / "nvidia-smi"
+    smi.write_text("""#!/bin/sh
+[ "$1" = topo ] && exit
+echo "0, 81559, 0, Not Active, Not Active"
+[ "$SLURMD_NODENAME" = node1 ] || echo "1, 81559, 0, Not Active, Not Active"
+""")
+    smi.chmod(0o755)
+    run.submit(PATH=f"{tools}:{run.cluster.env['PATH']}")
+    assert run.cluster.wait(run.job) == "COMPLETED"
+    assert run.verdicts() == ["lost nodes", "done"]
+    assert "node1 is left out: 1 GPUs of 2" in run.log()
+    assert run.starts()[2]["nodes"] == ["node2", "node3"]
+
+
+@pytest.mark.slow
+def test_a_spare_node_steps_in_at_once(run):
+    tools = run.folder.parent / "tools"
+    tools.mkdir()
+    smi = tools / "nvidia-smi"
+    smi.write_text("""#!/bin/sh
+[ "$1" = topo ] && exit
+echo "0, 81559, 0, Not Active, Not Active"
+[ "$SLURMD_NODENAME" = node2 ] || echo "1, 81559, 0, Not Active, Not Active"
+""")
+    smi.chmod(0o755)
+    run.submit(PATH=f"{tools}:{run.cluster.env['PATH']}", SPARE_NODES=1, options=("--nodes=3",))
+    assert run.cluster.wait(run.job) == "COMPLETED"
+    assert run.verdicts() == ["done"]
+    assert "4 ranks on node1,node3" in run.log()
+    assert run.starts()[0]["ranks"] == 4
+
+
+@pytest.mark.slow
+def test_the_time_limit_itself(run):
+    """The real limit, with SLURM's own half minutes between looks at it."""
+    run.submit("steps=2000")
+    reaches(run, 12)
+    soon = run.cluster.run("date", "+%FT%T", "-d", "+70 seconds")
+    run.cluster.run("scontrol", "update", f"JobId={run.job}", f"EndTime={soon}")
+    wait_for(lambda: run.verdicts() == ["interrupted"], 90, run.log)
+    (run.folder / "STOP").touch()
+    assert "time of the job is nearly over (SIGUSR1)" in run.log()
+    assert run.cluster.wait(run.job) == "COMPLETED"

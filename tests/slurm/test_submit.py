@@ -1,0 +1,204 @@
+"""`loopmem slurm`, and every template against machines as they are: with a real SLURM."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loopmem_pretrain.cluster.render import gpu_options, render
+from loopmem_pretrain.config.load import dump_config, load_config
+from loopmem_pretrain.config.site import SiteConfig
+from tests.e2e.test_training import config_for, exact
+from tests.prepared import prepare_sentences
+from tests.slurm.cluster import wait_for
+from tests.slurm.runs import ROOT
+
+SITE = ROOT / "slurm" / "clusters" / "local_test.yaml"
+TEMPLATES = sorted((ROOT / "slurm").glob("*.sbatch"))
+LARGE = {"partition": "batch"}
+
+
+def test_only(cluster, template, options, site=None):
+    """What SLURM says to the template of slurm/ with these options."""
+    given = (
+        {**gpu_options(load_config(SiteConfig, ROOT / "slurm" / "clusters" / f"{site}.yaml")), **options}
+        if site
+        else options
+    )
+    script = cluster.dir / "script"
+    script.write_text(render(template.read_text(), given, {}))
+    return cluster.run("sbatch", "--test-only", script, check=False)
+
+
+test_only.__test__ = False
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.name)
+def test_templates_are_accepted_by_a_large_machine(cluster, template):
+    assert "to start at" in test_only(cluster, template, LARGE)
+    assert "to start at" in test_only(cluster, template, {**LARGE, "array": "1-100%10"})
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"nodes": "128", "ntasks-per-node": "8", "cpus-per-task": "12"},
+            "using 12288 processors on nodes h[0001-0128]",
+        ),
+        ({"nodes": "385"}, "Node count specification invalid"),
+        ({"time": "25:00:00"}, "Requested time limit is invalid"),
+        ({"partition": "devel", "time": "03:00:00"}, "Requested time limit is invalid"),
+        ({"ntasks-per-node": "8", "cpus-per-task": "13"}, "not available"),
+        ({"gpus-per-node": "9"}, "not available"),
+        ({"partition": "nowhere"}, "invalid partition"),
+        ({"signal": "B:NONSENSE@60"}, "Invalid --signal"),
+    ],
+    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_what_a_large_machine_takes_and_refuses(cluster, options, said):
+    answer = test_only(cluster, ROOT / "slurm" / "pretrain.sbatch", {**LARGE, **options}, "h100_infiniband")
+    assert said in answer, answer
+
+
+class Shell:
+    """`loopmem slurm` on the login node of the cluster."""
+
+    def __init__(self, cluster, folder: Path, data: Path, **training) -> None:
+        self.cluster, self.run_dir = cluster, folder / "my run"
+        self.config = folder / "config.yaml"
+        sections = {"training": training, "logging": {"interval_steps": 1}, "checkpoint": {"interval_steps": 5}}
+        self.config.write_text(dump_config(config_for(self.run_dir, data, **sections)))
+
+    def __call__(self, *words, check=True):
+        return self.cluster.run(sys.executable, "-m", "loopmem_pretrain", "slurm", *words, check=check)
+
+    def request(self, verb, *more, nodes=2):
+        options = ("--cluster", SITE, "--nodes", nodes, "--health", "none", *more)
+        return self(verb, *options, "--config", self.config, "training.micro_batch_size=1", check=False)
+
+
+@pytest.fixture
+def shell(cluster, tmp_path, sentences):
+    return Shell(cluster, tmp_path, sentences)
+
+
+def test_what_is_refused_leaves_nothing_behind(shell):
+    assert "global_batch_size" in shell.request("submit", nodes=3)
+    answer = shell.request("submit", "--spare-nodes", "3")
+    assert "SLURM refuses the job" in answer, answer
+    assert "Invalid job id" in shell.request("submit", "--after", "4711")
+    assert not shell.run_dir.exists()
+    assert shell.cluster.run("squeue", "-h") == ""
+
+
+@pytest.mark.slow
+def test_a_run_from_submit_to_its_summary(shell):
+    said = shell.request("submit")
+    assert "4 ranks = TP 1 x PP 1 x DP 4; 2 micro-batches a step" in said
+    job = shell.cluster.run("squeue", "-h", "-o", "%i")
+    frozen = shell.run_dir / "slurm"
+    (code,) = frozen.glob("code-*")
+    assert f'--chdir="{code}"' in (frozen / "pretrain.sbatch").read_text()
+    assert (code / "loopmem_pretrain" / "cli.py").exists()
+    without_time = [
+        re.sub(r"code-\w+", "code", text)
+        for text in ((frozen / "pretrain.sbatch").read_text(), shell.request("render"))
+    ]
+    assert without_time[0].strip() in without_time[1]
+    assert f"'{shell.run_dir}'" in (frozen / "pretrain.sbatch").read_text(), "a blank in the name"
+    assert shell.cluster.wait(job, seconds=240) == "COMPLETED", shell("status", shell.run_dir)
+    status = shell("status", shell.run_dir)
+    assert "done, all steps trained" in status and "1 starts" in status and "1 done" in status
+    assert "step" in shell("logs", shell.run_dir) and "rank-00003" in str(list(shell.run_dir.glob("logs/*/*")))
+    assert exact(shell.run_dir)[-1]["step"] == 20
+    environment = json.loads((shell.run_dir / "logs" / f"{job}.0" / "environment.json").read_text())
+    assert environment["nodes"] == ["node1", "node2"] and "SLURM_JOB_ID" in environment["environment"]
+
+
+@pytest.mark.slow
+def test_stop_and_cancel(cluster, tmp_path, sentences):
+    shell = Shell(cluster, tmp_path, sentences, train_steps=2000)
+    shell.request("submit")
+    job = cluster.run("squeue", "-h", "-o", "%i")
+    metrics = shell.run_dir / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 2, 120, "the first steps")
+    assert "remove the file to let it start again" in shell("stop", shell.run_dir)
+    assert cluster.wait(job, seconds=60) == "COMPLETED"
+    status = json.loads((shell.run_dir / "status.json").read_text())
+    assert status["status"] == "interrupted" and status["reason"].endswith("STOP")
+    (shell.run_dir / "STOP").unlink()
+    shell.request("submit", "--continue", "chain")
+    wait_for(lambda: len(cluster.run("squeue", "-h").splitlines()) == 2, 60, "the job and the next one")
+    assert shell("cancel", shell.run_dir).startswith("cancelled ")
+    wait_for(lambda: cluster.run("squeue", "-h") == "", 60, "an empty queue")
+
+
+@pytest.mark.slow
+def test_the_burn_in_measures_every_rank(cluster, tmp_path):
+    variables = {"MASTER_ADDR": "node1", "MASTER_PORT": 20123, "LOOPMEM_RANKS_PER_NODE": 1, "OMP_NUM_THREADS": 1}
+    command = ("srun", "-N2", "--ntasks-per-node=1", sys.executable, "-m", "loopmem_pretrain.cluster.burn_in", tmp_path)
+    cluster.run(*command, **variables)
+    reports = [json.loads((tmp_path / f"rank-0000{rank}.json").read_text()) for rank in range(2)]
+    assert [report["node"] for report in reports] == ["node1", "node2"]
+    assert all(report["tflops"] > 0 and report["gb_per_second"] > 0 for report in reports)
+
+
+@pytest.mark.slow
+def test_the_whole_chain(cluster, tmp_path):
+    """Tokenizer, data in an array of two, training, conversion, evaluation: each job waits for the one before."""
+    inputs = []
+    for number in range(2):
+        prepare_sentences(tmp_path / f"text {number}", documents=300, seed=number)
+        inputs.append(f"{tmp_path}/text {number}/text.jsonl\n")
+    (tmp_path / "inputs").write_text("".join(inputs))
+    (tmp_path / "recipe.yaml").write_text(
+        f"output_dir: unused\nsources: [{{paths: ['{tmp_path}/text */text.jsonl'], origin: made, license: none}}]\n"
+        f"tokenizer: {{path: {tmp_path}/tokenizer, train: {{vocab_size: 320}}}}\nvalidation_fraction: 0.1\n"
+    )
+    config = config_for(tmp_path / "run", "unused", training={"train_steps": 6})
+    parts = [{"path": f"{tmp_path}/tokens/part-0000{number}"} for number in (1, 2)]
+    data = config.data.model_copy(update={"datasets": tuple(type(config.data.datasets[0])(**part) for part in parts)})
+    (tmp_path / "config.yaml").write_text(dump_config(config.model_copy(update={"data": data})))
+    small = f"--mem=1G --cpus-per-task=1 --time=10 --output={tmp_path}/%x-%j.out"
+    values = {
+        "RECIPE": tmp_path / "recipe.yaml", "INPUTS": tmp_path / "inputs", "OUTPUT": tmp_path / "tokens",
+        "CONFIG": tmp_path / "config.yaml", "RUN_DIR": tmp_path / "run", "OUT": tmp_path / "hf",
+        "PYTHON": sys.executable, "OMP_NUM_THREADS": 1, "HEALTH": "none",
+        "TRAIN_OPTIONS": f"{small} --nodes=2 --ntasks-per-node=1 --gpus-per-node=1",
+        **{f"{name}_OPTIONS": small for name in ("PREPARE", "CONVERT", "EVALUATE")},
+    }  # fmt: skip
+    said = cluster.run(ROOT / "slurm" / "chain.sh", **values)
+    jobs = [word.strip(",") for word in said.split()[1::2]]
+    assert len(jobs) == 5, said
+    logs = lambda: "\n".join(path.read_text()[-1500:] for path in tmp_path.glob("*.out"))  # noqa: E731
+    assert cluster.wait(jobs[-1], seconds=300) == "COMPLETED", logs()
+    assert (tmp_path / "hf" / "model.safetensors").exists()
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    failing = cluster.run(ROOT / "slurm" / "chain.sh", **{**values, "RECIPE": tmp_path / "nowhere.yaml"})
+    last = failing.split()[-1]
+    assert cluster.wait(last, seconds=120) == "CANCELLED", "what waits for a job that failed is taken out"
+
+
+def test_chain_refuses_what_it_cannot_wait_for(tmp_path):
+    names = ("RECIPE", "INPUTS", "OUTPUT", "CONFIG", "RUN_DIR", "OUT")
+    env = {"PATH": "/usr/bin:/bin", "CONTINUE": "chain", **dict.fromkeys(names, "x")}
+    result = subprocess.run([ROOT / "slurm" / "chain.sh"], env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 2 and "needs CONTINUE=requeue" in result.stderr
+
+
+@pytest.mark.slow
+def test_the_next_job_of_a_chain_runs_where_the_first_did(cluster, tmp_path, sentences):
+    shell = Shell(cluster, tmp_path, sentences, train_steps=60)
+    shell.request("submit", "--continue", "chain")
+    job = cluster.run("squeue", "-h", "-o", "%i")
+    metrics = shell.run_dir / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 2, 120, "the first steps")
+    cluster.run("scancel", "--signal=USR1", "--batch", job)
+    assert cluster.wait(job, seconds=60) == "COMPLETED"
+    assert cluster.wait(str(int(job) + 1), seconds=120) == "COMPLETED", shell("status", shell.run_dir)
+    status = shell("status", shell.run_dir)
+    assert "2 starts" in status and "1 interrupted, 1 done" in status and "0 steps trained again" in status

@@ -1,0 +1,204 @@
+"""What is decided from files and variables: places of ranks, budgets, fences, health, the summary of a run."""
+
+import json
+
+import pytest
+
+from loopmem_pretrain import control
+from loopmem_pretrain.checkpoint.store import CheckpointStore
+from loopmem_pretrain.cluster import health, manage, records
+from loopmem_pretrain.cluster.job import Heartbeat, what_ranks_said
+from loopmem_pretrain.cluster.rank import node_command, place
+from loopmem_pretrain.cluster.slurm import was_cancelled
+from loopmem_pretrain.errors import EnvironmentFault
+
+TASK = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "LOOPMEM_RANKS_PER_NODE": "4"}
+
+
+@pytest.mark.parametrize(
+    ("visible", "device"), [(None, "1"), ("", "1"), ("0,1,2,3", "1"), ("3", "0"), ("GPU-aa,GPU-bb,GPU-cc,GPU-dd", "1")]
+)
+def test_the_device_is_one_that_the_task_sees(visible, device):
+    variables = TASK if visible is None else {**TASK, "CUDA_VISIBLE_DEVICES": visible}
+    assert place(variables) == {"RANK": "5", "LOCAL_RANK": device, "WORLD_SIZE": "8"}
+
+
+def test_too_few_devices_are_refused():
+    with pytest.raises(EnvironmentFault, match="rank 5 sees GPUs 0,1 and there are 4 ranks on this node"):
+        place({**TASK, "CUDA_VISIBLE_DEVICES": "0,1"})
+
+
+def test_what_a_launcher_has_set_counts():
+    set_by_torchrun = {"RANK": "6", "LOCAL_RANK": "2", "WORLD_SIZE": "8"}
+    assert place({**TASK, **set_by_torchrun}) == set_by_torchrun
+
+
+@pytest.mark.parametrize(
+    ("launcher", "module"), [("torchrun", "torch.distributed.run"), ("deepspeed", "deepspeed.launcher.launch")]
+)
+def test_a_node_starts_its_ranks(launcher, module):
+    variables = {"SLURM_NODEID": "1", "SLURM_NNODES": "2", "MASTER_ADDR": "n1", "MASTER_PORT": "20001"}
+    command = node_command({**TASK, **variables, "LOOPMEM_LAUNCHER": launcher}, ["train", "a b"])
+    assert command[2] == module
+    assert command[-3:] == ["loopmem_pretrain.cluster.rank", "train", "a b"]
+
+
+def crash(checkpoint):
+    return {"event": "end", "verdict": "crashed", "checkpoint": checkpoint}
+
+
+def test_the_budget_counts_crashes_without_progress():
+    lines = [crash(10), crash(10), {"event": "end", "verdict": "lost nodes", "checkpoint": 20}, crash(20)]
+    assert records.crashes_in_vain(lines, 20) == 1
+    assert records.crashes_in_vain(lines, 30) == 0
+    gave_up = {"event": "end", "verdict": "failed", "checkpoint": 20}
+    assert records.crashes_in_vain([*lines, gave_up, crash(20)], 20) == 1, "somebody has submitted it again"
+
+
+def test_half_a_line_of_the_records_is_left_out(tmp_path):
+    records.append(tmp_path, crash(10))
+    with records.starts_file(tmp_path).open("a") as file:
+        file.write('{"event": "end", "verd')
+    assert len(records.read(tmp_path)) == 1
+
+
+def test_a_start_that_was_replaced_may_not_write(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path)
+    store.discard_incomplete()
+    monkeypatch.setenv(control.START, "7.0")
+    control.take_over(tmp_path, "7.0")
+    store.discard_incomplete()
+    control.take_over(tmp_path, "7.1")
+    changes = [store.discard_incomplete, lambda: store.go_back_to(1), lambda: store.fall_back(tmp_path, [])]
+    for change in [*changes, lambda: store.publish(1, {}, {})]:
+        with pytest.raises(EnvironmentFault, match=r"start 7\.1 has taken over"):
+            change()
+    monkeypatch.delenv(control.START)
+    store.discard_incomplete()
+
+
+def test_requests_by_file(tmp_path, monkeypatch):
+    assert control.stop_request(tmp_path) == "" and not control.save_request(tmp_path)
+    monkeypatch.setenv(control.STOP_FILE, str(tmp_path / "mine"))
+    assert control.stop_request(tmp_path) == ""
+    (tmp_path / "mine").write_text("time is over\n")
+    assert control.stop_request(tmp_path) == "stopped: time is over"
+    (tmp_path / "PAUSE").touch()
+    assert control.stop_request(tmp_path).endswith("/PAUSE")
+    (tmp_path / "SAVE").touch()
+    assert control.save_request(tmp_path)
+    control.save_begins(tmp_path)
+    assert not control.save_request(tmp_path)
+
+
+def test_nodes_are_judged_together():
+    fit = {"problems": [], "clock": 7200.1}
+    reports = {
+        "a": fit,
+        "b": fit,
+        "c": {"problems": [], "clock": 7000.0},
+        "d": {"problems": ["3 GPUs of 4"], "clock": 7200},
+    }
+    assert health.judge(["a", "b", "c", "d", "e"], reports) == {
+        "c": ["its clock is 200 s behind the others"],
+        "d": ["3 GPUs of 4"],
+        "e": ["gave no sign of life"],
+    }
+
+
+def test_a_node_reports_on_itself(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURMD_NODENAME", "here")
+    health.report_on_this_node(tmp_path)
+    report = json.loads((tmp_path / "here.json").read_text())
+    assert report["problems"] == [] and abs(report["clock"]) < 5
+    monkeypatch.setattr(health, "FREE_BYTES", 1 << 60)
+    health.report_on_this_node(tmp_path)
+    assert "GB are free in" in json.loads((tmp_path / "here.json").read_text())["problems"][0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("0, 81559, 0, Not Active, Not Active", "1 GPUs of 2"),
+        (
+            "0, 81559, 2, Not Active, Not Active\n1, 81559, 0, Not Active, Not Active",
+            "GPU 0: 2 uncorrected memory errors",
+        ),
+        (
+            "0, 81559, 0, Not Active, Not Active\n1, 81559, [N/A], Active, Not Active",
+            "GPU 1: slowed down by heat or power",
+        ),
+        ("0, 81559, 0, Not Active, Not Active\n1, 40960, 0, Not Active, Not Active", "GPUs of different memory"),
+        ("exit 9", "nvidia-smi fails"),
+    ],
+)
+def test_gpus_are_judged_by_nvidia_smi(tmp_path, monkeypatch, rows, said):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nexit 9\n" if rows == "exit 9" else f"#!/bin/sh\ncat <<END\n{rows}\nEND\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
+    assert health._gpu_problems()[0].startswith(said)
+
+
+def test_a_heartbeat_that_stands_still(tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    beat = tmp_path / "heartbeat.json"
+    beat.write_text("of the start before")
+    watch = Heartbeat(beat, start_seconds=100, hang_seconds=10)
+    for now, content, hangs in ((99, None, False), (100, "1", False), (109, None, False), (111, None, True)):
+        if content:
+            beat.write_text(content)
+        assert watch.stands_still() is hangs, now
+
+
+def test_the_ranks_errors_are_told_once(tmp_path):
+    for rank in range(3):
+        text = "loopmem: error: bad key\n  what to do: mend it\n" if rank else "all well\n"
+        (tmp_path / f"rank-{rank:05d}.log").write_text(text)
+    assert what_ranks_said(tmp_path) == ["rank-00001 and 1 more: bad key\n  what to do: mend it"]
+
+
+@pytest.mark.parametrize(
+    ("job", "cancelled"),
+    [
+        ({"JobState": "CANCELLED"}, True),
+        ({"JobState": "COMPLETING", "Reason": "None"}, True),
+        ({"JobState": "COMPLETING", "Reason": "NodeDown"}, False),
+        ({"JobState": "COMPLETING", "Reason": "None", "PreemptTime": "2026-01-01T00:00:00"}, False),
+        ({"JobState": "NODE_FAIL", "Reason": "NodeDown"}, False),
+    ],
+)
+def test_cancelled_or_ended_by_slurm(job, cancelled):
+    assert was_cancelled(job) is cancelled
+
+
+def test_the_summary_of_a_run(tmp_path):
+    def begin(start, time, checkpoint):
+        return {
+            "event": "start",
+            "start": start,
+            "time": time,
+            "nodes": ["a", "b"],
+            "ranks": 4,
+            "checkpoint": checkpoint,
+        }
+
+    lines = [
+        begin("1.0", 1000, -1),
+        {"event": "end", "start": "1.0", "time": 4600, "verdict": "crashed", "checkpoint": 10},
+    ]
+    lines += [
+        begin("1.1", 4700, 10),
+        {"event": "end", "start": "1.1", "time": 8300, "verdict": "done", "checkpoint": 30},
+    ]
+    records.starts_file(tmp_path).parent.mkdir()
+    records.starts_file(tmp_path).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    steps = [(5, 100.0), (10, 100.0), (15, 100.0), (15, 90.0), (20, 90.0), (30, 90.0)]
+    text = "".join(json.dumps({"step": step, "seconds_per_step": seconds}) + "\n" for step, seconds in steps)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    said = manage.status(str(tmp_path))
+    assert "2 starts, 8.00 rank hours, 39% of them in steps that count; 5 steps trained again" in said
+    assert "ends: 1 crashed, 1 done" in said
+    assert "crashed" in said.splitlines()[-6]

@@ -1,0 +1,180 @@
+"""Job scripts: what is filled into a template, what is refused, and that plans add up. Without SLURM."""
+
+import difflib
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from loopmem_pretrain.cluster.render import (
+    container_settings,
+    gpu_options,
+    render,
+    site_options,
+    site_setup,
+)
+from loopmem_pretrain.cluster.submit import Request, plan, warning_seconds
+from loopmem_pretrain.config.load import dump_config, load_config
+from loopmem_pretrain.config.site import SiteConfig
+from loopmem_pretrain.errors import ConfigError, EnvironmentFault
+from tests.configs import tiny_run
+
+ROOT = Path(__file__).parents[3]
+SITES = sorted((ROOT / "slurm" / "clusters").glob("*.yaml"))
+TEMPLATES = sorted((ROOT / "slurm").glob("*.sbatch"))
+PRETRAIN = (ROOT / "slurm" / "pretrain.sbatch").read_text()
+
+
+def site(**fields):
+    values = {"name": "test", "gpus_per_node": 8, "cpus_per_node": 96, "shared_folders": ("/",), **fields}
+    return SiteConfig.model_validate(values)
+
+
+def request(tmp_path, overrides=(), nodes=1, of=None, **fields):
+    config = tmp_path / "config.yaml"
+    config.write_text(dump_config(tiny_run(tmp_path / "run", "data")))
+    return Request(config=str(config), overrides=overrides, site=of or site(), nodes=nodes, **fields)
+
+
+def options_of(script):
+    pairs = re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", script, re.MULTILINE)
+    assert len({name for name, _ in pairs}) == len(pairs), "an option twice"
+    return dict(pairs)
+
+
+@pytest.mark.parametrize("path", SITES, ids=lambda path: path.stem)
+def test_every_site_loads_and_gives_options(path):
+    options = site_options(load_config(SiteConfig, path)) | gpu_options(load_config(SiteConfig, path))
+    assert list(options.values()).count(None) == 2, "one of three ways to ask for GPUs"
+
+
+@pytest.mark.parametrize("path", [*TEMPLATES, ROOT / "slurm" / "chain.sh"], ids=lambda path: path.name)
+def test_templates_are_bash(path):
+    subprocess.run(["bash", "-n", path], check=True)
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.name)
+def test_nothing_given_nothing_changed_but_the_place_of_the_site(path):
+    template = path.read_text()
+    lines = difflib.ndiff(template.splitlines(), render(template, {}, {}).splitlines())
+    changes = [line for line in lines if line[0] in "+-"]
+    assert changes == ["- # Here go the modules and variables of your cluster."]
+
+
+def test_values_are_filled_in_and_quoted(tmp_path):
+    """The script is run by bash with a stand-in for Python that prints its arguments."""
+    show = tmp_path / "show"
+    show.write_text("#!/bin/sh\nprintf '<%s>' \"$@\"\n")
+    show.chmod(0o755)
+    nasty = "a b'c\"d$(touch /tmp/never)`x`;\\"
+    script = render(
+        PRETRAIN,
+        {"nodes": "3", "gres": "gpu:8", "gpus-per-node": None},
+        {"PYTHON": str(show), "CONFIG": nasty, "RUN_DIR": "/r n"},
+        [],
+        ["k=v w"],
+    )
+    said = subprocess.run(["bash", "-c", script, "job", "last one"], capture_output=True, text=True, check=True).stdout
+    assert f"<--config><{nasty}><--run-dir></r n>" in said
+    assert said.endswith("<--><k=v w><last one>")
+    options = options_of(script)
+    assert options["nodes"] == "3" and options["gres"] == "gpu:8" and "gpus-per-node" not in options
+
+
+@pytest.mark.parametrize("value", ["a\n#SBATCH --nodes=9", 'a"b', "a'b", "a#b"])
+def test_what_cannot_stand_in_an_sbatch_line_is_refused(value):
+    with pytest.raises(ConfigError, match="--job-name="):
+        render(PRETRAIN, {"job-name": value}, {})
+
+
+def test_a_setting_that_the_template_does_not_have_is_refused():
+    with pytest.raises(ConfigError, match="NO_SUCH"):
+        render(PRETRAIN, {}, {"NO_SUCH": "1"})
+
+
+def test_variables_come_with_their_reasons(tmp_path):
+    (tmp_path / "site.yaml").write_text(
+        "{name: test, gpus_per_node: 8, cpus_per_node: 96, modules: [CUDA/12],"
+        " environment: [{name: NCCL_IB_HCA, value: mlx5 $x, reason: the fast ports}]}"
+    )
+    lines = site_setup(load_config(SiteConfig, tmp_path / "site.yaml"))
+    assert lines == ["# test", "module load CUDA/12", "# the fast ports", "export NCCL_IB_HCA='mlx5 $x'"]
+
+
+def test_containers_stay_around_the_ranks_only():
+    box = {"kind": "apptainer", "image": "my image.sif", "mounts": ("/data",)}
+    apptainer = container_settings(site(container=box), ["/run"])
+    assert apptainer == {"RANK_PYTHON": "python3", "WRAP": "apptainer exec --nv --bind=/data,/run 'my image.sif'"}
+    pyxis = container_settings(site(container={**box, "kind": "pyxis"}), ["/run"])
+    assert pyxis["SRUN_OPTIONS"] == "'--container-image=my image.sif' --container-mounts=/data:/data,/run:/run"
+
+
+def test_128_nodes_of_8(tmp_path):
+    """1024 ranks = TP 2 x PP 2 x DP 256, and every number of the script says so."""
+    sizes = ["training.global_batch_size=2048", "training.micro_batch_size=2", "validation.num_samples=512"]
+    sizes += ["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"]
+    large = site(max_nodes=384, partition="batch", hardware=str(ROOT / "configs" / "cluster" / "h100.yaml"))
+    ready = plan(request(tmp_path, sizes, nodes=128, of=large, spare_nodes=2))
+    options = options_of(ready.script)
+    assert (options["nodes"], options["ntasks-per-node"], options["gpus-per-node"]) == ("130", "8", "8")
+    assert options["cpus-per-task"] == "12" and options["partition"] == "batch"
+    assert "1,024 ranks = TP 2 x PP 2 x DP 256; 4 micro-batches a step" in ready.notes[0]
+    assert "SPARE_NODES=2 " in ready.script
+    assert "${" not in ready.script, "the environment of sbatch decides nothing"
+    assert any("a step is expected to take" in note for note in ready.notes)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"nodes": 3}, "global_batch_size 8"),
+        ({"of": site(gpu_memory_gb=1e-6)}, "does not fit"),
+        ({"of": site(max_nodes=1), "spare_nodes": 1}, "gives 1 at most"),
+        ({"of": site(gpu_request="gpus-per-task"), "launcher": "torchrun"}, "would get one GPU"),
+        ({"overrides": ["modle.x=1"]}, "modle"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, change, said):
+    overrides = [*change.pop("overrides", ()), *(["training.micro_batch_size=1"] if "nodes" not in change else [])]
+    with pytest.raises(ConfigError, match=said):
+        plan(request(tmp_path, overrides, **change))
+    assert not (tmp_path / "run").exists()
+
+
+def small(tmp_path, **fields):
+    return request(tmp_path, ["training.micro_batch_size=1"], **fields)
+
+
+def test_a_run_folder_that_others_do_not_see_is_refused(tmp_path):
+    with pytest.raises(EnvironmentFault, match="not below /scratch"):
+        plan(small(tmp_path, of=site(shared_folders=("/scratch",))))
+    kind = subprocess.run(["stat", "-f", "-c", "%T", tmp_path], capture_output=True, text=True, check=True).stdout
+    if kind.split("/")[0] in ("ext2", "overlay", "tmpfs", "xfs", "btrfs"):
+        with pytest.raises(EnvironmentFault, match="which other nodes do not see"):
+            plan(small(tmp_path, of=site(shared_folders=())))
+
+
+def test_a_foreign_folder_is_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").touch()
+    with pytest.raises(EnvironmentFault, match=r"thesis\.tex"):
+        plan(small(tmp_path))
+
+
+def test_the_folder_of_another_configuration_is_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(dump_config(tiny_run(tmp_path / "run", optimizer={"lr": 0.5})))
+    with pytest.raises(ConfigError, match=r"optimizer\.lr"):
+        plan(small(tmp_path))
+
+
+def test_the_warning_comes_from_what_saves_took(tmp_path):
+    assert warning_seconds(tmp_path, site(warning_seconds=300)) == 300
+    folder = tmp_path / "checkpoints" / "step_00000010"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text('{"seconds": {"copy": 20.0, "write": 100.0}}')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 10, "seconds_per_step": 4.0}\n{"step": 20, "seconds_per_step": 4.0}\n'
+    )
+    assert warning_seconds(tmp_path, site()) == 2 * (120 + 40) + 60
