@@ -318,3 +318,10 @@ def test_full_disk(tmp_path):
     )
     assert EnvironmentFault.__name__ in done.stderr.splitlines()[-2], done.stderr
     assert "check the disk's space" in done.stderr or "free space" in done.stderr
+
+
+def test_a_context_shorter_than_the_compared_prompt(tmp_path, tokenizer_path):
+    model = native_model(model_config("plain"))
+    weights, out = dict(model.named_parameters()), tmp_path / "out"
+    report = export(model.config, weights, tokenizer_path, out, sample_texts=TEXTS[:1], seq_length=8)
+    assert report.comparison.greedy_tokens > 0
