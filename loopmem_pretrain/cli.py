@@ -99,8 +99,8 @@ def build_parser() -> argparse.ArgumentParser:
     generate_.add_argument("--num-loops", type=int, nargs="+", metavar="N", help=help_)
     help_ = "let tokens leave a layer early, 0 < T <= 1; 1 runs all loops (default: as the model's config says)"
     generate_.add_argument("--exit-threshold", type=float, metavar="T", help=help_)
-    help_ = "a token leaves once a share T of its halting mass is out, or a loop changes it by less than 1 - T"
-    generate_.add_argument("--exit-rule", choices=("halting", "confidence"), default="halting", help=help_)
+    help_ = "halting: leaves once a share T of its halting mass is out (default); confidence: changed by less than 1 - T"
+    generate_.add_argument("--exit-rule", choices=("halting", "confidence"), help=help_)
     generate_.add_argument("--save", metavar="FILE", help="also write prompt and text to FILE")
     eval_ = command("eval", evaluate, "A run or an exported folder on held-out text (perplexity) and task suites.")
     eval_.add_argument("model", metavar="RUN_OR_HF", help="run folder, one of its checkpoints, or exported folder")
@@ -119,8 +119,8 @@ def build_parser() -> argparse.ArgumentParser:
     eval_.add_argument("--num-loops", nargs="+", default=[], metavar="N", help=help_)
     help_ = "let tokens leave layers early, 0 < T <= 1, for each T (default: all loops run)"
     eval_.add_argument("--exit-threshold", nargs="+", type=float, default=[], metavar="T", help=help_)
-    help_ = "a token leaves once a share T of its halting mass is out, or a loop changes it by less than 1 - T"
-    eval_.add_argument("--exit-rule", choices=("halting", "confidence"), default="halting", help=help_)
+    help_ = "halting: leaves once a share T of its halting mass is out (default); confidence: changed by less than 1 - T"
+    eval_.add_argument("--exit-rule", choices=("halting", "confidence"), help=help_)
     eval_.add_argument("--max-documents", type=int, metavar="N", help="the first N of each domain (default: all)")
     eval_.add_argument("--batch-size", type=int, default=8, metavar="B", help="windows in a forward pass (default: 8)")
     eval_.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda or cuda:N (default: cpu)")
@@ -287,8 +287,14 @@ def generate(options: Any) -> int:
     from loopmem_pretrain.inference.command import open_model
     from loopmem_pretrain.inference.generate import generate_text
 
+    rule = _exit_rule(options)
+    pieces: list[str] = []
+
+    def show(piece: str) -> None:
+        print(piece if pieces else options.prompt + piece, end="", flush=True)
+        pieces.append(piece)
+
     model, tokenizer, context = open_model(options.model)
-    print(options.prompt, end="", flush=True)
     text = generate_text(
         model,
         tokenizer,
@@ -299,14 +305,21 @@ def generate(options: Any) -> int:
         seed=options.seed,
         num_loops=options.num_loops[0] if options.num_loops and len(options.num_loops) == 1 else options.num_loops,
         exit_threshold=options.exit_threshold,
-        exit_rule=options.exit_rule,
+        exit_rule=rule,
         context_length=context,
-        on_text=lambda piece: print(piece, end="", flush=True),
+        on_text=show,
     )
-    print()
+    print("" if pieces else options.prompt)
     if options.save:
         Path(options.save).write_text(options.prompt + text + "\n", encoding="utf-8")
     return EXIT_DONE
+
+
+def _exit_rule(options: Any) -> str:
+    """The rule of `--exit-threshold`; without one it would change nothing."""
+    if options.exit_rule and options.exit_threshold in (None, []):
+        raise ConfigError("--exit-rule is about --exit-threshold", "add --exit-threshold, or leave it out")
+    return options.exit_rule or "halting"
 
 
 def evaluate(options: Any) -> int:
@@ -325,7 +338,7 @@ def evaluate(options: Any) -> int:
         seed=options.seed,
         num_loops=options.num_loops,
         exit_threshold=options.exit_threshold,
-        exit_rule=options.exit_rule,
+        exit_rule=_exit_rule(options),
         max_documents=options.max_documents,
         batch_size=options.batch_size,
         device=options.device,

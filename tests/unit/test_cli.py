@@ -104,6 +104,12 @@ def test_bad_config_is_said_once_for_all_ranks(refused):
     assert said.count("optimizer.lr: must be greater than 0 (got -1)") == 1
 
 
+@pytest.mark.parametrize("command", [("generate", "--prompt", "a"), ("eval",)])
+def test_a_rule_without_a_threshold(refused, command):
+    said = refused(2, *command, "runs/demo", "--exit-rule", "confidence")
+    assert "--exit-rule is about --exit-threshold" in said
+
+
 def test_generate_without_a_prompt(refused):
     assert "the following arguments are required: --prompt" in refused(2, "generate", "runs/demo")
 
