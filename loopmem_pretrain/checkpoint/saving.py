@@ -86,13 +86,16 @@ class Saver:
         """Let this rank's thread come to its end; not a collective, for a start that ends with or without an error.
 
         A process that ended while torch writes would abort. What is whole is published; rank 0 waits a little for the
-        records of the others, who may be gone.
+        records of the others, who may be gone. A failure is only told: what ended the start is raised already.
         """
-        if self._save is None:
+        save = self._save
+        if save is None:
             return
-        self._save.sample.no_more()
-        self._save.wait_for_others = time.monotonic() + GRACE
-        self._save.thread.join()
+        save.sample.no_more()
+        save.wait_for_others = time.monotonic() + GRACE
+        save.thread.join()
+        if save.failure is not None:
+            log.error("the checkpoint of step %d is not saved: rank %d: %s", save.step, self.run.rank, save.failure)
 
     def save(self, wait: bool) -> None:
         """Save the current step. With `wait`, or where `checkpoint.asynchronous` is off, return when it is published.

@@ -121,22 +121,34 @@ saving.make_folder = read_only
     ]
 
 
-def test_a_run_that_gives_up_leaves_the_save_under_way_whole(tmp_path, sentences):
-    config = config_for(tmp_path, sentences)
-    before = """
+GIVES_UP = """
 from loopmem_pretrain.errors import TrainingGaveUp
 train_batch = trainer.engine.train_batch
 def failing(batches, step):
-    if step == 10:
+    if step == {step}:
         raise TrainingGaveUp("enough", "")
     return train_batch(batches, step)
 trainer.engine.train_batch = failing
 """
-    _, error = run(config, first=SLOWLY, before=before)
+
+
+def test_a_run_that_gives_up_leaves_the_save_under_way_whole(tmp_path, sentences):
+    config = config_for(tmp_path, sentences)
+    _, error = run(config, first=SLOWLY, before=GIVES_UP.format(step=10))
     assert error.exit_code == 7
     assert newest(tmp_path) == "step_00000010"
     assert not (tmp_path / "checkpoints" / "step_00000010" / "probe.json").exists()  # no step has followed
     assert run(config) == ("done", None)
+
+
+def test_a_save_that_fails_while_the_run_gives_up_is_told(tmp_path, sentences):
+    config = config_for(tmp_path / "run", sentences, checkpoint={"interval_steps": 4})
+    logged = TO_A_FILE.format(str(tmp_path / "log"))
+    _, error = run(config, first=FAILS_ONCE.format(steps={8}) + logged, before=GIVES_UP.format(step=8))
+    assert error.exit_code == 7
+    said = (tmp_path / "log").read_text()
+    assert "the checkpoint of step 8 is not saved: rank 1: OSError: [Errno 28] No space left on device" in said
+    assert newest(tmp_path / "run") == "step_00000004"
 
 
 def test_weights_that_give_no_finite_loss_are_not_saved(tmp_path, sentences):
