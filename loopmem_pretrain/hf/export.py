@@ -23,7 +23,7 @@ from loopmem_pretrain.hf.staging import check_destination, staged
 from loopmem_pretrain.hf.tokenizer import check_parity, to_huggingface
 from loopmem_pretrain.hf.unrolled import UnrolledWeights, check_unrolled, dense_config
 from loopmem_pretrain.hf.verify import Comparison, rounding, verify_folder
-from loopmem_pretrain.hf.weights import DTYPES, DType, check_weights, write_weights
+from loopmem_pretrain.hf.weights import DTYPES, DType, check_weights, check_written, write_weights
 
 _HERE = Path(__file__).resolve().parent
 
@@ -108,7 +108,9 @@ def export(
     parameters = sum(map(math.prod, shapes.values()))
     with staged(out_dir, overwrite) as folder:
         write_tokenizer(folder, tokenizer_path, sample_texts)
-        files = write_weights(folder, weights if dense is None else dense, shapes, dtype, max_shard_size, on_written)
+        content = weights if dense is None else dense
+        files = write_weights(folder, content, shapes, dtype, max_shard_size, on_written)
+        check_written(folder, files, content, shapes, dtype)
         with disk_faults(folder):
             if unrolled is None:
                 write_settings(folder, huggingface_config(model_config, tokenizer, seq_length, dtype))

@@ -10,12 +10,13 @@ safetensors' own writer takes all tensors of a file at once. Its format is simpl
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from loopmem_pretrain.config.model import ModelConfig
@@ -110,6 +111,41 @@ def write_weights(
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     _refuse(problems, "export a checkpoint of a healthy model")
     return tuple(split.filename_to_tensors)
+
+
+def check_written(
+    folder: Path, files: Iterable[str], weights: Mapping[str, Tensor], shapes: Mapping[str, list[int]], dtype: DType
+) -> None:
+    """Read every tensor back and compare each number: texts reach few rows of the embedding and of large banks.
+
+    Args: as given to `write_weights`, and the `files` it returned.
+
+    Raises:
+        ConversionError: a tensor that is missing, more than written, or not what was to be written, with its name.
+    """
+    problems, missing = [], set(shapes)
+    for file in files:
+        try:
+            with safe_open(folder / file, "pt") as content:
+                for name in content.keys():  # noqa: SIM118 - safe_open is no mapping
+                    missing.discard(name)
+                    if name not in shapes or not _is_written(content.get_tensor(name), weights[name], dtype):
+                        problems.append(f"{name}: other numbers, another shape or another type")
+        except (SafetensorError, OSError) as error:
+            problems.append(f"{file}: {error}")
+    problems += [f"{name}: missing" for name in shapes if name in missing]
+    if problems:
+        raise ConversionError(
+            "what was written is not what was to be written:\n  " + "\n  ".join(problems),
+            "nothing was exported; export again, and to another disk if it comes again",
+        )
+
+
+def _is_written(stored: Tensor, value: Tensor, dtype: DType) -> bool:
+    if stored.dtype != DTYPES[dtype] or stored.shape != value.shape:
+        return False
+    pieces = zip(_pieces(value.detach()), torch.split(stored.reshape(-1), _PIECE), strict=True)
+    return all(torch.equal(piece.to(DTYPES[dtype]), written) for piece, written in pieces)
 
 
 def _header(shapes: Mapping[str, list[int]], dtype: DType) -> bytes:

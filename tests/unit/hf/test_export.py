@@ -21,7 +21,7 @@ from loopmem_pretrain.hf.export import (
 from loopmem_pretrain.hf.load import load_hf
 from loopmem_pretrain.hf.staging import staged
 from loopmem_pretrain.hf.verify import reference_model
-from loopmem_pretrain.hf.weights import check_weights, write_weights
+from loopmem_pretrain.hf.weights import check_weights, check_written, write_weights
 from loopmem_pretrain.model.early_exit import EarlyExit, exit_forward
 from tests.unit.hf.conftest import TEXTS, VARIANTS, model_config, native_model
 
@@ -325,3 +325,20 @@ def test_a_context_shorter_than_the_compared_prompt(tmp_path, tokenizer_path):
     weights, out = dict(model.named_parameters()), tmp_path / "out"
     report = export(model.config, weights, tokenizer_path, out, sample_texts=TEXTS[:1], seq_length=8)
     assert report.comparison.greedy_tokens > 0
+
+
+def test_a_row_that_no_sample_text_reaches(tmp_path):
+    """Comparing what models compute would not see it."""
+    model = native_model(model_config("full"))
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+    shapes = check_weights(model.config, weights)
+    other = {**weights, "model.embed_tokens.weight": weights["model.embed_tokens.weight"].clone()}
+    other["model.embed_tokens.weight"][-1, -1] += 1e-6
+    files = write_weights(tmp_path, other, shapes, "float32", "20KB")
+    check_written(tmp_path, files, other, shapes, "float32")
+    with pytest.raises(ConversionError) as caught:
+        check_written(tmp_path, files, weights, shapes, "float32")
+    assert "model.embed_tokens.weight: other numbers" in caught.value.problem and caught.value.problem.count(":") == 2
+    (tmp_path / files[0]).write_bytes(b"")
+    with pytest.raises(ConversionError, match=r"(?s)model-00001-of-.*: missing"):
+        check_written(tmp_path, files, other, shapes, "float32")
