@@ -99,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate_.add_argument("--num-loops", type=int, nargs="+", metavar="N", help=help_)
     help_ = "let tokens leave a layer early, 0 < T <= 1; 1 runs all loops (default: as the model's config says)"
     generate_.add_argument("--exit-threshold", type=float, metavar="T", help=help_)
-    help_ = "halting: leaves once a share T of its halting mass is out (default); confidence: changed by less than 1 - T"
+    help_ = "halting (default): once a share T of its mass is out; confidence: once a loop changes less than 1 - T"
     generate_.add_argument("--exit-rule", choices=("halting", "confidence"), help=help_)
     generate_.add_argument("--save", metavar="FILE", help="also write prompt and text to FILE")
     eval_ = command("eval", evaluate, "A run or an exported folder on held-out text (perplexity) and task suites.")
@@ -119,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
     eval_.add_argument("--num-loops", nargs="+", default=[], metavar="N", help=help_)
     help_ = "let tokens leave layers early, 0 < T <= 1, for each T (default: all loops run)"
     eval_.add_argument("--exit-threshold", nargs="+", type=float, default=[], metavar="T", help=help_)
-    help_ = "halting: leaves once a share T of its halting mass is out (default); confidence: changed by less than 1 - T"
+    help_ = "halting (default): once a share T of its mass is out; confidence: once a loop changes less than 1 - T"
     eval_.add_argument("--exit-rule", choices=("halting", "confidence"), help=help_)
     eval_.add_argument("--max-documents", type=int, metavar="N", help="the first N of each domain (default: all)")
     eval_.add_argument("--batch-size", type=int, default=8, metavar="B", help="windows in a forward pass (default: 8)")
@@ -284,6 +284,7 @@ def reshape(options: Any) -> int:
 def generate(options: Any) -> int:
     from pathlib import Path
 
+    from loopmem_pretrain.data.files import write_file
     from loopmem_pretrain.inference.command import open_model
     from loopmem_pretrain.inference.generate import generate_text
 
@@ -311,7 +312,7 @@ def generate(options: Any) -> int:
     )
     print("" if pieces else options.prompt)
     if options.save:
-        Path(options.save).write_text(options.prompt + text + "\n", encoding="utf-8")
+        write_file(Path(options.save), (options.prompt + text + "\n").encode())
     return EXIT_DONE
 
 
