@@ -103,7 +103,7 @@ def verify_folder(
     if stored is not None:
         fresh_load.convert_by_parts(reference, stored)
     samples = [ids[:seq_length] for ids in tokens]
-    prompt = max(samples, key=len)[:PROMPT_TOKENS]
+    prompt = max(samples, key=len)[: min(PROMPT_TOKENS, seq_length - 1)]  # leaves room in the context
     request = {
         "texts": texts,
         "samples": samples,
