@@ -125,6 +125,8 @@ def build_parser() -> argparse.ArgumentParser:
     eval_.add_argument("--batch-size", type=int, default=8, metavar="B", help="windows in a forward pass (default: 8)")
     eval_.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda or cuda:N (default: cpu)")
     eval_.add_argument("--out", metavar="FILE.json", help="also write every number, unrounded")
+    help_ = "also put the tables into the model card of the exported folder, in place of earlier ones"
+    eval_.add_argument("--card", action="store_true", help=help_)
     help_ = "What is in a run's checkpoints, whether it is what was written; one rewritten for a start at other sizes."
     checkpoint_ = command("checkpoint", list_checkpoints, help_).add_subparsers(required=True, metavar="VERB")
     list_ = command("list", list_checkpoints, "A table of a run's checkpoints and why each is kept.", checkpoint_)
@@ -328,7 +330,10 @@ def evaluate(options: Any) -> int:
 
     from loopmem_pretrain.eval.evaluate import evaluate, write_evaluation
     from loopmem_pretrain.tools.evaluation import describe
+    from loopmem_pretrain.tools.evaluation_card import check_card, write_card
 
+    if options.card:
+        check_card(options.model)
     evaluation = evaluate(
         options.model,
         text=options.text,
@@ -348,6 +353,8 @@ def evaluate(options: Any) -> int:
     print(describe(evaluation))
     if options.out:
         write_evaluation(options.out, evaluation)
+    if options.card:
+        print(f"\nwritten to {write_card(options.model, evaluation)}")
     return EXIT_DONE
 
 

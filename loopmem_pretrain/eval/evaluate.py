@@ -14,7 +14,7 @@ from loopmem_pretrain.data.files import write_file
 from loopmem_pretrain.errors import ConfigError
 from loopmem_pretrain.eval.documents import Domain, prepared_domains, text_domains
 from loopmem_pretrain.eval.opening import Opened, identity_of, is_exported, open_scorer, place_of, settings_of
-from loopmem_pretrain.eval.perplexity import DomainScores, Ratio, Score, Scorer, measure
+from loopmem_pretrain.eval.perplexity import DomainScores, Ratio, Scorer, measure
 from loopmem_pretrain.eval.scoring import Setting, stride_of
 from loopmem_pretrain.eval.suites import Mean, TaskRequests, TaskScores, measured, open_tasks, score_task
 from loopmem_pretrain.model.flops import forward_flops_at
@@ -143,7 +143,7 @@ def _tasks(opened: Opened, tasks: list[TaskRequests], settings: list[Setting]) -
             for setting, means in zip(settings, by_setting, strict=True)
         ]
         suites.append({"suite": suite, "tasks": [task.name for task in tasks if task.suite == suite], "scores": rows})
-    return {"tasks": [_plain_task(task, scores[task.name], settings, max_loops) for task in tasks], "suites": suites}
+    return {"tasks": [_plain_task(task, scores[task.name], settings, opened) for task in tasks], "suites": suites}
 
 
 def _score(opened: Opened, task: TaskRequests, settings: list[Setting]) -> list[TaskScores]:
@@ -158,19 +158,27 @@ def _score(opened: Opened, task: TaskRequests, settings: list[Setting]) -> list[
         bar.update(done, f"{len(task.items):,} items")
 
     try:
-        return [
-            score_task(task, WindowLM(scorer_of(opened, setting, show), codec.encode, codec.eos_id, opened.context))
-            for setting in settings
-        ]
+        scores = []
+        for setting in settings:
+            model = WindowLM(scorer_of(opened, setting, show), codec.encode, codec.eos_id, opened.context)
+            score = score_task(task, model)
+            early = setting.exit_threshold is not None
+            scores.append(score._replace(mean_loops=model.loops / model.tokens) if early else score)
+        return scores
     finally:
         bar.close()
 
 
 def _plain_task(
-    task: TaskRequests, scores: list[TaskScores], settings: list[Setting], max_loops: int
+    task: TaskRequests, scores: list[TaskScores], settings: list[Setting], opened: Opened
 ) -> dict[str, Any]:
+    config = opened.model.config
     rows = [
-        {**_plain_setting(setting, max_loops), **_all_named(score.metrics)}
+        {
+            **_plain_setting(setting, config.max_loops),
+            **_cost(setting, score.mean_loops, config, opened.context),
+            **_all_named(score.metrics),
+        }
         for setting, score in zip(settings, scores, strict=True)
     ]
     return {
@@ -191,7 +199,7 @@ def _plain(result: DomainScores, config: Any, context: int) -> dict[str, Any]:
     rows = [
         {
             **_plain_setting(score.setting, config.max_loops),
-            **_cost(score, config, context),
+            **_cost(score.setting, score.mean_loops, config, context),
             "nats": score.nats,
             **_named("perplexity", score.perplexity),
             **_named("bits_per_byte", score.bits_per_byte),
@@ -201,9 +209,9 @@ def _plain(result: DomainScores, config: Any, context: int) -> dict[str, Any]:
     return {**result._asdict(), "scores": rows}
 
 
-def _cost(score: Score, config: Any, context: int) -> dict[str, Any]:
+def _cost(setting: Setting, mean_loops: float | None, config: Any, context: int) -> dict[str, Any]:
     """Loops a token, mean over layers, and its forward FLOPs in a window; those of open gates."""
-    loops = score.setting.num_loops if score.mean_loops is None else score.mean_loops
+    loops = setting.num_loops if mean_loops is None else mean_loops
     return {
         "mean_loops": loops,
         "flops_per_token": forward_flops_at(config, context, max(1, config.max_loops) if loops is None else loops),

@@ -34,6 +34,7 @@ from loopmem_pretrain.eval.scoring import (
     window_scores,
 )
 from loopmem_pretrain.model.decoding import decoding
+from loopmem_pretrain.model.early_exit import early_exit, exit_forward
 
 MOST_NEW_TOKENS = 256
 """Of a generation whose task names no number, as in the harness's own models."""
@@ -54,6 +55,8 @@ class WindowLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         self.score, self.encode, self.eos_id, self.max_length = score, encode, eos_id, context
         self.shortened = 0
         """Prompts so far that did not fit into the context with their continuation and lost their beginning."""
+        self.tokens, self.loops = 0, 0.0
+        """Tokens of continuations so far, and with early exit the loops they ran, mean over layers, summed."""
 
     @property
     def eot_token_id(self) -> int:
@@ -74,9 +77,10 @@ class WindowLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
             self.shortened += len(ids) - 1 > self.max_length
             windows += continuation_windows(number, ids, len(continuation), self.max_length)
         nats, greedy = [0.0] * len(requests), [True] * len(requests)
-        for window, (value, is_greedy, _) in zip(windows, self.score(windows), strict=True):
+        for window, (value, is_greedy, loops) in zip(windows, self.score(windows), strict=True):
             nats[window.document] += value
             greedy[window.document] &= is_greedy
+            self.tokens, self.loops = self.tokens + window.scored, self.loops + (loops or 0.0)
         return [(-value, is_greedy) for value, is_greedy in zip(nats, greedy, strict=True)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -104,17 +108,21 @@ class LoopMemHarness(WindowLM):
         pretrained: str,
         num_loops: int | None = None,
         gates_closed: bool = False,
+        exit_threshold: float | None = None,
+        exit_rule: str = "halting",
         batch_size: int | str = 8,
         device: str = "cpu",
         **_: Any,
     ) -> None:
-        """`num_loops`, `gates_closed` and `device` as in `loopmem eval`; what else the harness hands on is not used.
+        """Arguments as in `loopmem eval`, `gates_closed` runs without memory; what else the harness gives is not used.
 
         Raises:
             LoopMemError: as `open_scorer` and `settings_of` say.
         """
         self.opened = open_scorer(pretrained, int(batch_size), device)
-        (setting,) = settings_of(self.opened.model, [] if num_loops is None else [str(num_loops)])
+        loops = [] if num_loops is None else [str(num_loops)]
+        thresholds = [] if exit_threshold is None else [float(exit_threshold)]
+        (setting,) = settings_of(self.opened.model, loops, thresholds, exit_rule)
         if gates_closed and self.opened.model.model.memory is None:
             raise ConfigError("gates_closed: this model has no memory", "leave gates_closed out")
         self.setting = setting._replace(gates_closed=bool(gates_closed))
@@ -130,6 +138,8 @@ class LoopMemHarness(WindowLM):
     def _generate(self, prompt: str, wishes: dict[str, Any]) -> str:
         from transformers import DynamicCache
 
+        from loopmem_pretrain.hf.cache import cache_with_slots
+
         if wishes.get("do_sample") or wishes.get("temperature"):
             raise ConfigError("this model decodes greedily, and the task asks for drawn tokens", "set do_sample: false")
         limit = int(wishes.get("max_gen_toks", MOST_NEW_TOKENS))
@@ -144,10 +154,15 @@ class LoopMemHarness(WindowLM):
         self.shortened += len(ids) > self.max_length - limit
         model, codec = self.opened.model, self.opened.codec
         tokens = torch.tensor([ids[-(self.max_length - limit) :]], device=next(model.parameters()).device)
+        early = early_exit(self.setting.exit_threshold, self.setting.exit_rule or "halting")
         cache, new, text = DynamicCache(), list[int](), ""
+        cache_with_slots(cache, [self.setting.num_loops or 1] * model.config.num_hidden_layers)
         while len(new) < limit and not any(stop in text for stop in stops):
             told = decoding(tokens.shape[1], cache.get_seq_length(), tokens.device, cache=cache)
-            hidden, _ = model.model(tokens, self.setting.num_loops, told)
+            if early is None:
+                hidden, _ = model.model(tokens, self.setting.num_loops, told)
+            else:
+                hidden, _ = exit_forward(model.model, tokens, early, self.setting.num_loops, told)
             tokens = model.lm_head(hidden[:, -1:])[..., : codec.vocab_size].argmax(-1)
             if int(tokens) == codec.eos_id:
                 break

@@ -13,6 +13,7 @@ from loopmem_pretrain.eval.scoring import Setting
 from loopmem_pretrain.hf.load import device_of
 from loopmem_pretrain.inference.command import open_model
 from loopmem_pretrain.inference.generate import codec_of
+from loopmem_pretrain.model.early_exit import EXIT_RULES
 
 
 class Opened(NamedTuple):
@@ -80,8 +81,10 @@ def settings_of(
 ) -> list[Setting]:
     """What `--num-loops`, `--exit-threshold` and `--exit-rule` ask for: every threshold with every number of loops.
 
+    With `all` loops, thresholds follow the forced loops, each with the loops that the model was trained with.
+
     Raises:
-        ConfigError: no number of loops, no threshold, or a model that does not loop.
+        ConfigError: no number of loops, no threshold, an unknown rule, or a model that does not loop.
     """
     settings = _settings_of_loops(model, num_loops)
     if not thresholds:
@@ -94,11 +97,15 @@ def settings_of(
             f"--exit-threshold {' '.join(map(str, wrong))} is not valid",
             "give numbers above 0 and at most 1, where all loops run",
         )
-    return [
+    if rule not in EXIT_RULES:
+        raise ConfigError(f"--exit-rule {rule} is not known", f"use one of {', '.join(EXIT_RULES)}")
+    forced, run = (settings, [Setting(model.config.max_loops)]) if list(num_loops) == ["all"] else ([], settings)
+    early = [
         setting._replace(exit_threshold=threshold, exit_rule=rule)
-        for setting in settings
+        for setting in run
         for threshold in dict.fromkeys(thresholds)
     ]
+    return [*forced, *early]
 
 
 def _settings_of_loops(model: Any, num_loops: Sequence[str]) -> list[Setting]:

@@ -52,6 +52,8 @@ class TaskScores(NamedTuple):
     metrics: dict[str, Mean]
     shortened: int
     """Prompts that did not fit into the context with their continuation and lost their beginning."""
+    mean_loops: float | None = None
+    """With early exit: loops that a predicted token ran, mean over layers."""
 
 
 def open_tasks(

@@ -11,6 +11,8 @@ from loopmem_pretrain.hf.verify import Comparison
 from loopmem_pretrain.model.flops import forward_flops_at, forward_flops_per_token, parameter_counts
 
 CURVE_ROWS = 10
+EVALUATION_BEGINS, EVALUATION_ENDS = "<!-- loopmem eval: begin -->", "<!-- loopmem eval: end -->"
+"""Marks between which `loopmem eval --card` puts what it measured."""
 
 
 class DataShare(NamedTuple):
@@ -80,7 +82,7 @@ tags:
 
 # A looped memory transformer
 
-A decoder-only language model, pretrained with loopmem_pretrain. It continues text; it is not trained to follow
+A decoder-only language model, trained with loopmem_pretrain. It continues text; it is not trained to follow
 instructions or to be safe.
 """
 
@@ -277,16 +279,19 @@ def _evaluation(comparison: Comparison, history: History | None, unrolled: bool)
     lines = ["## Evaluation", ""]
     if unrolled:
         return "\n".join([*lines, text, ""])
-    loops = " --num-loops all" if comparison.expected_loops else ""
+    loops = " --num-loops all --exit-threshold 0.5 0.7 0.9" if comparison.expected_loops else ""
     lines += [
-        f"{text} With loopmem_pretrain installed, perplexity and bits per byte, by domain and by loops:",
+        f"{text} With loopmem_pretrain installed, perplexity and bits per byte by domain, and what task suites give; "
+        f"`--card` puts it here{', quality against loops and against the threshold of early exit' if loops else ''}:",
         "",
-        f"    loopmem eval . --text HELD_OUT.jsonl{loops}",
+        f"    loopmem eval . --text HELD_OUT.jsonl{loops} --card",
+        f"    loopmem eval . --tasks commonsense,math{loops}",
     ]
     if history:
         lines.append(
             f"    loopmem eval . --data {' '.join(data.path for data in history.data)}  # the validation split"
         )
+    lines += ["", EVALUATION_BEGINS, EVALUATION_ENDS]
     return "\n".join([*lines, ""])
 
 

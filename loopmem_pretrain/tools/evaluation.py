@@ -1,4 +1,4 @@
-"""The tables that `loopmem eval` prints."""
+"""The tables that `loopmem eval` prints, and their rows for the model card (tools/evaluation_card.py)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from loopmem_pretrain.tools.tables import table
 Row = Mapping[str, Any]
 
 HEADINGS = ["loops", "perplexity", "+-", "bits/byte", "+-"]
-EARLY_HEADINGS = ["loops run", "MFLOPs/token"]
+COST_HEADINGS = ["loops run", "MFLOPs/token"]
 MEASURES = {"accuracy": "accuracy", "bits_per_byte": "bits/byte"}
 
 
@@ -24,20 +24,59 @@ def describe(evaluation: Mapping[str, Any]) -> str:
         )
     for domain in evaluation["domains"]:
         sizes = f"{domain['documents']:,} documents, {domain['tokens']:,} tokens, {domain['bytes']:,} bytes"
-        early = any(score["exit_threshold"] is not None for score in domain["scores"])
-        rows = [[*HEADINGS, *EARLY_HEADINGS], *map(_early_row, domain["scores"])] if early else []
-        lines += ["", f"{domain['name']}: {sizes}", *table(rows or [HEADINGS, *map(_row, domain["scores"])])]
+        rows = domain_rows(domain)
+        kept = len(HEADINGS) + (len(COST_HEADINGS) if _is_early(domain) else 0)
+        lines += ["", f"{domain['name']}: {sizes}", *table([row[:kept] for row in rows])]
     if evaluation["tasks"]:
         lines += _tasks(evaluation)
     return "\n".join(lines)
 
 
-def _row(score: Row) -> list[str]:
-    return [_setting(score), *_with_error(score, "perplexity"), *_with_error(score, "bits_per_byte")]
+def domain_rows(domain: Row) -> list[list[str]]:
+    """Headings, and one row a setting: its perplexity and bits per byte, loops run and FLOPs."""
+    rows = [
+        [_setting(score), *_with_error(score, "perplexity"), *_with_error(score, "bits_per_byte"), *_cost(score)]
+        for score in domain["scores"]
+    ]
+    return [[*HEADINGS, *COST_HEADINGS], *rows]
 
 
-def _early_row(score: Row) -> list[str]:
-    return [*_row(score), f"{score['mean_loops']:.3f}", f"{score['flops_per_token'] / 1e6:,.3f}"]
+def task_rows(task: Row, measures: Sequence[str]) -> list[list[str]]:
+    """Headings, and one row a setting: the task's measures, loops run and FLOPs."""
+    rows = [[_setting(score), *_measured(task, score, measures), *_cost(score)] for score in task["scores"]]
+    return [["loops", *_measure_headings(measures), *COST_HEADINGS], *rows]
+
+
+def measures_of(tasks: Sequence[Row]) -> list[str]:
+    """Those of `MEASURES` that any of the tasks has."""
+    return [measure for measure in MEASURES if any(measure in task["measures"] for task in tasks)]
+
+
+def _is_early(scored: Row) -> bool:
+    return any(score["exit_threshold"] is not None for score in scored["scores"])
+
+
+def _measure_headings(measures: Sequence[str]) -> list[str]:
+    return [
+        heading
+        for measure in measures
+        for heading in (MEASURES[measure], "+-", *(["by"] if measure == "accuracy" else []))
+    ]
+
+
+def _measured(task: Row, score: Row, measures: Sequence[str]) -> list[str]:
+    """Each measure with its error, empty where the task has none; `by` is the metric that is its accuracy."""
+    cells = []
+    for measure in measures:
+        metric = task["measures"].get(measure)
+        cells += ["", ""] if metric is None else _with_error(score, metric)
+        cells += [metric or ""] if measure == "accuracy" else []
+    return cells
+
+
+def _cost(score: Row) -> list[str]:
+    loops = "-" if score["mean_loops"] is None else f"{score['mean_loops']:.3f}"
+    return [loops, f"{score['flops_per_token'] / 1e6:,.3f}"]
 
 
 def _setting(score: Row) -> str:
@@ -51,22 +90,29 @@ def _setting(score: Row) -> str:
 
 def _with_error(score: Row, name: str) -> list[str]:
     error = score[f"{name}_standard_error"]
-    return [f"{score[name]:,.4f}", "-" if error is None else f"{error:.2g}"]
+    return [f"{score[name]:,.4f}", "-" if error is None else f"{error:.2g}" if error < 99.5 else f"{error:,.0f}"]
 
 
 def _tasks(evaluation: Mapping[str, Any]) -> list[str]:
-    tasks, suites, context = evaluation["tasks"], evaluation["suites"], evaluation["context"]
+    tasks, suites = evaluation["tasks"], evaluation["suites"]
     if len(tasks[0]["scores"]) == 1:
         lines = [
             "",
             "+- is one standard error, by item; prompts: the beginning of their hash",
             *_one_setting(tasks),
         ]
-        lines += ["", *_suites(tasks, suites)]
+        lines += ["", *table(suite_rows(tasks, suites))]
     else:
-        lines = [line for measure in MEASURES for line in _many_settings(tasks, measure)]
+        many = _early_exit(tasks) if _is_early(tasks[0]) else None
+        lines = many or [line for measure in MEASURES for line in _many_settings(tasks, measure)]
         lines += ["", "think harder (loops) or know more (memory)?  +- is one standard error, by item"]
-        lines += _suites(tasks, suites)
+        lines += table(suite_rows(tasks, suites))
+    return lines + warnings(evaluation)
+
+
+def warnings(evaluation: Mapping[str, Any]) -> list[str]:
+    """What a reader of the tasks' numbers has to know, each after an empty line."""
+    tasks, context, lines = evaluation["tasks"], evaluation["context"], list[str]()
     short = [task for task in tasks if task["shortened"]]
     if short:
         lines += ["", f"WARNING: prompts that did not fit into {context:,} tokens have lost their beginning:"]
@@ -79,18 +125,22 @@ def _tasks(evaluation: Mapping[str, Any]) -> list[str]:
 
 def _one_setting(tasks: Sequence[Row]) -> list[str]:
     """One row a task: its measures, with errors; `by` is the metric that is its accuracy."""
-    having = [measure for measure in MEASURES if any(measure in task["measures"] for task in tasks)]
-    rows = [["task", "items", "prompts"]]
-    for measure in having:
-        rows[0] += [MEASURES[measure], "+-", *(["by"] if measure == "accuracy" else [])]
+    having = measures_of(tasks)
+    extra = COST_HEADINGS if _is_early(tasks[0]) else []
+    rows = [["task", "items", "prompts", *_measure_headings(having), *extra]]
     for task in tasks:
         (score,) = task["scores"]
-        rows.append(_name(task))
-        for measure in having:
-            metric = task["measures"].get(measure)
-            rows[-1] += ["", ""] if metric is None else _with_error(score, metric)
-            rows[-1] += [metric or ""] if measure == "accuracy" else []
+        rows.append([*_name(task), *_measured(task, score, having), *(_cost(score) if extra else [])])
     return table(rows)
+
+
+def _early_exit(tasks: Sequence[Row]) -> list[str]:
+    """One table a task, with one row a setting."""
+    lines = ["", "+- is one standard error, by item; loops run and FLOPs are of the tokens scored"]
+    for task in tasks:
+        name, items, prompts = _name(task)
+        lines += ["", f"{name}: {items} items, prompts {prompts}", *table(task_rows(task, measures_of([task])))]
+    return lines
 
 
 def _many_settings(tasks: Sequence[Row], measure: str) -> list[str]:
@@ -105,8 +155,8 @@ def _many_settings(tasks: Sequence[Row], measure: str) -> list[str]:
     return ["", f"{MEASURES[measure]} by loops (* extrapolation; closed: memory gates closed)", *table(rows)]
 
 
-def _suites(tasks: Sequence[Row], suites: Sequence[Row]) -> list[str]:
-    """One row a setting, the suites' means as columns, with how many tasks they are means of."""
+def suite_rows(tasks: Sequence[Row], suites: Sequence[Row]) -> list[list[str]]:
+    """Headings, and one row a setting, the suites' means as columns, with how many tasks they are means of."""
     columns = [(suite, name) for suite in suites for name in MEASURES if name in suite["scores"][0]]
     rows = [["mean at loops"]]
     for suite, name in columns:
@@ -115,7 +165,7 @@ def _suites(tasks: Sequence[Row], suites: Sequence[Row]) -> list[str]:
     for index, score in enumerate(suites[0]["scores"]):
         cells = (cell for suite, name in columns for cell in _with_error(suite["scores"][index], name))
         rows.append([_setting(score), *cells])
-    return table(rows)
+    return rows
 
 
 def _name(task: Row) -> list[str]:
@@ -126,6 +176,4 @@ def _name(task: Row) -> list[str]:
 def _column(score: Row) -> str:
     if score["gates_closed"]:
         return f"{score['num_loops']} closed"
-    if score["exit_threshold"] is not None:
-        return f"{score['num_loops']} at {score['exit_threshold']:g}"
     return f"{score['num_loops']}*" if score["extrapolation"] else str(score["num_loops"])

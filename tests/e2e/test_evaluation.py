@@ -175,7 +175,7 @@ def test_a_tokenizer_of_another_model(exported, refused, tmp_path):
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["qqqq"] = 320
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert "has ids up to 320, the model a vocab_size of 320" in refused(3, folder, "--text", text)
+    assert "it has 321 tokens, the model's vocab_size is 320" in refused(5, folder, "--text", text)
 
 
 def test_an_export_that_does_not_say_its_context(exported, refused, tmp_path):

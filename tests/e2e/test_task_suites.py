@@ -5,6 +5,7 @@ import json
 import pytest
 
 from loopmem_pretrain.cli import main
+from loopmem_pretrain.hf.card import EVALUATION_BEGINS, EVALUATION_ENDS
 from tests.distributed import run_ranks
 from tests.e2e.test_training import ON_RANK, config_for, lines, run
 from tests.tasks import LOCAL, write_tasks
@@ -154,6 +155,48 @@ def test_loops_and_memory_in_one_table(exported, evaluate, capsys):
         "3 (memory gates closed)",
     ]
     assert "not the full sets: --limit 2, drawn with seed 3" in printed
+
+
+def test_accuracy_and_perplexity_against_the_threshold_in_the_card(exported, evaluate, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("the of and to")
+    card = exported / "README.md"
+    before = card.read_text().split(EVALUATION_BEGINS)
+    settings = ["--num-loops", "all", "--exit-threshold", 0.4, 1, "--card"]
+    result = evaluate(exported, "--text", tmp_path / "text.txt", *settings, "--limit", 2, tasks=["piqa"])
+    *_, early, whole = result["tasks"][0]["scores"]
+    all_loops = result["tasks"][0]["scores"][2]
+    assert 1 <= early["mean_loops"] < 3 and early["flops_per_token"] < all_loops["flops_per_token"]
+    assert {**whole, "exit_threshold": None, "exit_rule": None} == all_loops
+    text = card.read_text()
+    assert text.split(EVALUATION_BEGINS)[0] == before[0] and text.endswith(before[1].split(EVALUATION_ENDS)[1])
+    assert f"```\n{result['command']}\n```" in text
+    for setting in ("1", "3 (memory gates closed)", "3, halting 0.4", "3, halting 1"):
+        assert f"| {tmp_path / 'text.txt'} | {setting} |" in text and f"| piqa | {setting} |" in text
+    assert f"loops run  MFLOPs/token\n  1 {' ' * 20}" in capsys.readouterr().out
+
+
+def test_a_run_has_no_card(trained, data, capsys):
+    assert main(["eval", str(trained), "--tasks", "piqa", "--data-dir", str(data), "--card"]) == 2
+    assert "is no exported folder, so it has no model card" in capsys.readouterr().err
+
+
+def test_early_exit_in_the_harness(exported):
+    import torch
+    from lm_eval.api.instance import Instance
+
+    from loopmem_pretrain.eval.harness import LoopMemHarness
+    from loopmem_pretrain.hf.load import load_hf
+
+    asked = {"until": ["\n\n"], "max_gen_toks": 6, "do_sample": False}
+    prompt = [Instance("generate_until", {}, ("the of and to", asked), 0)]
+    opened = {"batch_size": 2, "exit_threshold": 0.4, "exit_rule": "confidence", "num_loops": 2}
+    ours = LoopMemHarness(str(exported), **opened)
+    assert ours.setting == (2, False, 0.4, "confidence")
+    model, _ = load_hf(exported)
+    ids = torch.tensor([ours.encode("the of and to")])
+    told = {"num_loops": 2, "exit_threshold": 0.4, "exit_rule": "confidence"}
+    written = model.generate(ids, max_new_tokens=6, do_sample=False, **told)[0, ids.shape[1] :].tolist()
+    assert ours.generate_until(prompt) == [ours.opened.codec.decode(written)]
 
 
 def test_text_and_tasks_together(exported, evaluate, tmp_path):

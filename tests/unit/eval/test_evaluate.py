@@ -35,6 +35,17 @@ def test_thresholds():
     ]
 
 
+def test_thresholds_follow_all_loops():
+    model = native_model(model_config("full"))
+    early = Setting(3, exit_threshold=0.5, exit_rule="halting")
+    assert settings_of(model, ["all"], [0.5]) == [*settings_of(model, ["all"]), early]
+
+
+def test_unknown_rule():
+    with pytest.raises(ConfigError, match="--exit-rule entropy is not known"):
+        settings_of(native_model(model_config("full")), [], [0.5], "entropy")
+
+
 @pytest.mark.parametrize("threshold", [0.0, -1.0, 1.5, float("nan")])
 def test_bad_threshold(threshold):
     with pytest.raises(ConfigError, match="--exit-threshold"):
