@@ -96,15 +96,6 @@ def full(tmp_path_factory, tokenizer_path):
     return folder, report, model
 
 
-@pytest.mark.slow
-def test_short_context(tokenizer_path, tmp_path):
-    """The prompt of the comparison leaves room in the context, as the exported model demands."""
-    model = native_model(model_config("full"))
-    weights = dict(model.named_parameters())
-    report = export(model.config, weights, tokenizer_path, tmp_path / "out", sample_texts=TEXTS, seq_length=2)
-    assert report.comparison.greedy_tokens == 16
-
-
 # ------------------------------------------------------------------------------------------------- what is written
 
 
