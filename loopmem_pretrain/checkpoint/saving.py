@@ -297,8 +297,10 @@ class _Save:
         while missing:
             if missing[0].exists():
                 records.append(json.loads(missing.pop(0).read_text(encoding="utf-8")))
-            elif self.given_up.wait(POLL) or time.monotonic() > self.wait_for_others:
+            elif self.given_up.wait(POLL):
                 raise _GivenUp
+            elif time.monotonic() > self.wait_for_others:
+                raise EnvironmentFault(f"{len(missing)} of {self.world_size} ranks have not written their part")
         return records
 
     def _publish(self, records: list[dict[str, Any]]) -> None:

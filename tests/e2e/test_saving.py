@@ -151,6 +151,22 @@ def test_a_save_that_fails_while_the_run_gives_up_is_told(tmp_path, sentences):
     assert newest(tmp_path / "run") == "step_00000004"
 
 
+def test_a_save_that_another_rank_does_not_finish_is_told(tmp_path, sentences):
+    config = config_for(tmp_path / "run", sentences)
+    silent = """
+import os, loopmem_pretrain.checkpoint.saving as saving
+saving.GRACE = 1
+if os.environ["RANK"] == "1":
+    saving._Save._write = lambda save: None
+"""
+    first = silent + TO_A_FILE.format(str(tmp_path / "log"))
+    _, error = run(config, first=first, before=GIVES_UP.format(step=10))
+    assert error.exit_code == 7
+    told = "the checkpoint of step 10 is not saved: rank 0: 1 of 2 ranks have not written their part"
+    assert told in (tmp_path / "log").read_text()
+    assert not (tmp_path / "run" / "checkpoints" / "latest").exists()
+
+
 def test_weights_that_give_no_finite_loss_are_not_saved(tmp_path, sentences):
     """Finite, but too large: every loss is NaN, so no step is applied and no weight changes."""
     config = config_for(tmp_path, sentences, checkpoint={"interval_steps": 4})
