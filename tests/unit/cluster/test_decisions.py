@@ -6,7 +6,7 @@ import pytest
 
 from loopmem_pretrain import control
 from loopmem_pretrain.checkpoint.store import CheckpointStore
-from loopmem_pretrain.cluster import burn_in, chain, health, manage, records
+from loopmem_pretrain.cluster import accounting, burn_in, chain, health, manage, records
 from loopmem_pretrain.cluster.job import Heartbeat, what_ranks_said
 from loopmem_pretrain.cluster.rank import node_command, place
 from loopmem_pretrain.cluster.slurm import job_fields, was_cancelled
@@ -232,6 +232,29 @@ def test_options_of_a_job_by_what_slurm_says_of_it():
     }
 
 
+# sacct 22.05: a job that was requeued, one that failed at once, one that waits, and one whose GPUs are not accounted.
+SACCT = """\
+1|REQUEUED|2026-11-23T05:23:42|3600|2|node[1-2]|billing=2,cpu=2,gres/gpu=4,mem=2000000M,node=2
+2|FAILED|2026-11-23T05:23:47|0|1|node1|billing=1,cpu=1,mem=1000000M,node=1
+3|PENDING|Unknown|0|1|None assigned|
+1|COMPLETED|2026-11-23T05:23:53|7200|2|node[1-2]|billing=2,cpu=2,gres/gpu=4,mem=2000000M,node=2
+"""
+
+
+def test_hours_by_accounting():
+    found = accounting.parse(SACCT)
+    assert [(held.job, held.state, held.gpus) for held in found] == [
+        ("1", "REQUEUED", 4),
+        ("2", "FAILED", 0),
+        ("1", "COMPLETED", 4),
+    ]
+    assert accounting.hours(found) == "6.00 node hours, 12.00 GPU hours; 1 REQUEUED, 1 FAILED, 1 COMPLETED"
+    assert accounting.rows(found)[-1].split() == ["1", "11-23", "05:23", "2.00", "node[1-2]", "4", "COMPLETED"]
+    assert "GPUs are not accounted" in accounting.hours(accounting.parse(SACCT.splitlines()[1]))
+    cancelled = accounting.parse("4|CANCELLED by 1000|2026-11-23T05:23:53|9|1|node1|cpu=2")
+    assert cancelled[0].state == "CANCELLED"
+
+
 def test_the_summary_of_a_run(tmp_path):
     def begin(start, time, checkpoint):
         return {
@@ -259,4 +282,5 @@ def test_the_summary_of_a_run(tmp_path):
     said = manage.status(str(tmp_path))
     assert "2 starts, 8.00 rank hours, 39% of them in steps that count; 5 steps trained again" in said
     assert "ends: 1 crashed, 1 done" in said
-    assert "crashed" in said.splitlines()[-6]
+    assert "hours by the run's own records, as there is no accounting: " in said
+    assert "crashed" in said.splitlines()[-7]
