@@ -129,7 +129,7 @@ def _unshare() -> list[str]:
 
 
 class Cluster:
-    """Starts in about half a second, with `accounting` in ten; `stop` (or the end of the test session) ends all of it."""
+    """Starts in about half a second, with `accounting` in ten; `stop`, or the end of the tests, ends all of it."""
 
     def __init__(self, nodes: int = 2, proctrack: str = "linuxproc", accounting: bool = False) -> None:
         self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
