@@ -21,6 +21,12 @@ from loopmem_pretrain.cluster import rank, records, slurm
 
 LIMIT = 600.0
 """Seconds for all of it: imports, the first kernels, joining."""
+REST = 60
+"""Seconds that the other ranks have when one has ended: they wait for it in vain where it has failed."""
+PATIENCE = 30.0
+"""Seconds in which SLURM ends the step."""
+STEP = "burn-in"
+"""Name of the job step."""
 SLOW = 0.8
 """A rank is slow below this share of the median."""
 SECONDS = 5.0
@@ -35,8 +41,9 @@ def check_nodes(
     """Nodes with a rank that is slow or does not come to an end, each with what is wrong."""
     reports = folder / "burn-in"
     reports.mkdir(exist_ok=True)
-    command = ["srun", "--job-name=burn-in", f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}"]
+    command = ["srun", f"--job-name={STEP}", f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}"]
     command += [f"--ntasks={len(nodes) * here.tasks_per_node}", f"--ntasks-per-node={here.tasks_per_node}"]
+    command += [f"--wait={REST}"]
     command += [f"--cpus-per-task={here.cpus_per_task}"] if here.cpus_per_task else []
     command += [*shlex.split(options.srun), *shlex.split(options.wrap), options.python]
     variables = {"MASTER_ADDR": nodes[0], "MASTER_PORT": str(here.port), rank.RANKS_PER_NODE: str(here.tasks_per_node)}
@@ -48,8 +55,7 @@ def check_nodes(
     try:
         step.wait(LIMIT)
     except subprocess.TimeoutExpired:
-        step.kill()
-        step.wait()
+        _end(step, here.job)
     found = [records.read_json(path) for path in sorted(reports.glob("rank-*.json"))]
     bandwidths = [report["gb_per_second"] for report in found if report.get("gb_per_second")]
     if bandwidths:
@@ -57,6 +63,17 @@ def check_nodes(
     else:
         print("the all-reduce has not come to an end on any rank", flush=True)
     return judge(nodes, here.tasks_per_node, found)
+
+
+def _end(step: "subprocess.Popen[bytes]", job: str) -> None:
+    """Through SLURM: the end of srun alone would leave the ranks on their GPUs."""
+    for running in slurm.steps(job, STEP):
+        slurm.tell("scancel", "--signal=KILL", running)
+    try:
+        step.wait(PATIENCE)
+    except subprocess.TimeoutExpired:  # a node does not answer
+        step.kill()
+        step.wait()
 
 
 def judge(nodes: Sequence[str], ranks: int, reports: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -84,15 +101,16 @@ def measure(folder: Path) -> None:
     size, dtype, limit = (8192, torch.bfloat16, SECONDS) if cuda else (512, torch.float32, 0.5)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     left @ right
-    products, started = 0, time.perf_counter()
-    while time.perf_counter() - started < limit:
+    clock = time.perf_counter if cuda else time.process_time  # a CPU may be shared with other work
+    products, started = 0, clock()
+    while clock() - started < limit:
         left @ right
         products += 1
         if cuda:
             torch.cuda.synchronize(device)
     report = {
         "node": os.environ["SLURMD_NODENAME"],
-        "tflops": products * 2 * size**3 / (time.perf_counter() - started) / 1e12,
+        "tflops": products * 2 * size**3 / (clock() - started) / 1e12,
     }
     path = folder / f"rank-{int(os.environ['RANK']):05d}.json"
     path.write_text(json.dumps(report) + "\n", encoding="utf-8")

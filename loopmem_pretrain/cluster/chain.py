@@ -3,8 +3,9 @@
 import json
 import os
 import platform
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from loopmem_pretrain.cluster import slurm
@@ -25,27 +26,86 @@ RECORDED = (
     "LOADEDMODULES",
 )
 
+FIELDS = {
+    "time": "TimeLimit",
+    "partition": "Partition",
+    "account": "Account",
+    "qos": "QOS",
+    "reservation": "Reservation",
+    "constraint": "Features",
+    "nodelist": "ReqNodeList",
+    "exclude": "ExcNodeList",
+    "mem": "MinMemoryNode",
+    "mem-per-cpu": "MinMemoryCPU",
+    "tmp": "MinTmpDiskNode",
+    "gres": "TresPerNode",
+    "licenses": "Licenses",
+    "switches": "Switches",
+    "nice": "Nice",
+    "comment": "Comment",
+    "mail-type": "MailType",
+    "mail-user": "MailUser",
+    "output": "StdOut",
+    "error": "StdErr",
+}
+"""Options of sbatch, and what `scontrol show job` calls their values."""
+VARIABLES = {
+    name: f"SLURM_{name.upper().replace('-', '_')}"
+    for name in (
+        "cpus-per-task",
+        "gpus-per-node",
+        "gpus-per-task",
+        "cpus-per-gpu",
+        "mem-per-gpu",
+        "gpu-bind",
+        "gpu-freq",
+        "threads-per-core",
+        "hint",
+        "distribution",
+    )
+}
+"""Options of sbatch that the batch script finds in its variables, where they were given."""
+SHARING = {"NO": "--exclusive", "USER": "--exclusive=user", "MCS": "--exclusive=mcs", "YES": "--oversubscribe"}
+"""By what `scontrol show job` says of OverSubscribe."""
+
 
 def submit_successor(here: slurm.Allocation, run_dir: Path, arguments: Sequence[str]) -> str:
     """Submit this job's script again with its `arguments`, to begin when no job of this name runs; its id.
 
     The script is asked from SLURM, so it is the one that was submitted, not what has become of the file since. What
-    sbatch was told on its command line is not part of it: the main options are repeated here.
+    sbatch was told on its command line is not part of it, so it is repeated as far as SLURM says what it was.
     """
     script = run_dir / "slurm" / f"script-{here.job}.sbatch"
     script.parent.mkdir(parents=True, exist_ok=True)
     complaint = slurm.tell("scontrol", "write", "batch_script", here.job, str(script))
     if complaint:
         raise EnvironmentFault(f"SLURM does not give the script of job {here.job}: {complaint}", "use CONTINUE=requeue")
-    job = slurm.show_job(here.job)
     options = [f"--job-name={here.name}", "--dependency=singleton", f"--nodes={len(here.nodes)}"]
-    options += [f"--ntasks-per-node={here.tasks_per_node}", f"--time={job['TimeLimit']}"]
-    options += [f"--chdir={os.getcwd()}", f"--partition={job['Partition']}"]
-    options += [f"--account={job['Account']}"] if job.get("Account", "(null)") != "(null)" else []
-    for name in ("cpus-per-task", "gpus-per-node", "gpus-per-task"):
-        value = os.environ.get(f"SLURM_{name.upper().replace('-', '_')}")
-        options += [f"--{name}={value}"] if value else []
+    options += [f"--ntasks-per-node={here.tasks_per_node}", f"--chdir={os.getcwd()}"]
+    options += options_of(here.job, slurm.show_job(here.job), os.environ)
     return slurm.sbatch(*options, str(script), *arguments)
+
+
+def options_of(number: str, job: Mapping[str, str], environment: Mapping[str, str]) -> list[str]:
+    """Options of sbatch that give another job what job `number` was given, by what SLURM says of it."""
+    values = {option: job[field] for option, field in FIELDS.items() if field in job}
+    values |= {option: environment[name] for option, name in VARIABLES.items() if name in environment}
+    for given, follow in {"mem-per-gpu": ("mem", "mem-per-cpu"), "hint": ("threads-per-core",)}.items():
+        if given in values:  # sbatch refuses it together with what SLURM has made of it
+            values = {option: value for option, value in values.items() if option not in follow}
+    if "gres" in values:
+        each = [re.sub("^gres[:/]", "", item) for item in values["gres"].split(",")]
+        values["gres"] = ",".join(item for item in each if "gpus-per-node" not in values or not item.startswith("gpu"))
+    for option in ("output", "error"):
+        if option in values:
+            path = Path(values[option].replace("%", "%%"))
+            values[option] = str(path.with_name(re.sub(rf"(?<!\d){number}(?!\d)", "%j", path.name)))
+    if values.get("error") == values.get("output"):
+        values.pop("error", None)
+    flags = ["--open-mode=append", "--requeue" if job.get("Requeue") == "1" else "--no-requeue"]
+    flags += ["--contiguous"] if job.get("Contiguous") == "1" else []
+    flags += [SHARING[job["OverSubscribe"]]] if job.get("OverSubscribe") in SHARING else []
+    return [*(f"--{option}={value}" for option, value in values.items() if value), *flags]
 
 
 def record_environment(here: slurm.Allocation, folder: Path) -> None:

@@ -213,8 +213,7 @@ class Job:
 
     def _end_step(self) -> None:
         """Stacks first, then no mercy: what hangs answers to nothing else."""
-        listed = slurm.ask("squeue", "-h", "-s", "-j", self.here.job, "-o", "%i %j").splitlines()
-        for step in [line.split()[0] for line in listed if line.split()[1:] == [STEP]]:
+        for step in slurm.steps(self.here.job, STEP):
             if self.options.launcher == "srun":  # launchers would die of it
                 slurm.tell("scancel", "--signal=QUIT", step)
                 time.sleep(STACKS)

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from loopmem_pretrain import control
-from loopmem_pretrain.cluster import rank, records, slurm
+from loopmem_pretrain.cluster import accounting, rank, records, slurm
 from loopmem_pretrain.cluster.submit import job_name
 from loopmem_pretrain.errors import ConfigError, EnvironmentFault
 from loopmem_pretrain.tools.tables import table
 
 
 def status(run_dir: str) -> str:
-    """How the run stands, its jobs in the queue, a line a start, and what all starts have cost."""
+    """How the run stands, its jobs in the queue, a line a start, and what all have cost, by sacct where it knows."""
     folder = _run(run_dir)
     lines = records.read(folder)
     verdict = records.read_json(folder / "status.json")
@@ -31,8 +31,19 @@ def status(run_dir: str) -> str:
         said.append(f"jobs unknown: {fault.problem}")
     starts = [line for line in lines if line["event"] == "start"]
     if starts:
-        said += ["starts:", *_starts(folder, starts, lines), *_summary(folder, starts, lines)]
+        said += ["starts:", *_starts(folder, starts, lines), "", *_accounted(starts), *_summary(folder, starts, lines)]
     return "\n".join(said)
+
+
+def _accounted(starts: list[dict[str, Any]]) -> list[str]:
+    """What SLURM's accounting says of the jobs, or why the run's own records must do."""
+    jobs = [*dict.fromkeys(start["start"].partition(".")[0] for start in starts)]
+    try:
+        found = accounting.ask(jobs, starts[0]["time"])
+    except EnvironmentFault as fault:
+        reason = fault.problem.rpartition(" failed: ")[2].splitlines()[-1]
+        return [f"hours by the run's own records, as there is no accounting: {reason}"]
+    return ["by sacct:", *accounting.rows(found), "", f"hours by sacct: {accounting.hours(found)}"]
 
 
 def _run(run_dir: str) -> Path:
@@ -101,13 +112,12 @@ def _summary(folder: Path, starts: list[dict[str, Any]], lines: list[dict[str, A
     causes = Counter(ends[start["start"]]["verdict"] if start["start"] in ends else "no end" for start in starts)
     nodes = Counter(node for start in starts for node in start["nodes"])
     bad = sorted({node for end in ends.values() for node in end.get("bad_nodes", [])})
-    said = [
+    return [
         f"{len(starts)} starts, {rank_hours:,.2f} rank hours, {useful / held if held else 0:.0%} of them in steps that "
         f"count; {lost:,} steps trained again",
         "ends: " + ", ".join(f"{count} {name}" for name, count in causes.most_common()),
         f"{len(nodes)} nodes used" + (f"; left out: {', '.join(bad)}" if bad else ""),
     ]
-    return ["", *said]
 
 
 def log_path(run_dir: str, number: int) -> Path:

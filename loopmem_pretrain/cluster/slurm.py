@@ -141,13 +141,26 @@ def _run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
 
 def show_job(job: str) -> dict[str, str]:
     """What `scontrol show job` says, by key."""
-    return dict(re.findall(r"(\S+?)=(\S*)", ask("scontrol", "show", "job", "-o", job)))
+    return job_fields(ask("scontrol", "show", "job", job))
+
+
+def job_fields(said: str) -> dict[str, str]:
+    """Values by key, blanks in them included; what is not set ("(null)", "N/A") is left out."""
+    key = r"[A-Z][\w/:]*="
+    found = re.findall(rf"(?:^|\s)({key})(.*?)(?=\s+{key}|\s*$)", said, flags=re.MULTILINE)
+    return {name.removesuffix("="): value for name, value in found if value not in ("", "(null)", "N/A")}
 
 
 def is_running(job: str) -> bool:
     """Whether the job trains now; one that SLURM has forgotten does not."""
     result = _run(["squeue", "-h", "-j", job, "-o", "%T"])
     return result.returncode == 0 and result.stdout.strip() == "RUNNING"
+
+
+def steps(job: str, name: str) -> list[str]:
+    """Steps of that name which run in the job."""
+    listed = ask("squeue", "-h", "-s", "-j", job, "-o", "%i %j").splitlines()
+    return [line.split()[0] for line in listed if line.split()[1:] == [name]]
 
 
 def was_cancelled(job: Mapping[str, str]) -> bool:
@@ -180,7 +193,7 @@ def hold_without(job: str, nodes: Sequence[str]) -> str:
     A running job's list cannot be changed, so it is requeued and held, changed, and released. The caller lives until
     then only if it ignores SIGTERM.
     """
-    refused = list(filter(None, show_job(job).get("ExcNodeList", "").replace("(null)", "").split(",")))
+    refused = list(filter(None, show_job(job).get("ExcNodeList", "").split(",")))
     complaint = tell("scontrol", "requeuehold", job)
     for _ in range(40):
         if complaint:

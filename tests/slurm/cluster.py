@@ -44,7 +44,7 @@ SwitchType=switch/none
 ProctrackType=proctrack/{proctrack}
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
+{accounting}
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 SlurmdParameters=config_overrides
@@ -77,6 +77,34 @@ SuspendTime=100000
 SuspendExcNodes=node[1-{count}]
 """
 
+NO_ACCOUNTING = "AccountingStorageType=accounting_storage/none"
+# sacct does not read AuthInfo: it finds the socket of munge by AccountingStoragePass.
+ACCOUNTING = """\
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=controller
+AccountingStoragePass={dir}/munge/socket
+AccountingStorageTRES=gres/gpu"""
+SLURMDBD = """\
+AuthType=auth/munge
+AuthInfo=socket={dir}/munge/socket
+DbdHost=controller
+SlurmUser={user}
+LogFile={dir}/log/slurmdbd
+PidFile={dir}/slurmdbd.pid
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StorageUser=slurm
+StoragePass=slurm
+StorageLoc=accounting
+"""
+
+
+def why_no_accounting() -> str | None:
+    """The same for a cluster with slurmdbd."""
+    missing = [program for program in ("slurmdbd", "mariadbd", "sacct") if shutil.which(program, path=_path()) is None]
+    said = f"accounting cannot be tried here: no {', '.join(missing)} (tests/slurm/install.sh accounting installs them)"
+    return why_not() or (said if missing else None)
+
 
 def why_not() -> str | None:
     """Why no cluster can be had here, for the reason of a skip; None where one can."""
@@ -101,13 +129,13 @@ def _unshare() -> list[str]:
 
 
 class Cluster:
-    """Starts in about half a second; `stop` (or the end of the test session) ends all of it."""
+    """Starts in about half a second, with `accounting` in ten; `stop`, or the end of the tests, ends all of it."""
 
-    def __init__(self, nodes: int = 2, proctrack: str = "linuxproc") -> None:
+    def __init__(self, nodes: int = 2, proctrack: str = "linuxproc", accounting: bool = False) -> None:
         self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
         # Paths of its sockets must stay below 108 characters, so not below pytest's own folders.
         self.dir = Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp"))
-        self._write_files(proctrack)
+        self._write_files(proctrack, accounting)
         # A job of the developer's, inside which the tests may run, must not show through.
         self.env = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH", "SRUN"))}
         self.env |= {"SLURM_CONF": str(self.dir / "slurm.conf"), "PATH": _path()}
@@ -118,12 +146,13 @@ class Cluster:
             )
         try:
             wait_for(lambda: bool(self._children()), 10, "the first process")
-            wait_for(self.is_up, 30, lambda: f"the nodes to come up\n{self.logs()}", pause=0.05)
+            patience = 150 if accounting else 30  # a database is made first
+            wait_for(self.is_up, patience, lambda: f"the nodes to come up\n{self.logs()}", pause=0.05)
         except BaseException:
             self.stop()
             raise
 
-    def _write_files(self, proctrack: str) -> None:
+    def _write_files(self, proctrack: str, accounting: bool) -> None:
         for name in ("munge", "state", "spool", "log", "dev", *(f"spool/{node}" for node in self.nodes)):
             (self.dir / name).mkdir()
         os.mkfifo(self.dir / "commands")
@@ -144,6 +173,11 @@ class Cluster:
             for number, node in enumerate(self.nodes, start=1)
         ]
         values = {"dir": self.dir, "user": user, "proctrack": proctrack, "count": len(self.nodes)}
+        values["accounting"] = ACCOUNTING.format(**values) if accounting else NO_ACCOUNTING
+        if accounting:
+            path = self.dir / "slurmdbd.conf"
+            path.touch(0o600)
+            path.write_text(SLURMDBD.format(**values))
         (self.dir / "slurm.conf").write_text(CONFIG.format(nodes="\n".join(lines), **values))
         devices = f"NodeName=node[1-{len(self.nodes)}] Name=gpu File={self.dir}/dev/nvidia[0-{GPUS - 1}]"
         (self.dir / "gres.conf").write_text(f"AutoDetect=off\n{devices}\n")

@@ -20,11 +20,28 @@ up() {
     # --force: a key or socket in a folder that others can write to is a warning, not an error
     munged --force --socket="$dir/munge/socket" --key-file="$dir/munge/key" --pid-file="$dir/munge/pid" \
         --log-file="$dir/log/munged" --seed-file="$dir/munge/seed" --num-threads=2
+    [ ! -e "$dir/slurmdbd.conf" ] || accounting
     slurmctld -i
     for i in $(seq 1 "$number"); do "$here" node "$dir" "$i" & done
     trap : TERM HUP INT
     exec 3<>"$dir/commands"
     while read -r command <&3; do bash -c "$command" & done
+}
+
+accounting() {
+    local me data=$dir/database
+    me=$(id -un)
+    mariadb-install-db --no-defaults --user="$me" --datadir="$data" --auth-root-authentication-method=normal \
+        --skip-test-db >"$dir/log/mariadb-install" 2>&1
+    mariadbd --no-defaults --user="$me" --datadir="$data" --socket="$data/socket" --bind-address=127.0.0.1 \
+        --innodb-buffer-pool-size=64M --innodb-lock-wait-timeout=900 --innodb-flush-log-at-trx-commit=0 \
+        --skip-name-resolve --performance-schema=OFF >"$dir/log/mariadbd" 2>&1 &
+    until mariadb --no-defaults -uroot --socket="$data/socket" -e "create database accounting;
+        create user 'slurm'@'127.0.0.1' identified by 'slurm'; grant all on accounting.* to 'slurm'@'127.0.0.1';" \
+        2>/dev/null; do sleep 0.1; done
+    slurmdbd
+    until sacctmgr -n -i list cluster >/dev/null 2>&1; do sleep 0.1; done
+    sacctmgr -i -Q add cluster test
 }
 
 node() {

@@ -3,6 +3,7 @@
 It is the interpreter of the ranks: the task's own program (cluster/rank.py) runs as it is, but `loopmem train` in it
 keeps the contract of a run's folder without torch. Ranks go step by step together, as collectives make them.
 RUN/fault.json asks for a fault: {"kind": "kill" | "exit" | "hang", "code": 3, "rank": 1, "step": 15, "starts": 1}
+or for one of a node in the burn-in, which is real: {"node": "node2", "burn_in": "slow" | "exit"}
 """
 
 import json
@@ -122,11 +123,27 @@ class Stub:
         return 0
 
 
+def spoil_burn_in(fault: dict) -> None:
+    """Make this node slow, or end here, where that was wanted."""
+    import torch
+
+    if fault.get("node") != os.environ["SLURMD_NODENAME"]:
+        return
+    if fault["burn_in"] == "exit":
+        sys.exit("CUDA error: uncorrectable ECC error encountered")
+    product = torch.Tensor.__matmul__
+    torch.Tensor.__matmul__ = lambda left, right: [product(left, right) for _ in range(4)].pop()
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
     if sys.argv[1:3] == ["-m", "loopmem_pretrain.cluster.rank"]:
         import loopmem_pretrain.cli
 
         loopmem_pretrain.cli.main = lambda arguments=None: Stub(list(sys.argv[1:])).train()
+    elif sys.argv[1:3] == ["-m", "loopmem_pretrain.cluster.burn_in"]:
+        from loopmem_pretrain.cluster.records import read_json
+
+        spoil_burn_in(read_json(Path(sys.argv[3]).parents[2] / "fault.json"))
     sys.argv = sys.argv[2:]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from loopmem_pretrain.cluster.slurm import job_fields
 from tests.slurm.cluster import wait_for
 from tests.slurm.runs import Run
 
@@ -162,6 +163,22 @@ def test_a_chain_of_jobs(run):
     assert run.verdicts() == ["interrupted", "done"]
     assert run.trained() == list(range(1, 61))
     assert run.cluster.state(str(int(run.job) + 2)) == "CANCELLED"
+
+
+@pytest.mark.slow
+def test_the_next_job_of_a_chain_has_the_options_of_the_first(run):
+    options = ("--no-requeue", "--time=9", "--exclude=node4", "--mem=2G", "--exclusive", "--comment=for the paper")
+    options += ("--nice=5", "--switches=1@00:02:00", "--threads-per-core=1", "--gpu-bind=none", "--mail-type=FAIL")
+    options += ("--mail-user=me", f"--error={run.folder.parent}/error of %j.err")
+    run.submit("steps=60", CONTINUE="chain", options=options)
+    reaches(run, 12)
+    first, second = (job_fields(run.cluster.run("scontrol", "show", "job", int(run.job) + n)) for n in (0, 1))
+    names = ("TimeLimit", "ExcNodeList", "MinMemoryNode", "OverSubscribe", "Comment", "Nice", "Switches", "TresPerNode")
+    names += ("ReqB:S:C:T", "TresBind", "MailType", "MailUser", "Requeue", "CPUs/Task", "WorkDir", "JobName")
+    assert {name: second[name] for name in names} == {name: first[name] for name in names}
+    assert second["StdErr"].endswith(f"error of {second['JobId']}.err")
+    assert second["StdOut"].endswith(f"/job-{second['JobId']}.out")
+    assert run.cluster.wait(run.job) == "COMPLETED"
 
 
 @pytest.mark.slow

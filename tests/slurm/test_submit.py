@@ -138,16 +138,6 @@ def test_stop_and_cancel(cluster, tmp_path, sentences):
 
 
 @pytest.mark.slow
-def test_the_burn_in_measures_every_rank(cluster, tmp_path):
-    variables = {"MASTER_ADDR": "node1", "MASTER_PORT": 20123, "LOOPMEM_RANKS_PER_NODE": 1, "OMP_NUM_THREADS": 1}
-    command = ("srun", "-N2", "--ntasks-per-node=1", sys.executable, "-m", "loopmem_pretrain.cluster.burn_in", tmp_path)
-    cluster.run(*command, **variables)
-    reports = [json.loads((tmp_path / f"rank-0000{rank}.json").read_text()) for rank in range(2)]
-    assert [report["node"] for report in reports] == ["node1", "node2"]
-    assert all(report["tflops"] > 0 and report["gb_per_second"] > 0 for report in reports)
-
-
-@pytest.mark.slow
 def test_the_whole_chain(cluster, tmp_path):
     """Tokenizer, data in an array of two, training, conversion, evaluation: each job waits for the one before."""
     inputs = []

@@ -6,10 +6,10 @@ import pytest
 
 from loopmem_pretrain import control
 from loopmem_pretrain.checkpoint.store import CheckpointStore
-from loopmem_pretrain.cluster import health, manage, records
+from loopmem_pretrain.cluster import accounting, burn_in, chain, health, manage, records
 from loopmem_pretrain.cluster.job import Heartbeat, what_ranks_said
 from loopmem_pretrain.cluster.rank import node_command, place
-from loopmem_pretrain.cluster.slurm import was_cancelled
+from loopmem_pretrain.cluster.slurm import job_fields, was_cancelled
 from loopmem_pretrain.errors import EnvironmentFault
 
 TASK = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "LOOPMEM_RANKS_PER_NODE": "4"}
@@ -106,6 +106,27 @@ def test_nodes_are_judged_together():
     }
 
 
+def measured(node, tflops, **more):
+    return {"node": node, "tflops": tflops, **more}
+
+
+def test_nodes_are_judged_by_their_slowest_rank():
+    reports = [measured(node, speed) for node in ("a", "b", "c") for speed in (600.0, 610.0)]
+    assert burn_in.judge(["a", "b", "c"], 2, reports) == {}
+    reports[3] = measured("b", 475.0)
+    assert burn_in.judge(["a", "b", "c"], 2, reports) == {
+        "b": ["a matrix product runs at 475 TFLOP/s, 600 is usual here"]
+    }
+    reports[3] = measured("b", 485.0)
+    assert burn_in.judge(["a", "b", "c"], 2, reports) == {}, "less than a fifth slower"
+    unfinished = burn_in.judge(["a", "b", "c", "d"], 2, [*reports[:5], measured("d", 600.0, gb_per_second=9.0)])
+    assert unfinished == {
+        "c": ["1 of 2 ranks did not finish a matrix product"],
+        "d": ["1 of 2 ranks did not finish a matrix product"],
+    }
+    assert set(burn_in.judge(["a", "b"], 2, [])) == {"a", "b"}, "no rank got so far"
+
+
 def test_a_node_reports_on_itself(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURMD_NODENAME", "here")
     health.report_on_this_node(tmp_path)
@@ -174,6 +195,66 @@ def test_cancelled_or_ended_by_slurm(job, cancelled):
     assert was_cancelled(job) is cancelled
 
 
+SHOWN = """\
+JobId=71 JobName=wrap
+   Priority=4294901754 Nice=5 Account=(null) QOS=(null)
+   JobState=RUNNING Reason=None Dependency=(null)
+   Requeue=0 Restarts=0 BatchFlag=1 Reboot=0 ExitCode=0:0
+   RunTime=00:00:02 TimeLimit=00:10:00 TimeMin=N/A
+   Partition=debug AllocNode:Sid=controller:0
+   ReqNodeList=(null) ExcNodeList=node4
+   NumNodes=2 NumCPUs=16 NumTasks=4 CPUs/Task=1 ReqB:S:C:T=0:0:*:1
+   TRES=cpu=16,mem=4G,node=2,billing=16
+   MinCPUsNode=2 MinMemoryNode=2G MinTmpDiskNode=0
+   OverSubscribe=NO Contiguous=0 Licenses=(null) Network=(null)
+   Comment=a b 
+   StdErr=/home/me/my run/o-71
+   StdOut=/home/me/my run/o-71
+   Power=
+   TresPerNode=gres:gpu:2,gres:nvme:1
+"""  # noqa: W291
+
+
+def test_options_of_a_job_by_what_slurm_says_of_it():
+    job = job_fields(SHOWN)
+    assert job["AllocNode:Sid"] == "controller:0" and job["Comment"] == "a b" and "QOS" not in job
+    given = chain.options_of("71", job, {"SLURM_GPUS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "1"})
+    assert given == [
+        *("--time=00:10:00", "--partition=debug", "--exclude=node4", "--mem=2G", "--tmp=0", "--gres=nvme:1"),
+        *("--nice=5", "--comment=a b", "--output=/home/me/my run/o-%j", "--cpus-per-task=1", "--gpus-per-node=2"),
+        *("--open-mode=append", "--no-requeue", "--exclusive"),
+    ]
+    assert "--gres=gpu:2,nvme:1" in chain.options_of("71", job, {})
+    exclusive_of_each_other = {"SLURM_MEM_PER_GPU": "9G", "SLURM_HINT": "nomultithread", "SLURM_THREADS_PER_CORE": "1"}
+    given = chain.options_of("71", job, exclusive_of_each_other)
+    assert {"--mem-per-gpu=9G", "--hint=nomultithread"} < {*given} and not {"--mem=2G", "--threads-per-core=1"} & {
+        *given
+    }
+
+
+# sacct 22.05: a job that was requeued, one that failed at once, one that waits, and one whose GPUs are not accounted.
+SACCT = """\
+1|REQUEUED|2026-11-23T05:23:42|3600|2|node[1-2]|billing=2,cpu=2,gres/gpu=4,mem=2000000M,node=2
+2|FAILED|2026-11-23T05:23:47|0|1|node1|billing=1,cpu=1,mem=1000000M,node=1
+3|PENDING|Unknown|0|1|None assigned|
+1|COMPLETED|2026-11-23T05:23:53|7200|2|node[1-2]|billing=2,cpu=2,gres/gpu=4,mem=2000000M,node=2
+"""
+
+
+def test_hours_by_accounting():
+    found = accounting.parse(SACCT)
+    assert [(held.job, held.state, held.gpus) for held in found] == [
+        ("1", "REQUEUED", 4),
+        ("2", "FAILED", 0),
+        ("1", "COMPLETED", 4),
+    ]
+    assert accounting.hours(found) == "6.00 node hours, 12.00 GPU hours; 1 REQUEUED, 1 FAILED, 1 COMPLETED"
+    assert accounting.rows(found)[-1].split() == ["1", "11-23", "05:23", "2.00", "node[1-2]", "4", "COMPLETED"]
+    assert "GPUs are not accounted" in accounting.hours(accounting.parse(SACCT.splitlines()[1]))
+    cancelled = accounting.parse("4|CANCELLED by 1000|2026-11-23T05:23:53|9|1|node1|cpu=2")
+    assert cancelled[0].state == "CANCELLED"
+
+
 def test_the_summary_of_a_run(tmp_path):
     def begin(start, time, checkpoint):
         return {
@@ -201,4 +282,5 @@ def test_the_summary_of_a_run(tmp_path):
     said = manage.status(str(tmp_path))
     assert "2 starts, 8.00 rank hours, 39% of them in steps that count; 5 steps trained again" in said
     assert "ends: 1 crashed, 1 done" in said
-    assert "crashed" in said.splitlines()[-6]
+    assert "hours by the run's own records, as there is no accounting: " in said
+    assert "crashed" in said.splitlines()[-7]

@@ -1,0 +1,79 @@
+"""`--health full` in a job: matrix products and an all-reduce by real ranks before the stub trains."""
+
+import json
+import sys
+
+import pytest
+
+from tests.slurm.runs import ROOT, Run
+
+pytestmark = pytest.mark.slow
+FULL = {"HEALTH": "full", "OMP_NUM_THREADS": 1, "SRUN_OPTIONS": "--wait=5"}
+"""The ranks that wait for one that has failed are given up soon."""
+
+ONE_RANK = ("--ntasks-per-node=1", "--gpus-per-node=1")
+
+CHECK = """
+import argparse, json, pathlib, sys
+from loopmem_pretrain.cluster import burn_in, slurm
+burn_in.LIMIT = 4
+here = slurm.allocation()
+options = argparse.Namespace(srun="", wrap="", python=sys.argv[1])
+bad = burn_in.check_nodes(options, here, here.nodes, pathlib.Path(sys.argv[2]))
+print(json.dumps([bad, slurm.steps(here.job, burn_in.STEP)]))
+"""
+
+
+@pytest.fixture
+def run(cluster, tmp_path):
+    return Run(cluster, tmp_path)
+
+
+def reports(run, restart):
+    folder = run.folder / "logs" / f"{run.job}.{restart}" / "burn-in"
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
+
+
+def test_healthy_nodes_train(run):
+    run.submit(**FULL)
+    assert run.cluster.wait(run.job, seconds=120) == "COMPLETED"
+    assert run.verdicts() == ["done"], run.log()
+    assert "all-reduce over 4 ranks: " in run.log()
+    assert [report["node"] for report in reports(run, 0)] == ["node1", "node1", "node2", "node2"]
+    assert all(report["tflops"] > 0 and report["gb_per_second"] > 0 for report in reports(run, 0))
+
+
+def test_a_slow_node_is_named_and_left_out(run):
+    run.fault(node="node2", burn_in="slow", rank=None)
+    run.submit(**FULL, options=ONE_RANK)
+    assert run.cluster.wait(run.job, seconds=180) == "COMPLETED"
+    assert run.verdicts() == ["lost nodes", "done"], run.log()
+    assert "node2 is left out: a matrix product runs at " in run.log()
+    assert run.starts()[1]["bad_nodes"] == ["node2"] and "node2" not in run.starts()[2]["nodes"]
+    assert [report["node"] for report in reports(run, 1)] == run.starts()[2]["nodes"]
+
+
+def test_a_spare_node_steps_in_for_one_that_fails(run):
+    run.fault(node="node1", burn_in="exit", rank=None)
+    run.submit(**FULL, SPARE_NODES=1, options=(*ONE_RANK, "--nodes=3"))
+    assert run.cluster.wait(run.job, seconds=120) == "COMPLETED"
+    assert run.verdicts() == ["done"], run.log()
+    assert "node1 is left out: 1 of 1 ranks did not finish a matrix product" in run.log()
+    assert "the all-reduce has not come to an end on any rank" in run.log()
+    assert "uncorrectable ECC error" in run.log()
+    assert "2 ranks on node2,node3" in run.log()
+
+
+def test_a_node_that_hangs_is_named_and_its_step_ended(cluster, tmp_path):
+    rank = tmp_path / "python"
+    rank.write_text("""#!/bin/sh
+[ "$SLURMD_NODENAME" = node2 ] && exec sleep 1000
+echo '{"node": "'$SLURMD_NODENAME'", "tflops": 1.0, "gb_per_second": 9.0}' >"$3/rank-0000$SLURM_PROCID.json"
+""")
+    rank.chmod(0o755)
+    command = ("salloc", "--quiet", "--nodes=3", "--ntasks-per-node=1", sys.executable, "-c", CHECK, rank, tmp_path)
+    said = cluster.run(*command, PYTHONPATH=ROOT)
+    bad, steps_left = json.loads(next(line for line in said.splitlines() if line.startswith("[")))
+    assert bad == {"node2": ["1 of 1 ranks did not finish a matrix product"]}
+    assert steps_left == []
+    assert "all-reduce over 2 ranks: 9.0 GB/s" in said
