@@ -63,6 +63,22 @@ def open_checkpoint(path: str | Path) -> Source:
     return Source(checkpoint, config, manifest["step"], data_dir / tokenizer.file)
 
 
+class LateBar:
+    """Counts written parameters; its time begins with the first, not with what is loaded before."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.bar: ProgressBar | None = None
+
+    def update(self, done: int) -> None:
+        self.bar = self.bar or ProgressBar("convert", self.total, start=done, unit="parameter")
+        self.bar.update(done, "written; comparing comes next" if done == self.total else "")
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
 def convert_run(
     path: str | Path,
     out_dir: str | Path,
@@ -88,7 +104,7 @@ def convert_run(
     tokenizer = load_tokenizer(source.tokenizer_path)
     log.info("reading %s; what several ranks wrote is merged first", source.checkpoint)
     with mapped_weights(source.checkpoint) as weights:
-        bar = ProgressBar("convert", len(weights), unit="parameter")
+        bar = LateBar(len(weights))
         report = export(
             source.config.model,
             weights,
@@ -100,7 +116,7 @@ def convert_run(
             overwrite=overwrite,
             history=history(source),
             unrolled=unrolled,
-            on_written=lambda done: bar.update(done, "written; comparing comes next" if done == bar.total else ""),
+            on_written=bar.update,
         )
     bar.close()
     match = report.comparison

@@ -43,9 +43,9 @@ def assert_near(value, expected, relative, what):
     ("parallel", "ranks", "precision"),
     [
         (TP2_PP2_SP, 4, "fp32"),
-        (TP2_ZERO2, 2, "fp32"),
+        pytest.param(TP2_ZERO2, 2, "fp32", marks=pytest.mark.slow),
         (TP2_ZERO3, 4, "fp32"),
-        (TP2_PP2_SP, 4, "bf16"),
+        pytest.param(TP2_PP2_SP, 4, "bf16", marks=pytest.mark.slow),
         pytest.param(TP2_ZERO2, 2, "bf16", marks=pytest.mark.slow),
         pytest.param(TP2_ZERO3, 4, "bf16", marks=pytest.mark.slow),
     ],
