@@ -27,7 +27,7 @@ if trainer.rank == 1:
     ("method", "call", "faults", "phase"),
     [
         ("train_batch", 8, {"hang_timeout_seconds": 3}, "phase step, 7 steps done"),
-        ("evaluate", 3, {"hang_timeout_seconds": 3}, "phase validation, 20 steps done"),
+        ("evaluate", 2, {"hang_timeout_seconds": 3}, "phase validation, 20 steps done"),
         pytest.param(
             "collect_states",
             1,

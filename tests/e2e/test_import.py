@@ -92,7 +92,7 @@ def test_any_sizes_load_and_save_the_same_bits(tmp_path, sentences, exported, la
     begin(tmp_path, config, exported)
     checkpoint = tmp_path / "run" / "checkpoints" / "step_00000000"
     before = dict(fp32_weights(checkpoint))
-    save_and_stop = "trainer.saver.save(wait=True); trainer.stop_reason = 'saved'"
+    save_and_stop = "trainer.saver.save(wait=True); trainer.stop_at_step = 0"
     assert run(config, ranks, before=save_and_stop) == ("interrupted", None)
     assert "form" not in read_manifest(checkpoint)
     after = dict(fp32_weights(checkpoint))

@@ -95,7 +95,7 @@ def test_hugging_face_form_loads_with_its_special_tokens(trained: Path, tmp_path
 
     to_huggingface(trained, tmp_path)
     loaded = AutoTokenizer.from_pretrained(str(tmp_path))
-    assert (loaded.unk_token_id, loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (0, 1, 2, 3)
+    assert (loaded.unk_token_id, loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (0, 2, 2, 3)
     assert len(loaded) == 400
     assert loaded.decode(loaded("  it 's , fine .\n")["input_ids"]) == "  it 's , fine .\n"
 
