@@ -30,7 +30,14 @@ from torch import Tensor
 from loopmem_pretrain.model.backend import wide
 from loopmem_pretrain.model.block import Rotary
 from loopmem_pretrain.model.decoding import Decoding, attend, decoding
-from loopmem_pretrain.model.loopmem import LoopedLayer, LoopMemBody, NumLoops, loops_of_layers, token_norm
+from loopmem_pretrain.model.loopmem import (
+    LoopedLayer,
+    LoopMemBody,
+    NumLoops,
+    expected_loops,
+    loops_of_layers,
+    token_norm,
+)
 from loopmem_pretrain.model.memory import SharedRead
 
 # ------------------------------------------------------------------------------------------------ who leaves, and when
@@ -76,9 +83,8 @@ class ExitStats(NamedTuple):
     """loops that each token ran, [B, T]"""
 
     def expected_loops(self) -> Tensor:
-        """E = sum of n p_n per token, [B, T], differentiable."""
-        loops = torch.arange(1, self.halting_probs.shape[-1] + 1, device=self.halting_probs.device)
-        return torch.sum(self.halting_probs * loops, dim=-1)
+        """E per token, [B, T]."""
+        return expected_loops(self.halting_probs)
 
 
 # ------------------------------------------------------------------------------------------------------------ packing

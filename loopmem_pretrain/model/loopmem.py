@@ -63,6 +63,12 @@ class PlainLayer(Block):
 # ------------------------------------------------------------------------------------------- looping and halting
 
 
+def expected_loops(halting_probs: Tensor) -> Tensor:
+    """E = sum of n p_n: [B, T, n] -> [B, T], differentiable."""
+    loops = torch.arange(1, halting_probs.shape[-1] + 1, device=halting_probs.device)
+    return torch.sum(halting_probs * loops, dim=-1)
+
+
 class LoopStats(NamedTuple):
     """What one visit of a looped layer of n loops did. Only `halting_probs` carries a gradient."""
 
@@ -78,9 +84,8 @@ class LoopStats(NamedTuple):
     """mean global gate of each loop, [n]"""
 
     def expected_loops(self) -> Tensor:
-        """E = sum of n p_n per token, [B, T], differentiable."""
-        loops = torch.arange(1, self.halting_probs.shape[-1] + 1, device=self.halting_probs.device)
-        return torch.sum(self.halting_probs * loops, dim=-1)
+        """E per token, [B, T]."""
+        return expected_loops(self.halting_probs)
 
 
 class LoopState(NamedTuple):
