@@ -285,8 +285,14 @@ class Cluster:
             os.kill(pid, signal.SIGCONT)
 
     def cut(self, node: str) -> None:
-        """Pull its network cable; the disk that all share stays within its reach."""
-        self._tell(f"ip link set v{node.removeprefix('node')} down")
+        """Pull its network cable; the disk that all share stays within its reach.
+
+        Waits until it is out: SLURM, told too early that the node is gone, would end the job's processes there.
+        """
+        done = self.dir / f"{node}.cut"
+        self._tell(f"ip link set v{node.removeprefix('node')} down && touch {done}")
+        wait_for(done.exists, 20, f"the cable of {node} to be out", pause=0.05)
+        done.unlink()
 
     def _tell(self, command: str) -> None:
         """Let the cluster's first process run a command; does not wait for it."""
