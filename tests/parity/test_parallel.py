@@ -2,11 +2,12 @@
 
 Five optimizer steps: losses, gradient norms, the gradients of the first step, parameters and statistics. `make test`
 runs a subset of the matrix in which every pair of choices occurs; `make test-all` the full product, 3,696 runs, which
-take two hours or so on two cores.
+take two hours or so on two cores; with LOOPMEM_SHARD=2/7 the second seventh of it, so that machines can share it.
 """
 
 import itertools
 import math
+import os
 from functools import lru_cache
 from typing import Any
 
@@ -179,8 +180,18 @@ def covering(cases: list[Case]) -> list[Case]:
     return chosen
 
 
-# Model axes first: runs that are compared with the same plain process stand together, and it runs once for them.
-EVERYTHING = product(MODEL_AXES | PARALLEL_AXES)
+def shard(text: str) -> list[Case]:
+    """Part k of n ("k/n") of the full product.
+
+    Runs that are compared with the same plain process stand together, and it runs once for them.
+    """
+    part, parts = (int(number) for number in text.split("/"))
+    models = [dict(zip(MODEL_AXES, values, strict=True)) for values in itertools.product(*MODEL_AXES.values())]
+    own = models[part - 1 :: parts]
+    return [model | case for model in own for case in product(PARALLEL_AXES) if is_offered(model | case)]
+
+
+EVERYTHING = shard(os.environ.get("LOOPMEM_SHARD", "1/1"))
 COVERING = covering(product(PARALLEL_AXES | MODEL_AXES))
 
 
@@ -268,3 +279,7 @@ def test_the_covering_cases_use_every_value_with_every_other():
     everything = product(PARALLEL_AXES | MODEL_AXES)
     assert set().union(*map(pairs, COVERING)) == set().union(*map(pairs, everything))
     assert len(COVERING) < 40 < len(everything)
+    parts = [case for part in range(1, 8) for case in shard(f"{part}/7")]
+    assert sorted(map(name_of, parts)) == sorted(map(name_of, shard("1/1")))
+    assert {frozenset(case.items()) for case in parts} == {frozenset(case.items()) for case in everything}
+    assert len(parts) == len(everything)
