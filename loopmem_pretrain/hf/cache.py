@@ -27,7 +27,7 @@ class RoomyLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append; returns all keys and values."""
-        if key_states.requires_grad:  # what is differentiated may not be written over
+        if key_states.requires_grad or value_states.requires_grad:  # what is differentiated may not be written over
             return super().update(key_states, value_states, *args, **kwargs)
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         self.keys = self._append("key_room", self.keys, key_states)

@@ -128,6 +128,17 @@ def test_a_copied_cache_is_another(looped):
         close(model(IDS[:, 5:], past_key_values=cache).logits, native(IDS).logits[:, 5:])
 
 
+def test_gradients_through_cached_values_alone(looped):
+    """In the first loop of the first layer keys need no gradient here, and values do."""
+    model = copy.deepcopy(looped[1])
+    value = model.model.layers[0].self_attn.v_proj.weight
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter is value)
+    (whole,) = torch.autograd.grad(model(IDS, use_cache=False).logits.square().mean(), value)
+    (cached,) = torch.autograd.grad(in_steps(model, IDS).square().mean(), value)
+    close(cached, whole)
+
+
 # --------------------------------------------------------------------------------------------- fixed size, compiled
 
 
