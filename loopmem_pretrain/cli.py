@@ -162,8 +162,8 @@ def add_slurm(command: Callable[..., Any], commands: Any, with_config: Callable[
     help_ = "Training as jobs of a SLURM cluster: check and submit, see how it stands, end it."
     verbs = command("slurm", slurm_status, help_).add_subparsers(required=True, metavar="VERB")
     for name, run, help_ in (
-        ("submit", slurm_submit, "Check config, plan and script, freeze them in the run folder, submit."),
-        ("render", slurm_render, "Print the batch script that submit would send, and what the checks found."),
+        ("submit", slurm_submit, "Check config, plan and scripts, freeze them in the run folder, submit."),
+        ("render", slurm_render, "Print the batch scripts that submit would send, and what the checks found."),
     ):
         verb = with_config(command(name, run, help_, verbs))
         verb.add_argument("--cluster", required=True, metavar="FILE", help="such as slurm/clusters/generic.yaml")
@@ -175,6 +175,9 @@ def add_slurm(command: Callable[..., Any], commands: Any, with_config: Callable[
         verb.add_argument("--health", choices=("none", "node", "full"), default="node", help="checks before training")
         verb.add_argument("--max-crashes", type=int, default=3, metavar="N", help="without a new checkpoint between")
         verb.add_argument("--after", metavar="JOB", help="start when that job has ended well")
+        help_ = "a job that waits for the end of the run; may be given twice: conversion to RUN/hf comes first,\n"
+        help_ += "RUN/evaluation.json after it"
+        verb.add_argument("--then", action="append", choices=("convert", "evaluate"), default=[], help=help_)
     for name, run, help_ in (
         ("status", slurm_status, "How a run stands: verdict, queue, every start, what it has cost."),
         ("logs", slurm_logs, "The end of a rank's log in the newest start."),
@@ -430,6 +433,7 @@ def _slurm_plan(options: Any) -> Any:
         "health",
         "max_crashes",
         "after",
+        "then",
     )
     return plan(Request(site=site, **{name: getattr(options, name) for name in named}))
 
@@ -442,9 +446,11 @@ def slurm_submit(options: Any) -> int:
     ready = _slurm_plan(options)
     for note in ready.notes:
         print(note)
-    job = submit(ready)
+    jobs = submit(ready)
     folder = shlex.quote(str(ready.run_dir))
-    print(f"job {job}; see `loopmem slurm status {folder}` and `loopmem slurm logs {folder}`")
+    print(f"job {jobs.pop('pretrain')}; see `loopmem slurm status {folder}` and `loopmem slurm logs {folder}`")
+    if jobs:
+        print("when the run is done: " + ", then ".join(f"{task}, job {job}" for task, job in jobs.items()))
     return EXIT_DONE
 
 
@@ -452,7 +458,7 @@ def slurm_render(options: Any) -> int:
     ready = _slurm_plan(options)
     for note in ready.notes:
         print(note, file=sys.stderr)
-    print(ready.script, end="")
+    print("\n".join(ready.scripts.values()), end="")
     return EXIT_DONE
 
 

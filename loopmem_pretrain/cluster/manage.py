@@ -9,6 +9,7 @@ from typing import Any
 
 from loopmem_pretrain import control
 from loopmem_pretrain.cluster import accounting, rank, records, slurm
+from loopmem_pretrain.cluster.other_jobs import FOLLOWERS
 from loopmem_pretrain.cluster.submit import job_name
 from loopmem_pretrain.errors import ConfigError, EnvironmentFault
 from loopmem_pretrain.tools.tables import table
@@ -59,7 +60,9 @@ def _jobs(folder: Path) -> dict[str, str]:
     known = {starts[-1]["start"].partition(".")[0], starts[-1].get("successor")} if starts else set()
     rows = slurm.ask("squeue", "-h", "--me", "-o", "%i %j %T %M of %l on %D nodes %R", patience=0).splitlines()
     each = [row.split(maxsplit=2) for row in rows]
-    return {job: said for job, name, said in each if name == job_name(folder) or job in known}
+    own = job_name(folder)
+    tasks = {own: "", **{f"{own}-{task}": f"{task} " for task in FOLLOWERS}}
+    return {job: tasks.get(name, "") + said for job, name, said in each if name in tasks or job in known}
 
 
 def _ends(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -11,13 +11,29 @@ A template is a plain batch script. What is replaced in it:
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from loopmem_pretrain.config.site import SiteConfig
-from loopmem_pretrain.errors import ConfigError
+from loopmem_pretrain.errors import ConfigError, EnvironmentFault
+
+TEMPLATES = Path(__file__).parents[2] / "slurm"
 
 PLACE = "# Here go the modules and variables of your cluster."
 _OPTION = re.compile(r"#SBATCH --([\w-]+)(?:=(.*))?$")
 _SETTING = re.compile(r"([A-Z_]+)=\$\{\1:?[-?].*?\}(\s+#.*)?$")
+
+
+def template_of(task: str) -> str:
+    """A file of slurm/, by name without suffix.
+
+    Raises:
+        EnvironmentFault: the package does not run from a checkout of the repository.
+    """
+    if not TEMPLATES.is_dir():
+        raise EnvironmentFault(
+            f"there are no templates at {TEMPLATES}", "run loopmem from a checkout of the repository"
+        )
+    return (TEMPLATES / f"{task}.sbatch").read_text(encoding="utf-8")
 
 
 def render(
@@ -73,11 +89,12 @@ def site_options(site: SiteConfig) -> dict[str, str | None]:
     return options
 
 
-def gpu_options(site: SiteConfig) -> dict[str, str | None]:
-    """How the site's GPUs are asked for: one of three ways, or none of them."""
+def gpu_options(site: SiteConfig, gpus: int | None = None) -> dict[str, str | None]:
+    """How GPUs of a node are asked for, all unless told: one of three ways, or none of them."""
     options: dict[str, str | None] = dict.fromkeys(("gpus-per-node", "gpus-per-task", "gres"))
-    if site.gpus_per_node:
-        each = {"gpus-per-node": str(site.gpus_per_node), "gpus-per-task": "1", "gres": f"gpu:{site.gpus_per_node}"}
+    count = site.gpus_per_node if gpus is None else gpus
+    if count:
+        each = {"gpus-per-node": str(count), "gpus-per-task": "1", "gres": f"gpu:{count}"}
         options[site.gpu_request] = each[site.gpu_request]
     return options
 
@@ -90,18 +107,24 @@ def site_setup(site: SiteConfig) -> list[str]:
     return [f"# {site.name}", *lines] if lines else []
 
 
-def container_settings(site: SiteConfig, folders: Sequence[str]) -> dict[str, str]:
-    """How the ranks get into the container, with these folders visible inside."""
+def container_settings(site: SiteConfig, folders: Sequence[str], code: Path) -> dict[str, str]:
+    """How the ranks get into the container, with these folders visible inside; `code` is where they start."""
     box = site.container
     if box is None:
         return {}
-    mounts = ",".join(dict.fromkeys([*box.mounts, *folders]))
+    where = "WRAP" if box.kind == "apptainer" else "SRUN_OPTIONS"
+    return {"RANK_PYTHON": box.python, where: shlex.join(container_words(site, folders, code, gpus=True))}
+
+
+def container_words(site: SiteConfig, folders: Sequence[str], code: Path, gpus: bool) -> list[str]:
+    """The container: a command before the interpreter (apptainer) or options of srun (pyxis); none without one."""
+    box = site.container
+    if box is None:
+        return []
+    mounts = [*dict.fromkeys([*box.mounts, *folders])]
     if box.kind == "apptainer":
-        nvidia = ["--nv"] if site.gpus_per_node else []
-        command = ["apptainer", "exec", *nvidia, f"--bind={mounts}", box.image]
-        return {"RANK_PYTHON": box.python, "WRAP": shlex.join(command)}
-    options = [
-        f"--container-image={box.image}",
-        f"--container-mounts={','.join(f'{m}:{m}' for m in mounts.split(','))}",
-    ]
-    return {"RANK_PYTHON": box.python, "SRUN_OPTIONS": shlex.join(options)}
+        nvidia = ["--nv"] if gpus and site.gpus_per_node else []
+        return ["apptainer", "exec", *nvidia, f"--bind={','.join(mounts)}", box.image]
+    each = ",".join(f"{folder}:{folder}" for folder in mounts)
+    # pyxis starts in the image's own folder, where the package is not
+    return [f"--container-image={box.image}", f"--container-mounts={each}", f"--container-workdir={code}"]

@@ -16,7 +16,15 @@ from typing import Literal, NamedTuple
 
 import loopmem_pretrain
 from loopmem_pretrain.cluster import records, slurm
-from loopmem_pretrain.cluster.render import container_settings, gpu_options, render, site_options, site_setup
+from loopmem_pretrain.cluster.other_jobs import Follower, after_training, submit_in_turn
+from loopmem_pretrain.cluster.render import (
+    container_settings,
+    gpu_options,
+    render,
+    site_options,
+    site_setup,
+    template_of,
+)
 from loopmem_pretrain.config.cluster import ClusterConfig
 from loopmem_pretrain.config.load import dump_config, load_config
 from loopmem_pretrain.config.run import RunConfig, run_problems
@@ -32,7 +40,6 @@ Launcher = Literal["srun", "torchrun", "deepspeed"]
 Mode = Literal["requeue", "chain", "no"]
 
 PACKAGE = Path(loopmem_pretrain.__file__).parent
-TEMPLATES = PACKAGE.parent / "slurm"
 LOCAL = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "ramfs", "overlay")
 """Kinds of filesystems that one node alone sees."""
 SAVE_FACTOR, SLURM_SLACK = 2.0, 60.0
@@ -54,6 +61,8 @@ class Request(NamedTuple):
     max_crashes: int = 3
     after: str | None = None
     """A job that must have ended well before."""
+    then: Sequence[Follower] = ()
+    """What follows when the run is done."""
 
 
 class Plan(NamedTuple):
@@ -64,13 +73,14 @@ class Plan(NamedTuple):
     config: RunConfig
     code: Path
     """Where the package is copied to, and jobs run: a folder of this submission, which no later one touches."""
-    script: str
+    scripts: dict[str, str]
+    """By template: that of the training, then those that wait for it, each for the one before."""
     notes: list[str]
     """What the checks found, for people."""
 
 
 def plan(request: Request) -> Plan:
-    """Check the request and render its script; changes nothing.
+    """Check the request and render its scripts; changes nothing.
 
     Raises:
         ConfigError: configuration, sizes, memory or the site do not fit each other.
@@ -88,6 +98,11 @@ def plan(request: Request) -> Plan:
             f"--launcher {request.launcher} starts a node's ranks in one task, which would get one GPU",
             "use --launcher srun, or another gpu_request in the file of the cluster",
         )
+    if request.then and request.mode != "requeue":
+        raise ConfigError(
+            f"--then waits for one job, and with --continue {request.mode} its end need not be the end of the run",
+            "use --continue requeue, or submit slurm/convert.sbatch and slurm/evaluate.sbatch when the run is done",
+        )
     notes = [*_estimate(config, site, ranks)]
     run_dir = Path(config.run_dir).absolute()
     check_folder(run_dir, site)
@@ -96,10 +111,18 @@ def plan(request: Request) -> Plan:
         from loopmem_pretrain.training.run_folder import refuse_other_configuration
 
         refuse_other_configuration(config, run_dir)
+    if "convert" in request.then and (run_dir / "hf").exists():
+        raise ConfigError(
+            f"--then convert would write {run_dir / 'hf'}, which is there", "move it away, or leave --then convert out"
+        )
     warning = warning_seconds(run_dir, site)
     notes.append(f"warned {warning} s before the end of a job")
     code = run_dir / "slurm" / f"code-{time.strftime('%Y%m%dT%H%M%S')}"
-    return Plan(request.after, run_dir, config, code, _script(request, run_dir, code, warning), notes)
+    scripts = {
+        "pretrain": _script(request, run_dir, code, warning),
+        **after_training(request.then, run_dir, job_name(run_dir), code, config.training.device, site),
+    }
+    return Plan(request.after, run_dir, config, code, scripts, notes)
 
 
 def _estimate(config: RunConfig, site: SiteConfig, ranks: int) -> list[str]:
@@ -214,45 +237,48 @@ def _script(request: Request, run_dir: Path, code: Path, warning: int) -> str:
         "RANK_PYTHON": site.python or sys.executable,
         "WRAP": "",
         "SRUN_OPTIONS": "",
-        **container_settings(site, [str(run_dir)]),
+        **container_settings(site, [str(run_dir)], code),
     }
-    if not TEMPLATES.is_dir():
-        raise EnvironmentFault(
-            f"there are no templates at {TEMPLATES}", "run loopmem from a checkout of the repository"
-        )
-    template = (TEMPLATES / "pretrain.sbatch").read_text(encoding="utf-8")
-    return render(template, options, settings, site_setup(site))
+    return render(template_of("pretrain"), options, settings, site_setup(site))
 
 
 def job_name(run_dir: Path) -> str:
-    """Of all jobs of a run, and of no other run: a chain goes by it."""
+    """Of all jobs that train a run, and of no other run: a chain goes by it."""
     return f"loopmem-{run_dir.name.replace(' ', '_')}-{hashlib.sha256(os.fsencode(run_dir)).hexdigest()[:8]}"
 
 
-def submit(ready: Plan) -> str:
-    """Let SLURM check the script, freeze what will run below RUN/slurm, and submit; the job's id.
+def submit(ready: Plan) -> dict[str, str]:
+    """Let SLURM check the scripts, freeze what will run below RUN/slurm, and submit; the jobs' ids by template.
 
     Raises:
-        EnvironmentFault: SLURM refuses it; nothing has been written then.
+        EnvironmentFault: SLURM refuses a script; nothing has been written then. Or it takes one and not the next:
+            what was submitted has been cancelled.
     """
     if ready.after:  # SLURM starts at once what waits for a job that it does not know
         slurm.ask("scontrol", "show", "job", ready.after, patience=0)
-    test(ready.script)
+    for task, script in ready.scripts.items():
+        test(task, script)
     folder = ready.run_dir / "slurm"
-    ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(PACKAGE, ready.code / PACKAGE.name, ignore=ignore)
+    freeze_code(ready.code)
     (ready.run_dir / "logs").mkdir(exist_ok=True)
     write_file(folder / "config.yaml", dump_config(ready.config).encode())
-    write_file(folder / "pretrain.sbatch", ready.script.encode())
-    job = slurm.sbatch(str(folder / "pretrain.sbatch"))
+    paths = {task: folder / f"{task}.sbatch" for task in ready.scripts}
+    for task, script in ready.scripts.items():
+        write_file(paths[task], script.encode())
+    jobs = dict(zip(paths, submit_in_turn([*paths.values()]), strict=True))
     from loopmem_pretrain.training.run_folder import git_commit
 
-    said = {"event": "submit", "job": job, "user": getpass.getuser(), "command": shlex.join(sys.argv)}
+    said = {"event": "submit", "jobs": jobs, "user": getpass.getuser(), "command": shlex.join(sys.argv)}
     records.append(ready.run_dir, {**said, "git_commit": git_commit()})
-    return job
+    return jobs
 
 
-def test(script: str) -> str:
+def freeze_code(folder: Path) -> None:
+    """Copy the package, so that later changes of it do not reach the jobs that start in this folder."""
+    shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def test(task: str, script: str) -> str:
     """What SLURM says of the script: when and where it would start.
 
     Raises:
@@ -265,7 +291,7 @@ def test(script: str) -> str:
         raise EnvironmentFault("there is no `sbatch` here", "submit from a login node of the cluster") from None
     if said.returncode:
         raise EnvironmentFault(
-            f"SLURM refuses the job: {said.stderr.strip()}",
+            f"SLURM refuses the job ({task}.sbatch): {said.stderr.strip()}",
             "compare partition, time, nodes, GPUs and cores with what the cluster gives: sinfo -o '%P %l %D %c %G'",
         )
     return said.stderr.strip()

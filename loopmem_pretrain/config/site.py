@@ -6,6 +6,8 @@ from pydantic import Field
 
 from loopmem_pretrain.config.base import Section
 
+TIME = r"^(\d+-)?\d+(:\d+){0,2}$"
+
 
 class VariableConfig(Section):
     """An environment variable of every rank."""
@@ -29,6 +31,18 @@ class ContainerConfig(Section):
     """Folders that must be seen inside; the run folder is added."""
     python: str = Field(default="python3", min_length=1)
     """Interpreter inside the image that has the package's dependencies."""
+
+
+class OtherJobsConfig(Section):
+    """Jobs beside the training, one task each: preparation of data, conversion, evaluation."""
+
+    partition: str | None = None
+    """Of preparation and conversion, which need no GPU; qos, constraint and sbatch are then left out of them. Unset
+    takes the cluster's."""
+    memory: str = "64G"
+    """Of one job."""
+    time: str | None = Field(default=None, pattern=TIME)
+    """Longest time of one; unset takes the cluster's."""
 
 
 class SiteConfig(Section):
@@ -56,10 +70,12 @@ class SiteConfig(Section):
     """Cores that a job may use, divided among the ranks."""
     memory: str = "0"
     """Memory of a node for the job; 0 asks for all."""
-    time: str = Field(default="24:00:00", pattern=r"^(\d+-)?\d+(:\d+){0,2}$")
+    time: str = Field(default="24:00:00", pattern=TIME)
     """Longest time of a job, as sbatch writes it."""
     warning_seconds: int = Field(default=600, ge=60)
     """Before its end a job is warned; a run that has saved before is warned by what its saves took."""
+    other_jobs: OtherJobsConfig = OtherJobsConfig()
+    """What is different for jobs that do not train."""
     max_nodes: int | None = Field(default=None, gt=0)
     """Most nodes of a job."""
     sbatch: tuple[str, ...] = ()

@@ -76,8 +76,8 @@ class Shell:
     def __call__(self, *words, check=True):
         return self.cluster.run(sys.executable, "-m", "loopmem_pretrain", "slurm", *words, check=check)
 
-    def request(self, verb, *more, nodes=2):
-        options = ("--cluster", SITE, "--nodes", nodes, "--health", "none", *more)
+    def request(self, verb, *more, nodes=2, site=SITE):
+        options = ("--cluster", site, "--nodes", nodes, "--health", "none", *more)
         return self(verb, *options, "--config", self.config, "training.micro_batch_size=1", check=False)
 
 
@@ -93,6 +93,59 @@ def test_what_is_refused_leaves_nothing_behind(shell):
     assert "Invalid job id" in shell.request("submit", "--after", "4711")
     assert not shell.run_dir.exists()
     assert shell.cluster.run("squeue", "-h") == ""
+
+
+FOLLOWERS = ("--then", "evaluate", "--then", "convert")
+
+
+def test_what_cannot_follow_is_refused_and_nothing_is_submitted(shell, tmp_path):
+    assert "invalid choice: 'plot'" in shell.request("submit", "--then", "plot")
+    assert "its end need not be the end of the run" in shell.request("submit", *FOLLOWERS, "--continue", "chain")
+    site = tmp_path / "site.yaml"
+    site.write_text(SITE.read_text().replace("{memory: 1G}", "{memory: 1G, partition: devel, time: '3:00:00'}"))
+    answer = shell.request("submit", *FOLLOWERS, site=site)
+    assert "SLURM refuses the job (convert.sbatch)" in answer and "time limit is invalid" in answer, answer
+    assert not shell.run_dir.exists()
+    assert shell.cluster.run("squeue", "-h") == ""
+
+
+def test_a_submission_that_fails_takes_back_those_before_it(cluster, tmp_path):
+    (tmp_path / "waits.sbatch").write_text("#!/bin/bash\nsleep 600\n")
+    code = "import sys\nfrom loopmem_pretrain.cluster.other_jobs import submit_in_turn\nsubmit_in_turn(sys.argv[1:])"
+    scripts = [tmp_path / "waits.sbatch", tmp_path / "waits.sbatch", tmp_path / "gone.sbatch"]
+    said = cluster.run(sys.executable, "-c", code, *scripts, PYTHONPATH=ROOT, SBATCH_OUTPUT="/dev/null", check=False)
+    jobs = re.search(r"submitted before it, now cancelled: (\d+), (\d+)", said)
+    assert jobs and "gone.sbatch" in said, said
+    assert [cluster.wait(job, seconds=30) for job in jobs.groups()] == ["CANCELLED", "CANCELLED"]
+
+
+@pytest.mark.slow
+def test_conversion_and_evaluation_wait_for_a_run_that_is_requeued(cluster, tmp_path, sentences):
+    shell = Shell(cluster, tmp_path, sentences, train_steps=60)
+    said = shell.request("submit", *FOLLOWERS)
+    training, conversion, evaluation = jobs = re.findall(r"\bjob (\d+)", said)
+    assert f"when the run is done: convert, job {conversion}, then evaluate, job {evaluation}" in said
+    metrics = shell.run_dir / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 2, 120, "the first steps")
+    assert f"job {conversion}: convert PENDING" in shell("status", shell.run_dir)
+    cluster.run("scancel", "--signal=USR1", "--batch", training)
+    states = [cluster.wait(job, seconds=240) for job in jobs]
+    logs = lambda: "\n".join(path.read_text()[-1500:] for path in shell.run_dir.glob("logs/*.out"))  # noqa: E731
+    assert states == ["COMPLETED"] * 3, logs()
+    assert "1 interrupted, 1 done" in shell("status", shell.run_dir)
+    assert (shell.run_dir / "hf" / "model.safetensors").exists()
+    assert json.loads((shell.run_dir / "evaluation.json").read_text())["device"] == "cpu"
+    frozen = shell.run_dir / "slurm"
+    for task in ("convert", "evaluate"):
+        script = (frozen / f"{task}.sbatch").read_text()
+        assert "${" not in script.split("set -euo pipefail")[1].split("eval")[0], "the environment decides nothing"
+        assert f'--chdir="{next(frozen.glob("code-*"))}"' in script
+    again = shell.request("submit", "--then", "convert")
+    assert "hf, which is there" in again, again
+    # what is frozen can be submitted again, with more options
+    more = cluster.sbatch(frozen / "evaluate.sbatch", "--num-loops", "1", "2")
+    assert cluster.wait(more, seconds=120) == "COMPLETED", logs()
+    assert len(json.loads((shell.run_dir / "evaluation.json").read_text())["domains"][0]["scores"]) == 2
 
 
 @pytest.mark.slow
@@ -157,7 +210,7 @@ def test_the_whole_chain(cluster, tmp_path):
     values = {
         "RECIPE": tmp_path / "recipe.yaml", "INPUTS": tmp_path / "inputs", "OUTPUT": tmp_path / "tokens",
         "CONFIG": tmp_path / "config.yaml", "RUN_DIR": tmp_path / "run", "OUT": tmp_path / "hf",
-        "PYTHON": sys.executable, "OMP_NUM_THREADS": 1, "HEALTH": "none",
+        "PYTHON": sys.executable, "OMP_NUM_THREADS": 1, "HEALTH": "none", "DEVICE": "cpu",
         "TRAIN_OPTIONS": f"{small} --nodes=2 --ntasks-per-node=1 --gpus-per-node=1",
         **{f"{name}_OPTIONS": small for name in ("PREPARE", "CONVERT", "EVALUATE")},
     }  # fmt: skip

@@ -104,10 +104,11 @@ def test_variables_come_with_their_reasons(tmp_path):
 
 def test_containers_stay_around_the_ranks_only():
     box = {"kind": "apptainer", "image": "my image.sif", "mounts": ("/data",)}
-    apptainer = container_settings(site(container=box), ["/run"])
+    apptainer = container_settings(site(container=box), ["/run"], Path("/run/code"))
     assert apptainer == {"RANK_PYTHON": "python3", "WRAP": "apptainer exec --nv --bind=/data,/run 'my image.sif'"}
-    pyxis = container_settings(site(container={**box, "kind": "pyxis"}), ["/run"])
-    assert pyxis["SRUN_OPTIONS"] == "'--container-image=my image.sif' --container-mounts=/data:/data,/run:/run"
+    pyxis = container_settings(site(container={**box, "kind": "pyxis"}), ["/run"], Path("/run/code"))
+    mounts = "--container-mounts=/data:/data,/run:/run --container-workdir=/run/code"
+    assert pyxis["SRUN_OPTIONS"] == f"'--container-image=my image.sif' {mounts}"
 
 
 def test_128_nodes_of_8(tmp_path):
@@ -116,12 +117,12 @@ def test_128_nodes_of_8(tmp_path):
     sizes += ["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"]
     large = site(max_nodes=384, partition="batch", hardware=str(ROOT / "configs" / "cluster" / "h100.yaml"))
     ready = plan(request(tmp_path, sizes, nodes=128, of=large, spare_nodes=2))
-    options = options_of(ready.script)
+    options = options_of(ready.scripts["pretrain"])
     assert (options["nodes"], options["ntasks-per-node"], options["gpus-per-node"]) == ("130", "8", "8")
     assert options["cpus-per-task"] == "12" and options["partition"] == "batch"
     assert "1,024 ranks = TP 2 x PP 2 x DP 256; 4 micro-batches a step" in ready.notes[0]
-    assert "SPARE_NODES=2 " in ready.script
-    assert "${" not in ready.script, "the environment of sbatch decides nothing"
+    assert "SPARE_NODES=2 " in ready.scripts["pretrain"]
+    assert "${" not in ready.scripts["pretrain"], "the environment of sbatch decides nothing"
     assert any("a step is expected to take" in note for note in ready.notes)
 
 
