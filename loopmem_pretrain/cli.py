@@ -178,6 +178,12 @@ def add_slurm(command: Callable[..., Any], commands: Any, with_config: Callable[
         help_ = "a job that waits for the end of the run; may be given twice: conversion to RUN/hf comes first,\n"
         help_ += "RUN/evaluation.json after it"
         verb.add_argument("--then", action="append", choices=("convert", "evaluate"), default=[], help=help_)
+    help_ = "Prepare data as jobs: the tokenizer, where it is to be trained, then the token shards."
+    prepare_ = with_config(command("prepare", slurm_prepare, help_, verbs))
+    prepare_.add_argument("--cluster", required=True, metavar="FILE", help="such as slurm/clusters/generic.yaml")
+    help_ = "a job for each input file, N of them at once, into output_dir/part-00001 and so on (default: one job)"
+    prepare_.add_argument("--array", type=int, metavar="N", help=help_)
+    prepare_.add_argument("--render", action="store_true", help="print the batch scripts, submit nothing")
     for name, run, help_ in (
         ("status", slurm_status, "How a run stands: verdict, queue, every start, what it has cost."),
         ("logs", slurm_logs, "The end of a rank's log in the newest start."),
@@ -459,6 +465,24 @@ def slurm_render(options: Any) -> int:
     for note in ready.notes:
         print(note, file=sys.stderr)
     print("\n".join(ready.scripts.values()), end="")
+    return EXIT_DONE
+
+
+def slurm_prepare(options: Any) -> int:
+    from loopmem_pretrain.cluster.prepare import plan, submit_preparation
+    from loopmem_pretrain.config.load import load_config
+    from loopmem_pretrain.config.site import SiteConfig
+
+    if options.array is not None and options.array < 1:
+        raise ConfigError(f"--array {options.array} is not valid", "give 1 or more")
+    ready = plan(options.config, options.overrides, load_config(SiteConfig, options.cluster), options.array)
+    if options.render:
+        print("\n".join(ready.scripts.values()), end="")
+        return EXIT_DONE
+    jobs = submit_preparation(ready)
+    print(", then ".join(f"{name}, job {job}" for name, job in jobs.items()))
+    print(f"logs: {ready.config.output_dir}/slurm; what a run's data.datasets is to name:", *ready.parts, sep="\n  ")
+    print(f"training after it: loopmem slurm submit --after {jobs['prepare_data']} ...")
     return EXIT_DONE
 
 

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -117,7 +117,7 @@ def plan(request: Request) -> Plan:
         )
     warning = warning_seconds(run_dir, site)
     notes.append(f"warned {warning} s before the end of a job")
-    code = run_dir / "slurm" / f"code-{time.strftime('%Y%m%dT%H%M%S')}"
+    code = code_folder(run_dir / "slurm")
     scripts = {
         "pretrain": _script(request, run_dir, code, warning),
         **after_training(request.then, run_dir, job_name(run_dir), code, config.training.device, site),
@@ -162,21 +162,29 @@ def check_folder(run_dir: Path, site: SiteConfig) -> None:
         raise EnvironmentFault(
             f"{run_dir} is no run's folder: it has {', '.join(sorted(present)[:3])} in it", "choose another run_dir"
         )
+    check_shared(run_dir, site, "run_dir")
+
+
+def check_shared(path: Path, site: SiteConfig, key: str) -> None:
+    """
+    Raises:
+        EnvironmentFault: the folder, which `key` names, is on a disk of this node alone.
+    """
     if site.shared_folders:
-        if not any(run_dir.is_relative_to(folder) for folder in site.shared_folders):
+        if not any(path.is_relative_to(folder) for folder in site.shared_folders):
             raise EnvironmentFault(
-                f"the run folder {run_dir} is not below {' or '.join(site.shared_folders)}, which all nodes share",
-                "set run_dir to a folder there",
+                f"{key}, {path}, is not below {' or '.join(site.shared_folders)}, which all nodes share",
+                f"set {key} to a folder there",
             )
         return
-    parent = next(folder for folder in [run_dir, *run_dir.parents] if folder.exists())
+    parent = next(folder for folder in [path, *path.parents] if folder.exists())
     kind = subprocess.run(
         ["stat", "--file-system", "--format=%T", str(parent)], capture_output=True, text=True, check=True
     ).stdout.strip()
     if kind.split("/")[0] in LOCAL:
         raise EnvironmentFault(
-            f"the run folder {run_dir} lies on {kind}, which other nodes do not see",
-            "set run_dir to a shared folder, or name it in shared_folders of the cluster's file",
+            f"{key}, {path}, lies on {kind}, which other nodes do not see",
+            f"set {key} to a shared folder, or name it in shared_folders of the cluster's file",
         )
 
 
@@ -262,15 +270,25 @@ def submit(ready: Plan) -> dict[str, str]:
     freeze_code(ready.code)
     (ready.run_dir / "logs").mkdir(exist_ok=True)
     write_file(folder / "config.yaml", dump_config(ready.config).encode())
-    paths = {task: folder / f"{task}.sbatch" for task in ready.scripts}
-    for task, script in ready.scripts.items():
-        write_file(paths[task], script.encode())
-    jobs = dict(zip(paths, submit_in_turn([*paths.values()]), strict=True))
+    jobs = submit_scripts(folder, ready.scripts)
     from loopmem_pretrain.training.run_folder import git_commit
 
     said = {"event": "submit", "jobs": jobs, "user": getpass.getuser(), "command": shlex.join(sys.argv)}
     records.append(ready.run_dir, {**said, "git_commit": git_commit()})
     return jobs
+
+
+def submit_scripts(folder: Path, scripts: Mapping[str, str]) -> dict[str, str]:
+    """Write scripts into a folder and submit each to follow the one before; the jobs' ids by name."""
+    paths = {name: folder / f"{name}.sbatch" for name in scripts}
+    for name, script in scripts.items():
+        write_file(paths[name], script.encode())
+    return dict(zip(paths, submit_in_turn([*paths.values()]), strict=True))
+
+
+def code_folder(folder: Path) -> Path:
+    """Of a submission now, which no later one touches."""
+    return folder / f"code-{time.strftime('%Y%m%dT%H%M%S')}"
 
 
 def freeze_code(folder: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from loopmem_pretrain.cluster.render import gpu_options, render
 from loopmem_pretrain.config.load import dump_config, load_config
+from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.config.site import SiteConfig
 from tests.e2e.test_training import config_for, exact
 from tests.prepared import prepare_sentences
@@ -119,30 +120,66 @@ def test_a_submission_that_fails_takes_back_those_before_it(cluster, tmp_path):
     assert [cluster.wait(job, seconds=30) for job in jobs.groups()] == ["CANCELLED", "CANCELLED"]
 
 
+def recipe_of_two_files(tmp_path) -> Path:
+    """Text in two files, to be prepared into tmp_path/tokens with a tokenizer that is trained on both."""
+    for number in range(2):
+        prepare_sentences(tmp_path / f"text {number}", documents=300, seed=number)
+    (tmp_path / "recipe.yaml").write_text(
+        f"output_dir: {tmp_path}/tokens\nvalidation_fraction: 0.1\n"
+        f"sources: [{{paths: ['{tmp_path}/text */text.jsonl'], origin: made, license: none}}]\n"
+        f"tokenizer: {{path: {tmp_path}/tokenizer, train: {{vocab_size: 320}}}}\n"
+    )
+    return tmp_path / "recipe.yaml"
+
+
+def reading_both(config, tmp_path):
+    """The configuration of a run that reads the two parts."""
+    parts = [{"path": f"{tmp_path}/tokens/part-0000{number}"} for number in (1, 2)]
+    datasets = tuple(type(config.data.datasets[0])(**part) for part in parts)
+    return config.model_copy(update={"data": config.data.model_copy(update={"datasets": datasets})})
+
+
+def test_what_cannot_be_prepared_by_an_array_is_refused(shell, tmp_path):
+    recipe = recipe_of_two_files(tmp_path)
+    ask = lambda *more: shell("prepare", "--cluster", SITE, "--config", recipe, *more, check=False)  # noqa: E731
+    assert "--array 0 is not valid" in ask("--array", 0)
+    assert "counted in each element" in ask("--array", 2, "sources.0.max_documents=5")
+    assert "no such file" in ask("--array", 2, "sources.0.paths=[nowhere.txt]")
+    rendered = ask("--array", 2, "--render")
+    assert rendered.count("#!/bin/bash") == 2 and "#SBATCH --array=1-2%2" in rendered, rendered
+    assert "TASK=train-tokenizer" in rendered and "TASK=prepare-data" in rendered
+    assert not (tmp_path / "tokens").exists()
+    (tmp_path / "tokens" / "slurm").mkdir(parents=True)
+    (tmp_path / "tokens" / "slurm" / "inputs.txt").write_text("another.jsonl\n")
+    assert "are of other files" in ask("--array", 2)
+    assert shell.cluster.run("squeue", "-h") == ""
+
+
 @pytest.mark.slow
-def test_conversion_and_evaluation_wait_for_a_run_that_is_requeued(cluster, tmp_path, sentences):
-    shell = Shell(cluster, tmp_path, sentences, train_steps=60)
-    said = shell.request("submit", *FOLLOWERS)
+def test_data_training_with_a_requeue_conversion_and_evaluation(cluster, tmp_path):
+    """Tokenizer, data in an array of two, and what waits for them: each job begins when the one before is done."""
+    shell = Shell(cluster, tmp_path, tmp_path, train_steps=60)
+    shell.config.write_text(dump_config(reading_both(load_config(RunConfig, shell.config), tmp_path)))
+    said = shell("prepare", "--cluster", SITE, "--config", recipe_of_two_files(tmp_path), "--array", "2")
+    preparation = re.findall(r"\bjob (\d+)", said)
+    assert len(preparation) == 2 and f"--after {preparation[1]}" in said and said.count("tokens/part-0000") == 2, said
+    said = shell.request("submit", "--after", preparation[1], *FOLLOWERS)
     training, conversion, evaluation = jobs = re.findall(r"\bjob (\d+)", said)
     assert f"when the run is done: convert, job {conversion}, then evaluate, job {evaluation}" in said
     metrics = shell.run_dir / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 2, 120, "the first steps")
+    logs = lambda: "\n".join(path.read_text()[-1500:] for path in tmp_path.glob("*/**/*.out"))  # noqa: E731
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 2, 240, logs)
     assert f"job {conversion}: convert PENDING" in shell("status", shell.run_dir)
     cluster.run("scancel", "--signal=USR1", "--batch", training)
     states = [cluster.wait(job, seconds=240) for job in jobs]
-    logs = lambda: "\n".join(path.read_text()[-1500:] for path in shell.run_dir.glob("logs/*.out"))  # noqa: E731
     assert states == ["COMPLETED"] * 3, logs()
     assert "1 interrupted, 1 done" in shell("status", shell.run_dir)
     assert (shell.run_dir / "hf" / "model.safetensors").exists()
     assert json.loads((shell.run_dir / "evaluation.json").read_text())["device"] == "cpu"
-    frozen = shell.run_dir / "slurm"
-    for task in ("convert", "evaluate"):
-        script = (frozen / f"{task}.sbatch").read_text()
-        assert "${" not in script.split("set -euo pipefail")[1].split("eval")[0], "the environment decides nothing"
-        assert f'--chdir="{next(frozen.glob("code-*"))}"' in script
-    again = shell.request("submit", "--then", "convert")
-    assert "hf, which is there" in again, again
+    assert "hf, which is there" in shell.request("submit", "--then", "convert")
     # what is frozen can be submitted again, with more options
+    frozen = shell.run_dir / "slurm"
+    assert (frozen / "convert.sbatch").exists()
     more = cluster.sbatch(frozen / "evaluate.sbatch", "--num-loops", "1", "2")
     assert cluster.wait(more, seconds=120) == "COMPLETED", logs()
     assert len(json.loads((shell.run_dir / "evaluation.json").read_text())["domains"][0]["scores"]) == 2
@@ -175,12 +212,14 @@ def test_a_run_from_submit_to_its_summary(shell):
 @pytest.mark.slow
 def test_stop_and_cancel(cluster, tmp_path, sentences):
     shell = Shell(cluster, tmp_path, sentences, train_steps=2000)
-    shell.request("submit")
-    job = cluster.run("squeue", "-h", "-o", "%i")
+    job, conversion, evaluation = re.findall(r"\bjob (\d+)", shell.request("submit", *FOLLOWERS))
     metrics = shell.run_dir / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 2, 120, "the first steps")
     assert "remove the file to let it start again" in shell("stop", shell.run_dir)
     assert cluster.wait(job, seconds=60) == "COMPLETED"
+    assert cluster.wait(conversion, seconds=30) == "FAILED", "the run is not done"
+    assert "is not done" in (shell.run_dir / "logs" / f"convert-{conversion}.out").read_text()
+    assert cluster.wait(evaluation, seconds=30) == "CANCELLED"
     status = json.loads((shell.run_dir / "status.json").read_text())
     assert status["status"] == "interrupted" and status["reason"].endswith("STOP")
     (shell.run_dir / "STOP").unlink()
@@ -193,22 +232,13 @@ def test_stop_and_cancel(cluster, tmp_path, sentences):
 @pytest.mark.slow
 def test_the_whole_chain(cluster, tmp_path):
     """Tokenizer, data in an array of two, training, conversion, evaluation: each job waits for the one before."""
-    inputs = []
-    for number in range(2):
-        prepare_sentences(tmp_path / f"text {number}", documents=300, seed=number)
-        inputs.append(f"{tmp_path}/text {number}/text.jsonl\n")
-    (tmp_path / "inputs").write_text("".join(inputs))
-    (tmp_path / "recipe.yaml").write_text(
-        f"output_dir: unused\nsources: [{{paths: ['{tmp_path}/text */text.jsonl'], origin: made, license: none}}]\n"
-        f"tokenizer: {{path: {tmp_path}/tokenizer, train: {{vocab_size: 320}}}}\nvalidation_fraction: 0.1\n"
-    )
+    recipe = recipe_of_two_files(tmp_path)
+    (tmp_path / "inputs").write_text("".join(f"{tmp_path}/text {number}/text.jsonl\n" for number in range(2)))
     config = config_for(tmp_path / "run", "unused", training={"train_steps": 6})
-    parts = [{"path": f"{tmp_path}/tokens/part-0000{number}"} for number in (1, 2)]
-    data = config.data.model_copy(update={"datasets": tuple(type(config.data.datasets[0])(**part) for part in parts)})
-    (tmp_path / "config.yaml").write_text(dump_config(config.model_copy(update={"data": data})))
+    (tmp_path / "config.yaml").write_text(dump_config(reading_both(config, tmp_path)))
     small = f"--mem=1G --cpus-per-task=1 --time=10 --output={tmp_path}/%x-%j.out"
     values = {
-        "RECIPE": tmp_path / "recipe.yaml", "INPUTS": tmp_path / "inputs", "OUTPUT": tmp_path / "tokens",
+        "RECIPE": recipe, "INPUTS": tmp_path / "inputs", "OUTPUT": tmp_path / "tokens",
         "CONFIG": tmp_path / "config.yaml", "RUN_DIR": tmp_path / "run", "OUT": tmp_path / "hf",
         "PYTHON": sys.executable, "OMP_NUM_THREADS": 1, "HEALTH": "none", "DEVICE": "cpu",
         "TRAIN_OPTIONS": f"{small} --nodes=2 --ntasks-per-node=1 --gpus-per-node=1",

@@ -111,6 +111,79 @@ def test_containers_stay_around_the_ranks_only():
     assert pyxis["SRUN_OPTIONS"] == f"'--container-image=my image.sif' {mounts}"
 
 
+def followers(tmp_path, **fields):
+    """Scripts of what waits for a run on GPUs."""
+    of = site(partition="gpu", account="me", qos="long", constraint="h100", **fields)
+    overrides = ["training.micro_batch_size=1", "training.device=auto"]
+    return plan(request(tmp_path, overrides, of=of, then=("evaluate", "convert"))).scripts
+
+
+def test_what_follows_has_the_values_of_site_and_run(tmp_path):
+    scripts = followers(tmp_path, other_jobs={"partition": "cpu", "memory": "9G"}, modules=("CUDA/12",), time="3:00:00")
+    assert [*scripts] == ["pretrain", "convert", "evaluate"]
+    convert, evaluate = options_of(scripts["convert"]), options_of(scripts["evaluate"])
+    assert convert["partition"] == "cpu" and convert["account"] == "me" and not {"qos", "constraint"} & {*convert}
+    assert evaluate["partition"] == "gpu" and evaluate["qos"] == "long" and evaluate["constraint"] == "h100"
+    assert "gpus-per-node" not in convert and evaluate["gpus-per-node"] == "1"
+    assert (convert["cpus-per-task"], evaluate["cpus-per-task"]) == ("8", "12")
+    for task, options in (("convert", convert), ("evaluate", evaluate)):
+        assert options["mem"] == "9G" and options["time"] == "3:00:00"
+        assert options["output"] == f"{tmp_path}/run/logs/{task}-%j.out"
+        assert options["chdir"] == options_of(scripts["pretrain"])["chdir"]
+        assert "module load CUDA/12" in scripts[task] and f"{tmp_path}/run" in scripts[task]
+        assert ":-" not in scripts[task] and ":?" not in scripts[task], "the environment of sbatch decides nothing"
+    assert f"OUT={tmp_path}/run/hf" in scripts["convert"] and "DEVICE=cuda" in scripts["evaluate"]
+
+
+@pytest.mark.parametrize(
+    ("gpu_request", "option"), [("gres", "gres=gpu:1"), ("gpus-per-task", "gpus-per-task=1")], ids=str
+)
+def test_an_evaluation_asks_for_one_gpu_as_the_site_does(tmp_path, gpu_request, option):
+    script = followers(tmp_path, gpu_request=gpu_request)["evaluate"]
+    assert f"#SBATCH --{option}\n" in script and "#SBATCH --gpus-per-node" not in script
+
+
+def test_an_evaluation_without_gpus(tmp_path):
+    script = followers(tmp_path, gpus_per_node=0)["evaluate"]
+    assert "DEVICE=cpu" in script and "#SBATCH --gpus-per" not in script
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "words"),
+    [
+        ("apptainer", "convert", "<exec><--bind=/d,{run}><my image>"),
+        ("apptainer", "evaluate", "<exec><--nv><--bind=/d,{run}><my image>"),
+        ("pyxis", "evaluate", "<--cpus-per-task=12><--container-image=my image><--container-mounts=/d:/d,{run}:{run}>"),
+    ],
+)
+def test_what_follows_runs_in_the_container(tmp_path, kind, task, words):
+    """The script is run by bash with a stand-in for apptainer and srun that prints its arguments."""
+    for name in ("apptainer", "srun"):
+        (tmp_path / name).write_text("#!/bin/sh\nprintf '<%s>' \"$@\"\n")
+        (tmp_path / name).chmod(0o755)
+    script = followers(tmp_path, container={"kind": kind, "image": "my image", "mounts": ("/d",), "python": "/py"})[
+        task
+    ]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "status.json").write_text('{"status": "done"}')
+    command = ["bash", "-c", script, "job", "--last one"]
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    said = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    assert said.startswith(words.format(run=tmp_path / "run")), said
+    assert "</py><-m><loopmem_pretrain>" in said and said.endswith("<--last one>")
+
+
+@pytest.mark.parametrize("name", ["convert", "evaluate"])
+def test_a_run_that_is_not_done_is_neither_converted_nor_evaluated(tmp_path, name):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "status.json").write_text('{"status": "interrupted"}')
+    env = {"RUN_DIR": str(tmp_path), "MODEL": str(tmp_path), "OUT": "unused", "PYTHON": "echo", "PATH": "/usr/bin:/bin"}
+    command = ["bash", ROOT / "slurm" / f"{name}.sbatch"]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 4 and "is not done" in result.stderr
+    subprocess.run(command, env={**env, "UNFINISHED": "yes"}, check=True, stdout=subprocess.DEVNULL)
+
+
 def test_128_nodes_of_8(tmp_path):
     """1024 ranks = TP 2 x PP 2 x DP 256, and every number of the script says so."""
     sizes = ["training.global_batch_size=2048", "training.micro_batch_size=2", "validation.num_samples=512"]
