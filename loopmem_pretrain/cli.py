@@ -1,4 +1,4 @@
-"""The `loopmem` command: one function a subcommand, heavy imports only inside the one that runs.
+"""The `loopmem` command: one function a subcommand (of `loopmem slurm`: cluster/command.py), imports inside.
 
 Errors that users cause are printed without a traceback, with what to do; errors.py lists the exit codes.
 """
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from loopmem_pretrain import __version__
+from loopmem_pretrain.cluster.command import add_slurm
 from loopmem_pretrain.errors import EXIT_DONE, EXIT_INTERRUPTED, ConfigError, LoopMemError
 from loopmem_pretrain.progress import stage_bars
 
@@ -155,46 +156,6 @@ def build_parser() -> argparse.ArgumentParser:
     demo_ = command("demo", demo, "The whole job on real text, command by command (what `make demo` runs).")
     demo_.add_argument("--run-dir", default="runs/demo", metavar="RUN", help="default: runs/demo")
     return parser
-
-
-def add_slurm(command: Callable[..., Any], commands: Any, with_config: Callable[[Any], Any]) -> None:
-    """`loopmem slurm ...`: jobs of a SLURM cluster (docs/slurm.md)."""
-    help_ = "Training as jobs of a SLURM cluster: check and submit, see how it stands, end it."
-    verbs = command("slurm", slurm_status, help_).add_subparsers(required=True, metavar="VERB")
-    for name, run, help_ in (
-        ("submit", slurm_submit, "Check config, plan and scripts, freeze them in the run folder, submit."),
-        ("render", slurm_render, "Print the batch scripts that submit would send, and what the checks found."),
-    ):
-        verb = with_config(command(name, run, help_, verbs))
-        verb.add_argument("--cluster", required=True, metavar="FILE", help="such as slurm/clusters/generic.yaml")
-        verb.add_argument("--nodes", type=int, required=True, metavar="N", help="that train")
-        verb.add_argument("--spare-nodes", type=int, default=0, metavar="N", help="that step in for broken ones")
-        verb.add_argument("--time", metavar="H:MM:SS", help="of a job (default: the cluster's)")
-        verb.add_argument("--launcher", choices=("srun", "torchrun", "deepspeed"), default="srun")
-        verb.add_argument("--continue", dest="mode", choices=("requeue", "chain", "no"), default="requeue")
-        verb.add_argument("--health", choices=("none", "node", "full"), default="node", help="checks before training")
-        verb.add_argument("--max-crashes", type=int, default=3, metavar="N", help="without a new checkpoint between")
-        verb.add_argument("--after", metavar="JOB", help="start when that job has ended well")
-        help_ = "a job that waits for the end of the run; may be given twice: conversion to RUN/hf comes first,\n"
-        help_ += "RUN/evaluation.json after it"
-        verb.add_argument("--then", action="append", choices=("convert", "evaluate"), default=[], help=help_)
-    help_ = "Prepare data as jobs: the tokenizer, where it is to be trained, then the token shards."
-    prepare_ = with_config(command("prepare", slurm_prepare, help_, verbs))
-    prepare_.add_argument("--cluster", required=True, metavar="FILE", help="such as slurm/clusters/generic.yaml")
-    help_ = "a job for each input file, N of them at once, into output_dir/part-00001 and so on (default: one job)"
-    prepare_.add_argument("--array", type=int, metavar="N", help=help_)
-    prepare_.add_argument("--render", action="store_true", help="print the batch scripts, submit nothing")
-    for name, run, help_ in (
-        ("status", slurm_status, "How a run stands: verdict, queue, every start, what it has cost."),
-        ("logs", slurm_logs, "The end of a rank's log in the newest start."),
-        ("cancel", slurm_cancel, "Cancel all jobs of a run."),
-        ("stop", slurm_stop, "Ask a run to save, end, and stay ended."),
-    ):
-        verb = command(name, run, help_, verbs)
-        verb.add_argument("run_dir", metavar="RUN")
-        if name == "logs":
-            verb.add_argument("--rank", type=int, default=0, metavar="N")
-            verb.add_argument("--follow", action="store_true", help="go on as it grows")
 
 
 def fetch_corpus(options: Any) -> int:
@@ -414,103 +375,6 @@ def estimate(options: Any) -> int:
     config = load_config(RunConfig, options.config, options.overrides, run_problems)
     cluster = load_config(ClusterConfig, options.cluster) if options.cluster else None
     print(describe(config, options.ranks, options.gpu_memory, cluster))
-    return EXIT_DONE
-
-
-def _slurm_plan(options: Any) -> Any:
-    from loopmem_pretrain.cluster.submit import Request, plan
-    from loopmem_pretrain.config.load import load_config
-    from loopmem_pretrain.config.site import SiteConfig
-
-    for name, least in (("nodes", 1), ("spare_nodes", 0), ("max_crashes", 0)):
-        if getattr(options, name) < least:
-            raise ConfigError(
-                f"--{name.replace('_', '-')} {getattr(options, name)} is not valid", f"give {least} or more"
-            )
-    site = load_config(SiteConfig, options.cluster)
-    named = (
-        "config",
-        "overrides",
-        "nodes",
-        "spare_nodes",
-        "launcher",
-        "mode",
-        "time",
-        "health",
-        "max_crashes",
-        "after",
-        "then",
-    )
-    return plan(Request(site=site, **{name: getattr(options, name) for name in named}))
-
-
-def slurm_submit(options: Any) -> int:
-    import shlex
-
-    from loopmem_pretrain.cluster.submit import submit
-
-    ready = _slurm_plan(options)
-    for note in ready.notes:
-        print(note)
-    jobs = submit(ready)
-    folder = shlex.quote(str(ready.run_dir))
-    print(f"job {jobs.pop('pretrain')}; see `loopmem slurm status {folder}` and `loopmem slurm logs {folder}`")
-    if jobs:
-        print("when the run is done: " + ", then ".join(f"{task}, job {job}" for task, job in jobs.items()))
-    return EXIT_DONE
-
-
-def slurm_render(options: Any) -> int:
-    ready = _slurm_plan(options)
-    for note in ready.notes:
-        print(note, file=sys.stderr)
-    print("\n".join(ready.scripts.values()), end="")
-    return EXIT_DONE
-
-
-def slurm_prepare(options: Any) -> int:
-    from loopmem_pretrain.cluster.prepare import plan, submit_preparation
-    from loopmem_pretrain.config.load import load_config
-    from loopmem_pretrain.config.site import SiteConfig
-
-    if options.array is not None and options.array < 1:
-        raise ConfigError(f"--array {options.array} is not valid", "give 1 or more")
-    ready = plan(options.config, options.overrides, load_config(SiteConfig, options.cluster), options.array)
-    if options.render:
-        print("\n".join(ready.scripts.values()), end="")
-        return EXIT_DONE
-    jobs = submit_preparation(ready)
-    print(", then ".join(f"{name}, job {job}" for name, job in jobs.items()))
-    print(f"logs: {ready.config.output_dir}/slurm; what a run's data.datasets is to name:", *ready.parts, sep="\n  ")
-    print(f"training after it: loopmem slurm submit --after {jobs['prepare_data']} ...")
-    return EXIT_DONE
-
-
-def slurm_status(options: Any) -> int:
-    from loopmem_pretrain.cluster.manage import status
-
-    print(status(options.run_dir))
-    return EXIT_DONE
-
-
-def slurm_logs(options: Any) -> int:
-    from loopmem_pretrain.cluster.manage import show_log
-
-    show_log(options.run_dir, options.rank, options.follow)
-    return EXIT_DONE
-
-
-def slurm_cancel(options: Any) -> int:
-    from loopmem_pretrain.cluster.manage import cancel
-
-    print(cancel(options.run_dir))
-    return EXIT_DONE
-
-
-def slurm_stop(options: Any) -> int:
-    from loopmem_pretrain.cluster.manage import stop
-
-    print(stop(options.run_dir))
     return EXIT_DONE
 
 
