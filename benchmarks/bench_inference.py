@@ -29,7 +29,6 @@ from loopmem_pretrain.hf.modeling_loopmem import LoopMemForCausalLM
 from loopmem_pretrain.model.flops import forward_flops_at, forward_flops_per_token
 
 THRESHOLD = 0.9
-SPREAD = 1.5  # standard deviation of the routers' logits over tokens: tokens of one batch leave at different loops
 
 
 def make_model(options: argparse.Namespace) -> LoopMemForCausalLM:
@@ -48,7 +47,7 @@ def make_model(options: argparse.Namespace) -> LoopMemForCausalLM:
     for layer in model.model.layers:
         hidden = model.model.embed_tokens.weight.float()
         direction = torch.randn(options.hidden, device=options.device)
-        layer.halting.weight[0, :-1] = SPREAD * direction / (hidden @ direction).std()
+        layer.halting.weight[0, :-1] = options.spread * direction / (hidden @ direction).std()
         layer.halting.weight[0, -1] = 0
     return model
 
@@ -148,7 +147,8 @@ def main(options: argparse.Namespace) -> None:
         f"{config.num_hidden_layers} layers of up to {config.max_loops} loops, {config.num_attention_heads} heads, "
         f"{config.num_key_value_heads} for keys and values, 128 slots a layer. {options.threads} threads, "
         f"{options.clock} clock, {options.repeats} repeats. Prompts of {options.prompt} tokens, then {options.new} "
-        f"more; threshold {THRESHOLD}.\n"
+        f"more; threshold "
+        f"{THRESHOLD}; the routers' logits spread by {options.spread:g} over tokens.\n"
     )
     print(
         "| mean loops | batch | | full loops, tokens/s | early exit, tokens/s | FLOPs saved | time saved | of it |\n"
@@ -189,6 +189,8 @@ if __name__ == "__main__":
     parser.add_argument("--loops", type=int, default=4)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--mean-loops", type=float, nargs="+", default=[4.0, 2.5, 1.5])
+    help_ = "standard deviation of the routers' logits over tokens; 0: all tokens leave a layer at the same loop"
+    parser.add_argument("--spread", type=float, default=1.5, help=help_)
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=11)
