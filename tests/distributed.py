@@ -1,8 +1,8 @@
-"""Runs a function on several gloo ranks, cheaply.
+"""Runs a function on several gloo ranks, or a command of `loopmem`, cheaply.
 
-One helper process imports torch, DeepSpeed and megatron once (about 6 s a test session); every call forks ranks from
-it, which starts in a fraction of a second where a fresh interpreter takes ten. The helper never joins a process group
-itself. A rank that fails or outlives the limit fails the call with that rank's traceback.
+One helper process imports torch, DeepSpeed, megatron and transformers once (about 10 s a test session); every call
+forks from it, which starts in a fraction of a second where a fresh interpreter takes ten. The helper never joins a
+process group itself. A rank that fails or outlives the limit fails the call with that rank's traceback.
 """
 
 import atexit
@@ -10,17 +10,59 @@ import importlib
 import os
 import pickle
 import socket
+import subprocess
+import sys
 import tempfile
 import traceback
+from collections.abc import Mapping
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 _helper: tuple[Any, Connection] | None = None
 
 
+# What ranks and commands need, so that none of them imports it; nothing here joins a group or opens a device. Of
+# DeepSpeed what it imports when it makes an engine.
+PRELOADED = (
+    "loopmem_pretrain.parallel.megatron",
+    "loopmem_pretrain.training.trainer",
+    "loopmem_pretrain.hf.export",
+    "loopmem_pretrain.inference.command",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+)
+
+
 def run_ranks(function: str, world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
     """Call `function` ("package.module:name") with (rank, world_size, *args) on every rank; results by rank."""
+    results = [pickle.loads(result) for result in _ask(_run, function, world_size, args, timeout)]
+    failures = [result for result in results if isinstance(result, RankFailure)]
+    if failures:
+        raise AssertionError("\n".join(f"rank {failure.rank}: {failure.text}" for failure in failures))
+    return results
+
+
+def run_command(
+    *arguments: object, timeout: float = 120, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`loopmem ARGUMENTS` as subprocess.run would run it, except that its process is forked.
+
+    Ranks that the command starts are fresh processes. A traceback on stderr, or no end within `timeout` seconds, fails
+    the test.
+    """
+    words = [str(argument) for argument in arguments]
+    with tempfile.TemporaryDirectory() as folder:
+        code = _ask(_run_command, words, dict(os.environ if env is None else env), folder, timeout)
+        said, complained = (Path(folder, name).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
+    assert code is not None, f"not ended after {timeout} s: {complained}"
+    assert "Traceback" not in complained, complained
+    return subprocess.CompletedProcess(words, code, said, complained)
+
+
+def _ask(action: Any, *args: Any) -> Any:
+    """What `action(*args)` returns in the helper, which is started where there is none."""
     global _helper
     if _helper is None or not _helper[0].is_alive():
         here, there = get_context("spawn").Pipe()
@@ -30,12 +72,8 @@ def run_ranks(function: str, world_size: int, *args: Any, timeout: float = 120) 
         _helper = (process, here)
         atexit.register(_stop)
     _, pipe = _helper
-    pipe.send((function, world_size, args, timeout))
-    results = [pickle.loads(result) for result in pipe.recv()]
-    failures = [result for result in results if isinstance(result, RankFailure)]
-    if failures:
-        raise AssertionError("\n".join(f"rank {failure.rank}: {failure.text}" for failure in failures))
-    return results
+    pipe.send((action, args))
+    return pipe.recv()
 
 
 class RankFailure:
@@ -53,22 +91,24 @@ def _stop() -> None:
 
 
 def _serve(pipe: Connection) -> None:
-    """The helper: preload, then fork ranks on request."""
+    """The helper: preload, then fork on request."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
+    from loopmem_pretrain.quiet import prepare_imports
+
     torch.set_num_threads(1)
-    # What ranks need, so that none of them imports it; nothing here joins a group or opens a device.
-    import loopmem_pretrain.parallel.megatron
-    import loopmem_pretrain.training.trainer  # noqa: F401
+    prepare_imports("cpu")
+    for name in PRELOADED:
+        importlib.import_module(name)
 
     while True:
         try:
-            request = pipe.recv()
+            action, args = pipe.recv()
         except EOFError:  # the test session is over
             return
-        pipe.send(_run(*request))
+        pipe.send(action(*args))
 
 
 def _run(function: str, world_size: int, args: tuple[Any, ...], timeout: float) -> list[bytes]:
@@ -119,3 +159,26 @@ def _rank(pipe: Connection, function: str, rank: int, world_size: int, port: int
             result = RankFailure(rank, traceback.format_exc())
     pipe.send_bytes(pickle.dumps(result))
     os._exit(0)
+
+
+def _run_command(words: list[str], environment: dict[str, str], folder: str, timeout: float) -> int | None:
+    """The command's exit code, what it says in files of `folder`; None where it did not end."""
+    process = get_context("fork").Process(target=_command, args=(words, environment, folder))
+    process.start()
+    process.join(timeout)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return None
+    return process.exitcode
+
+
+def _command(words: list[str], environment: dict[str, str], folder: str) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    for stream in (sys.stdout, sys.stderr):
+        file = os.open(Path(folder, stream.name.strip("<>")), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, stream.fileno())
+    from loopmem_pretrain.cli import main
+
+    sys.exit(main(words))

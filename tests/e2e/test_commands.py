@@ -14,6 +14,7 @@ import yaml
 
 from loopmem_pretrain.config.load import dump_config
 from tests.configs import tiny_run
+from tests.distributed import run_command
 
 ROOT = Path(__file__).parents[2]
 LOOPMEM = [sys.executable, "-m", "loopmem_pretrain"]
@@ -109,25 +110,25 @@ def test_a_killed_rank_ends_the_job(tmp_path, config_file):
 
 def test_the_whole_path_by_command(tmp_path, config_file):
     run, out = tmp_path / "run", tmp_path / "hf"
-    assert loopmem("train", "--config", config_file, "logging.interval_steps=2").returncode == 0
-    converted = loopmem("convert", run, out)
+    assert run_command("train", "--config", config_file, "logging.interval_steps=2").returncode == 0
+    converted = run_command("convert", run, out)
     assert converted.returncode == 0, converted.stderr
     assert "logits differ by at most" in converted.stdout
     options = ("--prompt", "the of and", "--max-new-tokens", "5", "--temperature", "0")
-    written = [loopmem("generate", model, *options) for model in (out, run)]
+    written = [run_command("generate", model, *options) for model in (out, run)]
     assert [result.returncode for result in written] == [0, 0]
     assert written[0].stdout == written[1].stdout != ""
-    assert loopmem("report", run).returncode == 0
+    assert run_command("report", run).returncode == 0
     assert (run / "report.html").stat().st_size > 10_000
-    assert loopmem("plot", run, tmp_path / "figures").returncode == 0
+    assert run_command("plot", run, tmp_path / "figures").returncode == 0
     assert list((tmp_path / "figures").glob("*.svg"))
-    refused = loopmem("convert", run, out)
+    refused = run_command("convert", run, out)
     assert refused.returncode == 2
     assert str(out) in refused.stderr
 
 
 def test_convert_what_is_no_run(tmp_path):
-    result = loopmem("convert", tmp_path, tmp_path / "hf")
+    result = run_command("convert", tmp_path, tmp_path / "hf")
     assert result.returncode == 4
     assert "holds no checkpoint" in result.stderr
     assert not (tmp_path / "hf").exists()

@@ -20,7 +20,7 @@ from loopmem_pretrain.hf.source import open_source
 from loopmem_pretrain.lock import take_lock
 from loopmem_pretrain.tools.checkpoints import show_checkpoint
 from tests.dense_models import dense_model, save_dense
-from tests.e2e.test_commands import loopmem
+from tests.distributed import run_command
 from tests.e2e.test_reshape import LAYOUTS
 from tests.e2e.test_training import config_for, lines, run
 
@@ -245,14 +245,14 @@ def test_the_command(tmp_path, sentences, dense):
     config, _ = run_config(tmp_path / "run", sentences, dense)
     file = tmp_path / "run.yaml"
     file.write_text(dump_config(config))
-    wrong = loopmem("convert", "--from-hf", dense, file, "model.qk_norm=none")
+    wrong = run_command("convert", "--from-hf", dense, file, "model.qk_norm=none")
     assert wrong.returncode == 2 and "model.qk_norm: none, the weights need before_rope" in wrong.stderr
-    done = loopmem("convert", "--from-hf", dense, file, f"run_dir={tmp_path}/named")
+    done = run_command("convert", "--from-hf", dense, file, f"run_dir={tmp_path}/named")
     assert done.returncode == 0, done.stderr
     assert f"loopmem train --config {file} run_dir={tmp_path}/named` goes on from here" in done.stdout
-    shown = loopmem("checkpoint", "show", tmp_path / "named")
+    shown = run_command("checkpoint", "show", tmp_path / "named")
     assert f"{dense.resolve()} (qwen3)" in shown.stdout
-    trained = loopmem("train", "--config", file, f"run_dir={tmp_path}/named", "--stop-at-step", "1")
+    trained = run_command("train", "--config", file, f"run_dir={tmp_path}/named", "--stop-at-step", "1")
     assert "at step 0; loss on the stored sample" in trained.stderr
-    assert loopmem("convert", "--from-hf", dense, file, "--dtype", "bfloat16").returncode == 2
-    assert loopmem("convert", tmp_path / "named", tmp_path / "out", "model.max_loops=2").returncode == 2
+    assert run_command("convert", "--from-hf", dense, file, "--dtype", "bfloat16").returncode == 2
+    assert run_command("convert", tmp_path / "named", tmp_path / "out", "model.max_loops=2").returncode == 2
