@@ -9,6 +9,7 @@ import atexit
 import importlib
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -44,21 +45,51 @@ def run_ranks(function: str, world_size: int, *args: Any, timeout: float = 120) 
     return results
 
 
+class Command:
+    """`loopmem ARGUMENTS` as subprocess.Popen would start it, except that its process is forked.
+
+    Ranks that the command starts are fresh processes.
+    """
+
+    def __init__(self, *arguments: object, env: Mapping[str, str] | None = None) -> None:
+        self.words = [str(argument) for argument in arguments]
+        self._folder = tempfile.TemporaryDirectory()
+        self._code: int | None = None
+        environment = dict(os.environ if env is None else env)
+        self.pid: int = _ask(_start_command, self.words, environment, self._folder.name)
+
+    def wait(self, timeout: float) -> int | None:
+        """The exit code, -N where signal N ended it; None where it has not ended after `timeout` seconds."""
+        if self._code is None:
+            self._code = _ask(_wait_for_command, self.pid, timeout)
+        return self._code
+
+    def kill(self) -> None:
+        """End it where it has not ended."""
+        if self.wait(0) is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait(60)
+
+    @property
+    def stdout(self) -> str:
+        return Path(self._folder.name, "stdout").read_text(encoding="utf-8")
+
+    @property
+    def stderr(self) -> str:
+        return Path(self._folder.name, "stderr").read_text(encoding="utf-8")
+
+
 def run_command(
     *arguments: object, timeout: float = 120, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """`loopmem ARGUMENTS` as subprocess.run would run it, except that its process is forked.
-
-    Ranks that the command starts are fresh processes. A traceback on stderr, or no end within `timeout` seconds, fails
-    the test.
-    """
-    words = [str(argument) for argument in arguments]
-    with tempfile.TemporaryDirectory() as folder:
-        code = _ask(_run_command, words, dict(os.environ if env is None else env), folder, timeout)
-        said, complained = (Path(folder, name).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
-    assert code is not None, f"not ended after {timeout} s: {complained}"
-    assert "Traceback" not in complained, complained
-    return subprocess.CompletedProcess(words, code, said, complained)
+    """A `Command` and what came of it; a traceback, or no end within `timeout` seconds, fails the test."""
+    command = Command(*arguments, env=env)
+    code = command.wait(timeout)
+    if code is None:
+        command.kill()
+        raise AssertionError(f"{command.words} has not ended after {timeout} s: {command.stderr}")
+    assert "Traceback" not in command.stderr, command.stderr
+    return subprocess.CompletedProcess(command.words, code, command.stdout, command.stderr)
 
 
 def _ask(action: Any, *args: Any) -> Any:
@@ -161,15 +192,25 @@ def _rank(pipe: Connection, function: str, rank: int, world_size: int, port: int
     os._exit(0)
 
 
-def _run_command(words: list[str], environment: dict[str, str], folder: str, timeout: float) -> int | None:
-    """The command's exit code, what it says in files of `folder`; None where it did not end."""
+_commands: dict[int, Any] = {}
+"""In the helper: processes of commands that have not been seen to end, by id."""
+
+
+def _start_command(words: list[str], environment: dict[str, str], folder: str) -> int:
+    for name in ("stdout", "stderr"):
+        Path(folder, name).touch()
     process = get_context("fork").Process(target=_command, args=(words, environment, folder))
     process.start()
+    assert process.pid is not None
+    _commands[process.pid] = process
+    return process.pid
+
+
+def _wait_for_command(pid: int, timeout: float) -> int | None:
+    process = _commands[pid]
     process.join(timeout)
-    if process.is_alive():
-        process.kill()
-        process.join()
-        return None
+    if process.exitcode is not None:
+        del _commands[pid]
     return process.exitcode
 
 
@@ -177,7 +218,7 @@ def _command(words: list[str], environment: dict[str, str], folder: str) -> None
     os.environ.clear()
     os.environ.update(environment)
     for stream in (sys.stdout, sys.stderr):
-        file = os.open(Path(folder, stream.name.strip("<>")), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        file = os.open(Path(folder, stream.name.strip("<>")), os.O_WRONLY | os.O_APPEND)
         os.dup2(file, stream.fileno())
     from loopmem_pretrain.cli import main
 

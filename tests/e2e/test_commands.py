@@ -51,7 +51,7 @@ def test_train_alone_then_nothing_is_left_to_do(tmp_path, config_file):
     assert "train: 6/6 steps" in result.stderr
     assert "SEED_LAYERS" not in result.stdout + result.stderr
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "done"
-    again = loopmem("train", "--config", config_file)
+    again = run_command("train", "--config", config_file)
     assert again.returncode == 0
     assert "resumed from" in again.stderr
 
@@ -59,7 +59,7 @@ def test_train_alone_then_nothing_is_left_to_do(tmp_path, config_file):
 @pytest.mark.parametrize(
     "launcher",
     [
-        [*LOOPMEM, "train", "--ranks", "2"],
+        pytest.param([*LOOPMEM, "train", "--ranks", "2"], marks=pytest.mark.slow),  # test_restarts.py has it
         [*TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "loopmem_pretrain", "train"],
         pytest.param(
             [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus=2", "--module", "loopmem_pretrain", "train"],
@@ -84,6 +84,7 @@ def test_a_named_error_on_ranks_keeps_its_exit_code(tmp_path, config_file):
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_cleanly(tmp_path, config_file):
     command = [*LOOPMEM, "train", "--config", str(config_file), "training.train_steps=100000"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -196,7 +197,9 @@ def test_sigterm_to_the_parent_of_ranks_stops_cleanly(tmp_path, config_file):
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "interrupted"
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["status"], status["reason"]) == ("interrupted", "stopped by SIGTERM")
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == f"step_{status['step']:08d}"
 
 
 @pytest.mark.parametrize("step", ["0", "-3"])

@@ -77,8 +77,8 @@ trainer.engine.on_micro_batch(lambda: counted.append(1))
 close = trainer.watchdog.close
 def check():
     close()
-    # 2 steps; a validation of 8 samples in micro-batches of 2, over the data-parallel ranks; the checkpoint's sample
-    expected = 2 * trainer.engine.accumulation_steps + 4 // trainer.topology.data_size + 1
+    # 2 steps; a validation of 8 samples in micro-batches of 4, over the data-parallel ranks; the checkpoint's sample
+    expected = 2 * trainer.engine.accumulation_steps + 2 // trainer.topology.data_size + 1
     assert len(counted) == expected, (len(counted), expected)
 trainer.watchdog.close = check
 """

@@ -217,7 +217,8 @@ def test_an_older_checkpoint_chosen_by_hand_leaves_the_later_branch(tmp_path, se
 
 @pytest.fixture
 def stopped(tmp_path, sentences):
-    config = config_for(tmp_path / "run", sentences, logging={"wandb": "offline"})
+    wandb, four_ranks = {"wandb": "offline"}, {"micro_batch_size": 2}
+    config = config_for(tmp_path / "run", sentences, logging=wandb, training=four_ranks)
     assert run(config, stop_at_step=10) == ("interrupted", None)
     return config, tmp_path / "run" / "checkpoints" / "step_00000010"
 
