@@ -73,6 +73,7 @@ def test_saving_without_a_thread_beside_training(tmp_path, sentences):
 
 FAILS_ONCE = """
 import loopmem_pretrain.checkpoint.saving as saving
+saving.GRACE = 1
 write = saving._Save._write
 def failing(save):
     if save.rank == 1 and save.step in {steps}:
@@ -134,7 +135,8 @@ trainer.engine.train_batch = failing
 
 def test_a_run_that_gives_up_leaves_the_save_under_way_whole(tmp_path, sentences):
     config = config_for(tmp_path, sentences)
-    _, error = run(config, first=SLOWLY, before=GIVES_UP.format(step=10))
+    no_update_follows = SLOWLY.replace("else 5", "else 1")
+    _, error = run(config, first=no_update_follows, before=GIVES_UP.format(step=10))
     assert error.exit_code == 7
     assert newest(tmp_path) == "step_00000010"
     assert not (tmp_path / "checkpoints" / "step_00000010" / "probe.json").exists()  # no step has followed
