@@ -54,7 +54,7 @@ def wide_run(precision, **parallel):
     """A model with many parameters and few tokens."""
     return tiny_run(
         parallel=parallel,
-        training={"precision": precision, "micro_batch_size": 1, "global_batch_size": 2},
+        training={"precision": precision, "micro_batch_size": 1, "global_batch_size": 4},
         data={"datasets": [{"path": "unused"}], "seq_length": 4, "num_workers": 0},
         model={"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "vocab_size": 500},
     )
