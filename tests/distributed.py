@@ -1,26 +1,100 @@
-"""Runs a function on several gloo ranks, cheaply.
+"""Runs a function on several gloo ranks, or a command of `loopmem`, cheaply.
 
-One helper process imports torch, DeepSpeed and megatron once (about 6 s a test session); every call forks ranks from
-it, which starts in a fraction of a second where a fresh interpreter takes ten. The helper never joins a process group
-itself. A rank that fails or outlives the limit fails the call with that rank's traceback.
+One helper process imports torch, DeepSpeed, megatron and transformers once (about 10 s a test session); every call
+forks from it, which starts in a fraction of a second where a fresh interpreter takes ten. The helper never joins a
+process group itself. A rank that fails or outlives the limit fails the call with that rank's traceback.
 """
 
 import atexit
+import gc
 import importlib
 import os
 import pickle
+import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import traceback
+from collections.abc import Mapping
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 _helper: tuple[Any, Connection] | None = None
 
 
+# What ranks and commands need, so that none of them imports it; nothing here joins a group or opens a device. Of
+# DeepSpeed what it imports when it makes an engine.
+PRELOADED = (
+    "loopmem_pretrain.parallel.megatron",
+    "loopmem_pretrain.training.trainer",
+    "loopmem_pretrain.hf.export",
+    "loopmem_pretrain.inference.command",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+)
+
+
 def run_ranks(function: str, world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
     """Call `function` ("package.module:name") with (rank, world_size, *args) on every rank; results by rank."""
+    results = [pickle.loads(result) for result in _ask(_run, function, world_size, args, timeout)]
+    failures = [result for result in results if isinstance(result, RankFailure)]
+    if failures:
+        raise AssertionError("\n".join(f"rank {failure.rank}: {failure.text}" for failure in failures))
+    return results
+
+
+class Command:
+    """`loopmem ARGUMENTS` as subprocess.Popen would start it, except that its process is forked.
+
+    Ranks that the command starts are fresh processes.
+    """
+
+    def __init__(self, *arguments: object, env: Mapping[str, str] | None = None) -> None:
+        self.words = [str(argument) for argument in arguments]
+        self._folder = tempfile.TemporaryDirectory()
+        self._code: int | None = None
+        environment = dict(os.environ if env is None else env)
+        self.pid: int = _ask(_start_command, self.words, environment, self._folder.name)
+
+    def wait(self, timeout: float) -> int | None:
+        """The exit code, -N where signal N ended it; None where it has not ended after `timeout` seconds."""
+        if self._code is None:
+            self._code = _ask(_wait_for_command, self.pid, timeout)
+        return self._code
+
+    def kill(self) -> None:
+        """End it where it has not ended."""
+        if self.wait(0) is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait(60)
+
+    @property
+    def stdout(self) -> str:
+        return Path(self._folder.name, "stdout").read_text(encoding="utf-8")
+
+    @property
+    def stderr(self) -> str:
+        return Path(self._folder.name, "stderr").read_text(encoding="utf-8")
+
+
+def run_command(
+    *arguments: object, timeout: float = 120, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """A `Command` and what came of it; a traceback, or no end within `timeout` seconds, fails the test."""
+    command = Command(*arguments, env=env)
+    code = command.wait(timeout)
+    if code is None:
+        command.kill()
+        raise AssertionError(f"{command.words} has not ended after {timeout} s: {command.stderr}")
+    assert "Traceback" not in command.stderr, command.stderr
+    return subprocess.CompletedProcess(command.words, code, command.stdout, command.stderr)
+
+
+def _ask(action: Any, *args: Any) -> Any:
+    """What `action(*args)` returns in the helper, which is started where there is none."""
     global _helper
     if _helper is None or not _helper[0].is_alive():
         here, there = get_context("spawn").Pipe()
@@ -30,12 +104,8 @@ def run_ranks(function: str, world_size: int, *args: Any, timeout: float = 120) 
         _helper = (process, here)
         atexit.register(_stop)
     _, pipe = _helper
-    pipe.send((function, world_size, args, timeout))
-    results = [pickle.loads(result) for result in pipe.recv()]
-    failures = [result for result in results if isinstance(result, RankFailure)]
-    if failures:
-        raise AssertionError("\n".join(f"rank {failure.rank}: {failure.text}" for failure in failures))
-    return results
+    pipe.send((action, args))
+    return pipe.recv()
 
 
 class RankFailure:
@@ -53,22 +123,26 @@ def _stop() -> None:
 
 
 def _serve(pipe: Connection) -> None:
-    """The helper: preload, then fork ranks on request."""
+    """The helper: preload, then fork on request."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
+    from loopmem_pretrain.quiet import prepare_imports
+
     torch.set_num_threads(1)
-    # What ranks need, so that none of them imports it; nothing here joins a group or opens a device.
-    import loopmem_pretrain.parallel.megatron
-    import loopmem_pretrain.training.trainer  # noqa: F401
+    prepare_imports("cpu")
+    for name in PRELOADED:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # or every collection in a fork would look through what was imported, and copy its pages
 
     while True:
         try:
-            request = pipe.recv()
+            action, args = pipe.recv()
         except EOFError:  # the test session is over
             return
-        pipe.send(_run(*request))
+        pipe.send(action(*args))
 
 
 def _run(function: str, world_size: int, args: tuple[Any, ...], timeout: float) -> list[bytes]:
@@ -119,3 +193,36 @@ def _rank(pipe: Connection, function: str, rank: int, world_size: int, port: int
             result = RankFailure(rank, traceback.format_exc())
     pipe.send_bytes(pickle.dumps(result))
     os._exit(0)
+
+
+_commands: dict[int, Any] = {}
+"""In the helper: processes of commands that have not been seen to end, by id."""
+
+
+def _start_command(words: list[str], environment: dict[str, str], folder: str) -> int:
+    for name in ("stdout", "stderr"):
+        Path(folder, name).touch()
+    process = get_context("fork").Process(target=_command, args=(words, environment, folder))
+    process.start()
+    assert process.pid is not None
+    _commands[process.pid] = process
+    return process.pid
+
+
+def _wait_for_command(pid: int, timeout: float) -> int | None:
+    process = _commands[pid]
+    process.join(timeout)
+    if process.exitcode is not None:
+        del _commands[pid]
+    return process.exitcode
+
+
+def _command(words: list[str], environment: dict[str, str], folder: str) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    for stream in (sys.stdout, sys.stderr):
+        file = os.open(Path(folder, stream.name.strip("<>")), os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, stream.fileno())
+    from loopmem_pretrain.cli import main
+
+    sys.exit(main(words))

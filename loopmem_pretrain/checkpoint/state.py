@@ -2,8 +2,9 @@
 
 Kept: weights, float32 master weights, optimizer moments and engine counters (DeepSpeed's files), the position in the
 run, the losses that later ones are compared with, a description of the data, the names of all parameters, the
-configuration, the number of ranks, the states of random generators, the id of the run at Weights & Biases, one sample
-and its loss. Not kept, because it is a function of the step: learning rate, beta1, ponder weight, the order of samples.
+configuration, where imported weights came from, the number of ranks, the states of random generators, the id of the
+run at Weights & Biases, one sample and its loss. Not kept, because it is a function of the step: learning rate, beta1,
+ponder weight, the order of samples.
 """
 
 import logging
@@ -74,6 +75,8 @@ class Run(probe.Run, Protocol):
     dataset: BlendedDataset
     validated: tuple[int, float] | None
     """Step and loss of the last validation."""
+    origin: Mapping[str, str] | None
+    """Folder and model_type of the weights that the run began with; None where it began with its own."""
     rank: int
     world_size: int
     trust: bool
@@ -94,6 +97,7 @@ def facts(run: Run) -> dict[str, Any]:
     wandb_id = run.run_dir / WANDB_ID
     return {
         "run_id": read_run_id(run.run_dir),
+        "origin": run.origin,
         "position": asdict(run.position),
         "skipped_steps": run.engine.skipped_steps,
         "statistics": run.watch.state(),
@@ -181,6 +185,7 @@ def _restore(run: Run, choice: Choice) -> None:
     run.on_rank_zero(lambda: _refuse_foreign(run, checkpoint, manifest))
     run.together(lambda: check_pickles(pickles(checkpoint)[run.rank :: run.world_size]))
     run.position = Position(**manifest["position"])
+    run.origin = manifest.get("origin")
     run.watch.restore(manifest.get("statistics"))
     before = BEFORE_SIZES | manifest
     moved = [f"{key} {before[key]} -> {now}" for key, now in layout(run).items() if before.get(key, now) != now]

@@ -38,6 +38,8 @@ class History(NamedTuple):
     """Lines of metrics.jsonl up to that step; none where the file is not there."""
     versions: Mapping[str, str]
     """Packages it was trained with, by name."""
+    origin: Mapping[str, str] | None = None
+    """Folder and model_type of the weights that the run began with; None where it began with its own."""
 
 
 def model_card(
@@ -238,6 +240,7 @@ def _curve(history: History) -> str:
     lines = [
         "## Training",
         "",
+        *_began_from(history),
         f"{history.step:,} steps, {history.tokens:,} tokens" + (f"; {versions}." if versions else "."),
     ]
     measured = [record for record in history.records if "validation_loss" in record] or list(history.records)
@@ -258,6 +261,14 @@ def _curve(history: History) -> str:
 
 
 _LOSSES = ("cross_entropy", "validation_loss")
+
+
+def _began_from(history: History) -> list[str]:
+    """The folder's name alone: its place is nobody's business but the owner's."""
+    if not history.origin:
+        return []
+    name, model_type = Path(history.origin["folder"]).name, history.origin["model_type"]
+    return [f"Continues from the weights in `{name}` (model_type `{model_type}`).", ""]
 
 
 def _number(record: Mapping[str, Any], key: str, form: str) -> str:

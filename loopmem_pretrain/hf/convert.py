@@ -150,6 +150,7 @@ def history(source: Source) -> "History":
         tuple(data),
         tuple(record for record in records if record["step"] <= source.step),
         manifest.get("versions", {}),
+        manifest.get("origin"),
     )
 
 

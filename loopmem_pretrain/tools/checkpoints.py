@@ -79,7 +79,7 @@ def show_checkpoint(path: str | Path) -> str:
         ("order of samples", f"{data['order']}, seed {data['seed']}"),
     ]
     if manifest.get("origin"):
-        rows.append(("weights from", f"{manifest['origin']['folder']} ({manifest['origin']['model_type']})"))
+        rows.append(("began from", f"{manifest['origin']['folder']} ({manifest['origin']['model_type']})"))
     for dataset in data["datasets"]:
         share = f"{dataset['weight']:.1%} of the samples, {human(dataset['tokens'])} tokens"
         rows.append(("data", f"{dataset['path']}: {share}"))

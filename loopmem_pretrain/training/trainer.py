@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -85,6 +85,7 @@ class Trainer:
         self.store = CheckpointStore(config.run_dir)
         self.position: Position = Position()
         self.validated: tuple[int, float] | None = None
+        self.origin: Mapping[str, str] | None = None
         self.stop_at_step = min(stop_at_step or config.training.train_steps, config.training.train_steps)
         self.stop_reason: str | None = None
         self.signal: str | None = None

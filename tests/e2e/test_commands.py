@@ -14,6 +14,7 @@ import yaml
 
 from loopmem_pretrain.config.load import dump_config
 from tests.configs import tiny_run
+from tests.distributed import run_command
 
 ROOT = Path(__file__).parents[2]
 LOOPMEM = [sys.executable, "-m", "loopmem_pretrain"]
@@ -50,7 +51,7 @@ def test_train_alone_then_nothing_is_left_to_do(tmp_path, config_file):
     assert "train: 6/6 steps" in result.stderr
     assert "SEED_LAYERS" not in result.stdout + result.stderr
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "done"
-    again = loopmem("train", "--config", config_file)
+    again = run_command("train", "--config", config_file)
     assert again.returncode == 0
     assert "resumed from" in again.stderr
 
@@ -58,7 +59,7 @@ def test_train_alone_then_nothing_is_left_to_do(tmp_path, config_file):
 @pytest.mark.parametrize(
     "launcher",
     [
-        [*LOOPMEM, "train", "--ranks", "2"],
+        pytest.param([*LOOPMEM, "train", "--ranks", "2"], marks=pytest.mark.slow),  # test_restarts.py has it
         [*TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "loopmem_pretrain", "train"],
         pytest.param(
             [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus=2", "--module", "loopmem_pretrain", "train"],
@@ -83,6 +84,7 @@ def test_a_named_error_on_ranks_keeps_its_exit_code(tmp_path, config_file):
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_cleanly(tmp_path, config_file):
     command = [*LOOPMEM, "train", "--config", str(config_file), "training.train_steps=100000"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -109,25 +111,25 @@ def test_a_killed_rank_ends_the_job(tmp_path, config_file):
 
 def test_the_whole_path_by_command(tmp_path, config_file):
     run, out = tmp_path / "run", tmp_path / "hf"
-    assert loopmem("train", "--config", config_file, "logging.interval_steps=2").returncode == 0
-    converted = loopmem("convert", run, out)
+    assert run_command("train", "--config", config_file, "logging.interval_steps=2").returncode == 0
+    converted = run_command("convert", run, out)
     assert converted.returncode == 0, converted.stderr
     assert "logits differ by at most" in converted.stdout
     options = ("--prompt", "the of and", "--max-new-tokens", "5", "--temperature", "0")
-    written = [loopmem("generate", model, *options) for model in (out, run)]
+    written = [run_command("generate", model, *options) for model in (out, run)]
     assert [result.returncode for result in written] == [0, 0]
     assert written[0].stdout == written[1].stdout != ""
-    assert loopmem("report", run).returncode == 0
+    assert run_command("report", run).returncode == 0
     assert (run / "report.html").stat().st_size > 10_000
-    assert loopmem("plot", run, tmp_path / "figures").returncode == 0
+    assert run_command("plot", run, tmp_path / "figures").returncode == 0
     assert list((tmp_path / "figures").glob("*.svg"))
-    refused = loopmem("convert", run, out)
+    refused = run_command("convert", run, out)
     assert refused.returncode == 2
     assert str(out) in refused.stderr
 
 
 def test_convert_what_is_no_run(tmp_path):
-    result = loopmem("convert", tmp_path, tmp_path / "hf")
+    result = run_command("convert", tmp_path, tmp_path / "hf")
     assert result.returncode == 4
     assert "holds no checkpoint" in result.stderr
     assert not (tmp_path / "hf").exists()
@@ -195,7 +197,9 @@ def test_sigterm_to_the_parent_of_ranks_stops_cleanly(tmp_path, config_file):
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "interrupted"
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["status"], status["reason"]) == ("interrupted", "stopped by SIGTERM")
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == f"step_{status['step']:08d}"
 
 
 @pytest.mark.parametrize("step", ["0", "-3"])

@@ -17,9 +17,9 @@ from tests.e2e.test_training import run
 @pytest.mark.parametrize("name", ["tp2 pp2", "tp2 sharded"])
 def test_tensor_and_pipeline_parallel(tmp_path, sentences, name):
     changes, ranks = LAYOUTS[name]
-    run(config(tmp_path / "run", sentences, changes), ranks, stop_at_step=3)
-    assert "step 3" in convert_run(tmp_path / "run", tmp_path / "hf")
-    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000003"
+    run(config(tmp_path / "run", sentences, changes), ranks, stop_at_step=2)
+    assert "step 2" in convert_run(tmp_path / "run", tmp_path / "hf")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000002"
     weights = dict(fp32_weights(checkpoint))
     written = load_file(tmp_path / "hf" / "model.safetensors")
     assert written.keys() == weights.keys()
@@ -34,11 +34,11 @@ def test_tensor_and_pipeline_parallel(tmp_path, sentences, name):
 @pytest.mark.slow
 def test_data_that_has_moved(tmp_path, sentences):
     shutil.copytree(sentences, tmp_path / "before")
-    run(config(tmp_path / "run", tmp_path / "before", {}), 1, stop_at_step=3)
+    run(config(tmp_path / "run", tmp_path / "before", {}), 1, stop_at_step=2)
     (tmp_path / "before").rename(tmp_path / "after")
     file = tmp_path / "run" / "config.yaml"
     values = yaml.safe_load(file.read_text())
     values["data"]["datasets"][0]["path"] = str(tmp_path / "after")
     file.write_text(yaml.safe_dump(values))
-    assert "step 3" in convert_run(tmp_path / "run", tmp_path / "hf")
+    assert "step 2" in convert_run(tmp_path / "run", tmp_path / "hf")
     assert str(tmp_path / "after") in (tmp_path / "hf" / "README.md").read_text()

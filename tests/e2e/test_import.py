@@ -9,16 +9,18 @@ import torch
 import torch.nn.functional as F
 
 from loopmem_pretrain.checkpoint.manifest import read_manifest
+from loopmem_pretrain.checkpoint.reshape import reshape
 from loopmem_pretrain.checkpoint.store import CheckpointStore, verify
 from loopmem_pretrain.checkpoint.universal import fp32_weights
 from loopmem_pretrain.config.load import dump_config
 from loopmem_pretrain.data.dataset import open_training
 from loopmem_pretrain.errors import ConfigError, DataError, EnvironmentFault
-from loopmem_pretrain.hf.convert import convert_run, import_from_hf
+from loopmem_pretrain.hf.convert import convert_run, history, import_from_hf, open_checkpoint
 from loopmem_pretrain.hf.source import open_source
 from loopmem_pretrain.lock import take_lock
+from loopmem_pretrain.tools.checkpoints import show_checkpoint
 from tests.dense_models import dense_model, save_dense
-from tests.e2e.test_commands import loopmem
+from tests.distributed import run_command
 from tests.e2e.test_reshape import LAYOUTS
 from tests.e2e.test_training import config_for, lines, run
 
@@ -95,6 +97,7 @@ def test_any_sizes_load_and_save_the_same_bits(tmp_path, sentences, exported, la
     save_and_stop = "trainer.saver.save(wait=True); trainer.stop_at_step = 0"
     assert run(config, ranks, before=save_and_stop) == ("interrupted", None)
     assert "form" not in read_manifest(checkpoint)
+    assert read_manifest(checkpoint)["origin"] == {"folder": str(exported.resolve()), "model_type": "loopmem"}
     after = dict(fp32_weights(checkpoint))
     assert set(before) == set(after)
     for name, value in after.items():
@@ -135,6 +138,12 @@ def test_training_begins_with_the_dense_loss_and_goes_on(tmp_path, sentences, de
     assert logged[-1]["loss"] < logged[0]["loss"] - 0.3
     assert logged[0]["expected_loops"] == pytest.approx([1 + 4.54e-5] * 4, abs=1e-6)
     assert CheckpointStore(tmp_path / "run").steps()[-1] == 5
+    # Where the run began is still known: after its training, and in the form that other sizes read.
+    origin = {"folder": str(dense.resolve()), "model_type": "qwen3"}
+    for last in (CheckpointStore(tmp_path / "run").latest(), reshape(tmp_path / "run", tmp_path / "merged")):
+        assert read_manifest(last)["origin"] == origin
+        assert history(open_checkpoint(last)).origin == origin
+        assert f"began from        {dense.resolve()} (qwen3)" in show_checkpoint(last)
 
 
 @pytest.mark.slow
@@ -236,14 +245,14 @@ def test_the_command(tmp_path, sentences, dense):
     config, _ = run_config(tmp_path / "run", sentences, dense)
     file = tmp_path / "run.yaml"
     file.write_text(dump_config(config))
-    wrong = loopmem("convert", "--from-hf", dense, file, "model.qk_norm=none")
+    wrong = run_command("convert", "--from-hf", dense, file, "model.qk_norm=none")
     assert wrong.returncode == 2 and "model.qk_norm: none, the weights need before_rope" in wrong.stderr
-    done = loopmem("convert", "--from-hf", dense, file, f"run_dir={tmp_path}/named")
+    done = run_command("convert", "--from-hf", dense, file, f"run_dir={tmp_path}/named")
     assert done.returncode == 0, done.stderr
     assert f"loopmem train --config {file} run_dir={tmp_path}/named` goes on from here" in done.stdout
-    shown = loopmem("checkpoint", "show", tmp_path / "named")
+    shown = run_command("checkpoint", "show", tmp_path / "named")
     assert f"{dense.resolve()} (qwen3)" in shown.stdout
-    trained = loopmem("train", "--config", file, f"run_dir={tmp_path}/named", "--stop-at-step", "1")
+    trained = run_command("train", "--config", file, f"run_dir={tmp_path}/named", "--stop-at-step", "1")
     assert "at step 0; loss on the stored sample" in trained.stderr
-    assert loopmem("convert", "--from-hf", dense, file, "--dtype", "bfloat16").returncode == 2
-    assert loopmem("convert", tmp_path / "named", tmp_path / "out", "model.max_loops=2").returncode == 2
+    assert run_command("convert", "--from-hf", dense, file, "--dtype", "bfloat16").returncode == 2
+    assert run_command("convert", tmp_path / "named", tmp_path / "out", "model.max_loops=2").returncode == 2

@@ -1,14 +1,12 @@
 """Ranks that are missing at the start, die or hang in mid-step: the others end by themselves, in bounded time.
 
-The ranks are bare processes, as under a scheduler that does not end the others when one fails.
+The ranks are processes of their own, as under a scheduler that does not end the others when one fails.
 """
 
 import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import pytest
 
 from loopmem_pretrain.config.load import dump_config
 from tests.configs import tiny_run
+from tests.distributed import Command, run_command
 
 BOUND = 60
 """Seconds after which a rank counts as hanging. What is measured is a few seconds; the machine may be busy."""
@@ -29,20 +28,18 @@ class Ranks:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
-        command = [sys.executable, "-m", "loopmem_pretrain", "train", "--config", str(config_file), *overrides]
         self.processes = {}
         for rank in started:
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
             environment = {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            environment["PYTHONFAULTHANDLER"] = "1"
-            self.processes[rank] = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+            self.processes[rank] = Command("train", "--config", config_file, *overrides, env=environment)
 
     def wait_for_steps(self) -> None:
         """Until the first line of metrics.jsonl: all ranks are training."""
         metrics, deadline = self.run_dir / "metrics.jsonl", time.monotonic() + 120
         while not (metrics.exists() and metrics.stat().st_size):
-            ended = {rank: process.poll() for rank, process in self.processes.items() if process.poll() is not None}
-            assert not ended, {rank: self.processes[rank].communicate()[1] for rank in ended}
+            ended = {rank for rank, process in self.processes.items() if process.wait(0) is not None}
+            assert not ended, {rank: self.processes[rank].stderr for rank in ended}
             assert time.monotonic() < deadline, f"no line in {metrics}"
             time.sleep(0.1)
 
@@ -52,13 +49,13 @@ class Ranks:
         results = {}
         for rank, process in self.processes.items():
             if rank != but:
-                try:
-                    _, errors = process.communicate(timeout=max(1, deadline - time.monotonic()))
-                except subprocess.TimeoutExpired:
-                    process.send_signal(signal.SIGABRT)  # faulthandler writes where it hangs
-                    pytest.fail(f"rank {rank} has not ended after {BOUND} s\n{process.communicate()[1]}")
-                assert "Traceback" not in errors, errors
-                results[rank] = (process.returncode, errors)
+                code = process.wait(max(1, deadline - time.monotonic()))
+                if code is None:
+                    os.kill(process.pid, signal.SIGABRT)  # faulthandler writes where it hangs
+                    process.wait(BOUND)
+                    pytest.fail(f"rank {rank} has not ended after {BOUND} s\n{process.stderr}")
+                assert "Traceback" not in process.stderr, process.stderr
+                results[rank] = (code, process.stderr)
         return results
 
 
@@ -79,7 +76,6 @@ def ranks(tmp_path, sentences):
     yield start
     for process in (process for each in all_ranks for process in each.processes.values()):
         process.kill()
-        process.communicate()
 
 
 SIZES = {"data": {}, "tensor": {"tensor_model_parallel_size": 2}, "pipeline": {"pipeline_model_parallel_size": 2}}
@@ -98,7 +94,7 @@ def test_a_rank_that_is_killed_ends_the_others(ranks, world_size, sizes, victim)
     training = {"global_batch_size": 4 * world_size, "micro_batch_size": 1}
     job = ranks(world_size, list(range(world_size)), training=training, parallel=SIZES[sizes])
     job.wait_for_steps()
-    job.processes[victim].send_signal(signal.SIGKILL)
+    os.kill(job.processes[victim].pid, signal.SIGKILL)
     for rank, (code, errors) in job.end(but=victim).items():
         assert code == 6, (rank, code, errors)
         assert "lost contact with another rank" in errors and "what to do: " in errors, (rank, errors)
@@ -109,7 +105,7 @@ def test_a_rank_that_is_killed_ends_the_others(ranks, world_size, sizes, victim)
 def test_a_rank_that_hangs_ends_the_others(ranks):
     job = ranks(2, [0, 1], parallel={"collective_timeout_seconds": 10, "tensor_model_parallel_size": 2})
     job.wait_for_steps()
-    job.processes[1].send_signal(signal.SIGSTOP)
+    os.kill(job.processes[1].pid, signal.SIGSTOP)
     code, errors = job.end(but=1)[0]
     assert code == 8, errors
     assert "collective_timeout_seconds" in errors
@@ -133,7 +129,6 @@ def test_ranks_that_do_not_fit_are_refused_before_anything_starts(tmp_path, rank
 
 def test_ranks_asked_for_that_do_not_fit_are_refused_once(tmp_path, ranks):
     ranks(2, [], parallel={"tensor_model_parallel_size": 2})
-    command = [sys.executable, "-m", "loopmem_pretrain", "train", "--config", str(tmp_path / "config.yaml")]
-    result = subprocess.run([*command, "--ranks", "3"], capture_output=True, text=True, timeout=60, check=False)
+    result = run_command("train", "--config", tmp_path / "config.yaml", "--ranks", "3")
     assert result.returncode == 2
     assert result.stderr.count("3 ranks are not a multiple of") == 1

@@ -11,7 +11,7 @@ from loopmem_pretrain.checkpoint.store import verify
 from loopmem_pretrain.checkpoint.universal import fp32_weights
 from loopmem_pretrain.errors import ConfigError, EnvironmentFault
 from loopmem_pretrain.lock import take_lock
-from tests.e2e.test_commands import loopmem
+from tests.distributed import run_command
 from tests.e2e.test_reshape import LAYOUTS, config
 from tests.e2e.test_training import exact, run
 
@@ -27,9 +27,9 @@ from tests.e2e.test_training import exact, run
 )
 def test_goes_on_as_after_merging_at_the_start(tmp_path, sentences, before, after):
     (first, ranks), (second, other_ranks) = LAYOUTS[before], LAYOUTS[after]
-    assert run(config(tmp_path / "merged", sentences, first), ranks, stop_at_step=3) == ("interrupted", None)
+    assert run(config(tmp_path / "merged", sentences, first), ranks, stop_at_step=2) == ("interrupted", None)
     shutil.copytree(tmp_path / "merged", tmp_path / "dealt")
-    checkpoint = tmp_path / "merged" / "checkpoints" / "step_00000003"
+    checkpoint = tmp_path / "merged" / "checkpoints" / "step_00000002"
     weights = dict(fp32_weights(checkpoint))
 
     assert reshape(tmp_path / "merged") == checkpoint
@@ -45,24 +45,24 @@ def test_goes_on_as_after_merging_at_the_start(tmp_path, sentences, before, afte
 
 
 def test_into_another_run_folder(tmp_path, sentences):
-    run(config(tmp_path / "run", sentences, {}), 2, stop_at_step=3)
+    run(config(tmp_path / "run", sentences, {}), 2, stop_at_step=2)
     shutil.copytree(tmp_path / "run", tmp_path / "dealt")
-    result = loopmem("checkpoint", "reshape", tmp_path / "run", "--out", tmp_path / "new")
+    result = run_command("checkpoint", "reshape", tmp_path / "run", "--out", tmp_path / "new")
     assert result.returncode == 0, result.stderr
-    assert "form" not in read_manifest(tmp_path / "run" / "checkpoints" / "step_00000003")
+    assert "form" not in read_manifest(tmp_path / "run" / "checkpoints" / "step_00000002")
     for name in ("new", "dealt"):
         assert run(config(tmp_path / name, sentences, {}), 1) == ("done", None)  # no trust needed: the same run
-    assert exact(tmp_path / "new")[-3:] == exact(tmp_path / "dealt")[-3:]
-    again = loopmem("checkpoint", "reshape", tmp_path / "run", "--out", tmp_path / "new")
+    assert exact(tmp_path / "new")[-2:] == exact(tmp_path / "dealt")[-2:]
+    again = run_command("checkpoint", "reshape", tmp_path / "run", "--out", tmp_path / "new")
     assert again.returncode == 2 and "is a run folder already" in again.stderr
     with pytest.raises(ConfigError, match="no run folder"):
-        reshape(shutil.copytree(tmp_path / "run" / "checkpoints" / "step_00000003", tmp_path / "alone"))
+        reshape(shutil.copytree(tmp_path / "run" / "checkpoints" / "step_00000002", tmp_path / "alone"))
 
 
 @pytest.mark.parametrize("moment", ["hash_files", "write_file"])
 def test_a_reshape_that_is_cut_short_changes_nothing(tmp_path, sentences, monkeypatch, moment):
-    run(config(tmp_path / "run", sentences, {}), 1, stop_at_step=3)
-    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000003"
+    run(config(tmp_path / "run", sentences, {}), 1, stop_at_step=2)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000002"
     manifest = read_manifest(checkpoint)
 
     def killed(*arguments):
@@ -80,6 +80,6 @@ def test_a_reshape_that_is_cut_short_changes_nothing(tmp_path, sentences, monkey
 
 
 def test_not_under_a_run_that_is_training(tmp_path, sentences):
-    run(config(tmp_path / "run", sentences, {}), 1, stop_at_step=3)
+    run(config(tmp_path / "run", sentences, {}), 1, stop_at_step=2)
     with take_lock(tmp_path / "run" / ".lock", "", ""), pytest.raises(EnvironmentFault, match="is training"):
         reshape(tmp_path / "run")

@@ -13,16 +13,16 @@ TP2_ZERO2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "zero_s
 
 
 def config(run_dir, data_dir, parallel, precision="fp32"):
-    """Six steps, a checkpoint after the third; replicas are compared after every step."""
+    """Four steps, a checkpoint after the second; replicas are compared after every step."""
     return config_for(
         run_dir,
         data_dir,
         model=MODEL,
         parallel={"check_replicas_interval": 1, **parallel},
-        training={"train_steps": 6, "precision": precision},
-        checkpoint={"interval_steps": 3},
+        training={"train_steps": 4, "precision": precision},
+        checkpoint={"interval_steps": 2},
         logging={"interval_steps": 1, "peak_tflops": 0.05},
-        validation={"interval_steps": 3, "num_samples": 8},
+        validation={"interval_steps": 2, "num_samples": 8},
     )
 
 
@@ -56,7 +56,7 @@ def test_resume_and_conversion(tmp_path, sentences, plain, parallel, ranks, prec
 
     whole, parts = (config(tmp_path / name, sentences, parallel, precision) for name in ("whole", "parts"))
     assert run(whole, ranks) == ("done", None)
-    assert run(parts, ranks, stop_at_step=3) == ("interrupted", None)
+    assert run(parts, ranks, stop_at_step=2) == ("interrupted", None)
     assert run(parts, ranks) == ("done", None)
     assert exact(tmp_path / "parts") == exact(tmp_path / "whole")
 
@@ -67,13 +67,13 @@ def test_resume_and_conversion(tmp_path, sentences, plain, parallel, ranks, prec
             if key in alone:
                 assert_near(line[key], alone[key], 10 * relative if key == "grad_norm" else relative, key)
     merged, expected = (
-        dict(fp32_weights(path / "checkpoints" / "step_00000006")) for path in (tmp_path / "whole", plain)
+        dict(fp32_weights(path / "checkpoints" / "step_00000004")) for path in (tmp_path / "whole", plain)
     )
     assert list(merged) == list(expected)
     for name, value in merged.items():
         # Adam makes whole steps of the rounding noise of a zero gradient (LN_k's bias), and under bf16 of small ones.
         noisy = name.endswith("key_norm.bias") or precision == "bf16"
-        limit = 6 * 1e-2 if noisy else 1e-3
+        limit = 4 * 1e-2 if noisy else 1e-3
         torch.testing.assert_close(value, expected[name], rtol=0, atol=limit, msg=lambda m, n=name: f"{n}: {m}")
 
 

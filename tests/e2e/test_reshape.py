@@ -31,18 +31,18 @@ def config(run_dir, data_dir, parallel, precision="fp32"):
         data_dir,
         model={"num_hidden_layers": 4, "num_key_value_heads": 4, "vocab_size": 321},
         parallel=parallel,
-        training={"train_steps": 6, "precision": precision, "global_batch_size": 12, "micro_batch_size": 1},
+        training={"train_steps": 4, "precision": precision, "global_batch_size": 12, "micro_batch_size": 2},
         # With eps 1e-8 Adam would make whole steps of the rounding noise of gradients that are next to zero.
         optimizer={"lr": 1e-2, "eps": 1e-5},
-        checkpoint={"interval_steps": 3},
+        checkpoint={"interval_steps": 2},
         logging={"interval_steps": 1, "peak_tflops": 0.05},
-        validation={"interval_steps": 3, "num_samples": 12},
+        validation={"interval_steps": 2, "num_samples": 12},
     )
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, sentences):
-    """Six steps on one rank, by precision."""
+    """Four steps on one rank, by precision."""
     folder = tmp_path_factory.mktemp("undisturbed")
     for precision in ("fp32", "bf16"):
         run(config(folder / precision, sentences, {}, precision), 1)
@@ -70,38 +70,38 @@ SLOW = [pair for pair in (*ALSO, *BF16, *THERE, *BACK) if pair not in PAIRS]
 def test_goes_on_at_another_size(tmp_path, sentences, undisturbed, before, after, precision):
     run_dir, reference = tmp_path / "run", undisturbed / precision
     (first, ranks), (second, other_ranks) = LAYOUTS[before], LAYOUTS[after]
-    assert run(config(run_dir, sentences, first, precision), ranks, stop_at_step=3) == ("interrupted", None)
+    assert run(config(run_dir, sentences, first, precision), ranks, stop_at_step=2) == ("interrupted", None)
     assert run(config(run_dir, sentences, second, precision), other_ranks) == ("done", None)
 
     relative = 1e-5 if precision == "fp32" else 1e-2
-    assert [line["step"] for line in lines(run_dir)] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines(run_dir)] == [1, 2, 3, 4]
     for line, expected in zip(lines(run_dir), lines(reference), strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=relative)
         assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=10 * relative)
         assert line["lr"] == expected["lr"]
-    weights, expected = (dict(fp32_weights(path / "checkpoints" / "step_00000006")) for path in (run_dir, reference))
+    weights, expected = (dict(fp32_weights(path / "checkpoints" / "step_00000004")) for path in (run_dir, reference))
     for name, value in weights.items():
         limit = 1e-4 if precision == "fp32" else 3e-2
         torch.testing.assert_close(value, expected[name], rtol=0, atol=limit, msg=lambda m, n=name: f"{n}: {m}")
     left = {path.name for path in (run_dir / "checkpoints").iterdir()}
-    assert left == {"latest", "step_00000003", "step_00000006"}
+    assert left == {"latest", "step_00000002", "step_00000004"}
 
 
 def test_there_and_back_changes_nothing(tmp_path, sentences):
     """Weights and moments survive the detour bit for bit: what follows is as if it had not been."""
     straight, detour = tmp_path / "straight", tmp_path / "detour"
     for run_dir in (straight, detour):
-        run(config(run_dir, sentences, {}), 2, stop_at_step=3)
+        run(config(run_dir, sentences, {}), 2, stop_at_step=2)
     run(config(straight, sentences, {}), 2)
     # Loaded on four ranks, saved at once: stopping at the step already reached writes no step of its own.
     before = "trainer.saver.save(wait=True)"
-    run(config(detour, sentences, {TP: 2, PP: 2}), 4, stop_at_step=3, before=before)
+    run(config(detour, sentences, {TP: 2, PP: 2}), 4, stop_at_step=2, before=before)
     run(config(detour, sentences, {}), 2)
     assert exact(detour) == exact(straight)
 
 
 def test_merging_may_take_longer_than_a_collective(tmp_path, sentences):
-    run(config(tmp_path / "run", sentences, {}), 2, stop_at_step=3)
+    run(config(tmp_path / "run", sentences, {}), 2, stop_at_step=2)
     slowly = """
 import time, loopmem_pretrain.checkpoint.state as state
 merge = state.merge
@@ -113,7 +113,7 @@ state.merge = lambda *where: (time.sleep(6), merge(*where))[1]
 
 def test_another_cut_of_the_pipeline(tmp_path, sentences):
     """The cut follows from a formula, which another version of the package may have improved."""
-    run(config(tmp_path / "run", sentences, {PP: 2}), 2, stop_at_step=3)
+    run(config(tmp_path / "run", sentences, {PP: 2}), 2, stop_at_step=2)
     other = """
 import loopmem_pretrain.training.engine as engine
 engine.stage_bounds = lambda *sizes: [0, 7, 11]

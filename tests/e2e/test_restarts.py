@@ -14,7 +14,7 @@ from loopmem_pretrain.config.load import dump_config
 from tests.configs import tiny_run
 from tests.e2e.test_training import EXACT, lines, run
 
-STEPS = 60
+STEPS = 40
 
 
 def config_of(run_dir, sentences):
@@ -79,4 +79,5 @@ def test_a_killed_rank_is_started_again(tmp_path, sentences, undisturbed, launch
     if options:
         assert "restart 1 of 1 in 5 s" in errors
     assert json.loads((run_dir / "status.json").read_text())["status"] == "done"
+    assert json.loads((run_dir / "environment.json").read_text())["world_size"] == 2
     assert measurements(run_dir) == measurements(undisturbed)

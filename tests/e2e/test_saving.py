@@ -73,6 +73,7 @@ def test_saving_without_a_thread_beside_training(tmp_path, sentences):
 
 FAILS_ONCE = """
 import loopmem_pretrain.checkpoint.saving as saving
+saving.GRACE = 1
 write = saving._Save._write
 def failing(save):
     if save.rank == 1 and save.step in {steps}:
@@ -134,7 +135,8 @@ trainer.engine.train_batch = failing
 
 def test_a_run_that_gives_up_leaves_the_save_under_way_whole(tmp_path, sentences):
     config = config_for(tmp_path, sentences)
-    _, error = run(config, first=SLOWLY, before=GIVES_UP.format(step=10))
+    no_update_follows = SLOWLY.replace("else 5", "else 1")
+    _, error = run(config, first=no_update_follows, before=GIVES_UP.format(step=10))
     assert error.exit_code == 7
     assert newest(tmp_path) == "step_00000010"
     assert not (tmp_path / "checkpoints" / "step_00000010" / "probe.json").exists()  # no step has followed
@@ -217,7 +219,8 @@ def test_an_older_checkpoint_chosen_by_hand_leaves_the_later_branch(tmp_path, se
 
 @pytest.fixture
 def stopped(tmp_path, sentences):
-    config = config_for(tmp_path / "run", sentences, logging={"wandb": "offline"})
+    wandb, four_ranks = {"wandb": "offline"}, {"micro_batch_size": 2}
+    config = config_for(tmp_path / "run", sentences, logging=wandb, training=four_ranks)
     assert run(config, stop_at_step=10) == ("interrupted", None)
     return config, tmp_path / "run" / "checkpoints" / "step_00000010"
 

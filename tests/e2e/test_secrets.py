@@ -8,7 +8,7 @@ import pytest
 
 from loopmem_pretrain.config.load import dump_config
 from tests.configs import tiny_run
-from tests.e2e.test_commands import loopmem
+from tests.distributed import run_command
 
 NAMES = ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MY_SECRET")
 
@@ -36,7 +36,7 @@ def test_secrets_stay_where_they_are(tmp_path, sentences, environment):
         (3, "train", "--config", file, f"data.datasets.0.path={tmp_path / 'damaged'}"),
         (6, "train", "--config", file, "training.device=cuda"),
     ):
-        result = loopmem(*command, env=environment)
+        result = run_command(*command, env=environment)
         assert result.returncode == code, result.stderr
         said += result.stdout + result.stderr
     files = [path for folder in (run_dir, tmp_path / "out") for path in folder.rglob("*") if path.is_file()]

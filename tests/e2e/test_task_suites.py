@@ -259,7 +259,7 @@ def test_training_logs_the_same(trained, evaluate):
 @pytest.mark.parametrize(("zero_stage", "ranks"), [(3, 2), pytest.param(2, 3, marks=pytest.mark.slow)])
 def test_training_logs_the_same_however_it_is_spread(tmp_path, sentences, data, evaluate, zero_stage, ranks):
     """3 ranks: batches that do not come out even; under ZeRO 3 every forward pass is a collective."""
-    folder, training = tmp_path / "run", {"global_batch_size": 12}
+    folder, training = tmp_path / "run", {"global_batch_size": 12, "micro_batch_size": 2}
     spread = config(folder, sentences, data, training=training, parallel={"zero_stage": zero_stage})
     assert run(spread, ranks=ranks) == ("done", None)
     check_hook(folder, evaluate)

@@ -16,7 +16,7 @@ from loopmem_pretrain.config.load import dump_config
 from loopmem_pretrain.errors import CheckpointError
 from loopmem_pretrain.hf.convert import convert_run
 from loopmem_pretrain.inference.command import open_model
-from tests.e2e.test_commands import loopmem
+from tests.distributed import run_command
 from tests.e2e.test_training import config_for, run
 from tests.unit.checkpoint.test_safe_load import Payload
 
@@ -127,17 +127,17 @@ def test_a_checkpoint_of_another_run_needs_trust(tmp_path, copied, sentences):
     config_path = tmp_path / "config.yaml"
     config_path.write_text(dump_config(config.model_copy(update={"run_dir": str(tmp_path / "other")})))
     shutil.copytree(checkpoint.parent, tmp_path / "other" / "checkpoints")
-    refused = loopmem("train", "--config", config_path, "--ranks", "2")
+    refused = run_command("train", "--config", config_path)
     assert refused.returncode == 4
     assert "this run folder is of run" in refused.stderr and "--trust" in refused.stderr
-    trusted = loopmem("train", "--config", config_path, "--ranks", "2", "--trust")
+    trusted = run_command("train", "--config", config_path, "--trust")
     assert trusted.returncode == 0, trusted.stderr
     assert "trusted because of --trust" in trusted.stderr and "at step 2" in trusted.stderr
     manifest = json.loads((tmp_path / "other" / "checkpoints" / "step_00000004" / "manifest.json").read_text())
     assert manifest["run_id"] == (tmp_path / "other" / "run_id").read_text().strip()
     # A later start, or a rewind, may come back to it.
     (tmp_path / "other" / "checkpoints" / "latest").write_text("step_00000002\n")
-    again = loopmem("train", "--config", config_path, "--ranks", "2")
+    again = run_command("train", "--config", config_path)
     assert again.returncode == 0, again.stderr
 
 
@@ -156,6 +156,6 @@ def test_trust_is_about_origin_only(tmp_path, copied):
     change_manifest(checkpoint, run_id=None)
     config_path = tmp_path / "config.yaml"
     config_path.write_text(dump_config(config))
-    refused = loopmem("train", "--config", config_path, "--trust")
+    refused = run_command("train", "--config", config_path, "--trust")
     assert refused.returncode == 4 and "posix.system" in refused.stderr
     assert not (tmp_path / "mark").exists()

@@ -3,6 +3,7 @@
 import ast
 import doctest
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,7 @@ def test_every_command_is_one_and_parses(document):
     for name in re.findall(r"`loopmem ([a-z-]+)", text):
         assert name in commands, f"loopmem {name} is no command"
     for line in re.findall(r"^    (?:\$ )?loopmem (.*)$", text, re.MULTILINE):
-        parser.parse_args(re.sub(r" +#.*", "", line).split())
+        parser.parse_args(shlex.split(re.sub(r" +(#.*|\\)$", "", line)))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)

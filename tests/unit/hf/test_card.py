@@ -30,6 +30,15 @@ def test_data_and_training_curve(sentences):
     assert "loopmem eval . --data runs/x/tokens" in text and "loopmem eval . --text HELD_OUT.jsonl --num-loops" in text
 
 
+def test_imported_weights_are_named_without_their_place(sentences):
+    config, known = model_config("full"), history(sentences)
+    origin = {"folder": "/data/secret/Qwen3-0.6B", "model_type": "qwen3"}
+    text = model_card(config, "float32", 48, COMPARISON, known._replace(origin=origin))
+    assert "Continues from the weights in `Qwen3-0.6B` (model_type `qwen3`).\n\n1,200 steps" in text
+    assert "secret" not in text
+    assert "Continues from" not in model_card(config, "float32", 48, COMPARISON, known)
+
+
 def test_loops_and_flops(sentences):
     config = model_config("full")
     text = model_card(config, "float32", 48, COMPARISON, history(sentences))
