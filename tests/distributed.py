@@ -6,7 +6,6 @@ process group itself. A rank that fails or outlives the limit fails the call wit
 """
 
 import atexit
-import gc
 import importlib
 import os
 import pickle
@@ -134,8 +133,6 @@ def _serve(pipe: Connection) -> None:
     prepare_imports("cpu")
     for name in PRELOADED:
         importlib.import_module(name)
-    gc.collect()
-    gc.freeze()  # or every collection in a fork would look through what was imported, and copy its pages
 
     while True:
         try:
