@@ -52,7 +52,8 @@ def test_missing_ranks_are_named_on_every_rank_that_came():
         error, seconds = results[rank]
         assert error.problem == "ranks 2, 4 of 5 did not join within 2 s"
         assert "join_timeout_seconds" in error.fix and error.exit_code == 6
-        assert 1 < seconds < 8
+        assert seconds < 8
+    assert max(results[rank][1] for rank in (0, 1, 3)) > 1  # one that itself comes late waits less
 
 
 def test_rank_0_that_is_missing_is_named():
