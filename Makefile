@@ -33,11 +33,14 @@ $(STAMP): requirements.txt setup.py Makefile
 demo: $(STAMP)
 	@$(BIN)/loopmem demo
 
+# Two files at a time: many tests wait, for a process to end or a time limit to pass.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
 test: $(STAMP)
-	@$(BIN)/python -m pytest -q -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 test-all: $(STAMP)
-	@$(BIN)/python -m pytest -q
+	@$(PYTEST)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

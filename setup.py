@@ -30,6 +30,7 @@ setup(
         "pyyaml>=6.0",
         "pytest>=8.0",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
         "numpy>=2.0",
         "pydantic>=2.12",
         "transformers>=5.16,<6",
