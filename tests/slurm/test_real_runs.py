@@ -20,7 +20,7 @@ class RealRun(Run):
 
     def start(self, sentences, *arguments, nodes=2, each=1, steps=20, options=(), **variables):
         config = self.folder.parent / "config.yaml"
-        sections = {**SECTIONS, "training": {"train_steps": steps}}
+        sections = {**SECTIONS, "training": {"train_steps": steps, "micro_batch_size": 2}}  # 4 ranks have no larger
         config.write_text(dump_config(config_for(self.folder, sentences, **sections)))
         shape = (f"--nodes={nodes}", f"--ntasks-per-node={each}", f"--gpus-per-node={each}")
         values = {"CONFIG": config, "RANK_PYTHON": sys.executable, "OMP_NUM_THREADS": 1, "HEALTH": "none"}
