@@ -33,8 +33,8 @@ $(STAMP): requirements.txt setup.py Makefile
 demo: $(STAMP)
 	@$(BIN)/loopmem demo
 
-# Two files at a time: many tests wait, for a process to end or a time limit to pass.
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
+# Two files at a time (tests/conftest.py): many tests wait, for a process to end or a time limit to pass.
+PYTEST := $(BIN)/python -m pytest -q -n 2
 
 test: $(STAMP)
 	@$(PYTEST) -m "not slow"
