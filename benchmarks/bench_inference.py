@@ -147,8 +147,7 @@ def main(options: argparse.Namespace) -> None:
         f"{config.num_hidden_layers} layers of up to {config.max_loops} loops, {config.num_attention_heads} heads, "
         f"{config.num_key_value_heads} for keys and values, 128 slots a layer. {options.threads} threads, "
         f"{options.clock} clock, {options.repeats} repeats. Prompts of {options.prompt} tokens, then {options.new} "
-        f"more; threshold "
-        f"{THRESHOLD}; the routers' logits spread by {options.spread:g} over tokens.\n"
+        f"more; threshold {THRESHOLD}; the routers' logits spread by {options.spread:g} over tokens.\n"
     )
     print(
         "| mean loops | batch | | full loops, tokens/s | early exit, tokens/s | FLOPs saved | time saved | of it |\n"

@@ -59,20 +59,8 @@ def _plan(options: Any) -> Any:
                 f"--{name.replace('_', '-')} {getattr(options, name)} is not valid", f"give {least} or more"
             )
     site = load_config(SiteConfig, options.cluster)
-    named = (
-        "config",
-        "overrides",
-        "nodes",
-        "spare_nodes",
-        "launcher",
-        "mode",
-        "time",
-        "health",
-        "max_crashes",
-        "after",
-        "then",
-    )
-    return plan(Request(site=site, **{name: getattr(options, name) for name in named}))
+    asked = {name: getattr(options, name) for name in Request._fields if name != "site"}
+    return plan(Request(site=site, **asked))
 
 
 def submit(options: Any) -> int:
