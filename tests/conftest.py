@@ -16,14 +16,23 @@ import pytest
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Files are dealt out to the processes; all of tests/slurm to one: a second cluster would have the same cgroups."""
+    """Files are dealt out to the processes.
+
+    All of tests/slurm goes to one process: a second cluster would have the same cgroups. The full product of layouts,
+    hours of one file, goes to all: by its models, each of which is compared with one plain process.
+    """
     from xdist.scheduler import LoadFileScheduling
 
-    class OneCluster(LoadFileScheduling):
+    class ByFile(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "tests/slurm" if nodeid.startswith("tests/slurm/") else super()._split_scope(nodeid)
+            if nodeid.startswith("tests/slurm/"):
+                return "tests/slurm"
+            file, _, test = nodeid.partition("::")
+            if test.startswith("test_everything["):
+                return test.partition("tied=")[0] + test.partition("tied=")[2].partition(" ")[0]
+            return file
 
-    return OneCluster(config, log)
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -143,6 +143,7 @@ def _serve(pipe: Connection) -> None:
 
 
 def _run(function: str, world_size: int, args: tuple[Any, ...], timeout: float) -> list[bytes]:
+    importlib.import_module(function.partition(":")[0])  # once here, not in every rank
     fork = get_context("fork")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -181,6 +182,12 @@ def _rank(pipe: Connection, function: str, rank: int, world_size: int, port: int
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    # Ranks that wait for each other all the time wake each other faster on one core: where as many test processes run
+    # as there are cores, each has its own.
+    number, processes = os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:], os.environ.get("PYTEST_XDIST_WORKER_COUNT")
+    cores = sorted(os.sched_getaffinity(0))
+    if processes and int(processes) >= len(cores):
+        os.sched_setaffinity(0, {cores[int(number) % len(cores)]})
     module, _, name = function.partition(":")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder

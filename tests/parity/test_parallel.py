@@ -119,7 +119,9 @@ def close(value, whole, part, limit, what):
         padding = value.narrow(part.dimension, size, value.shape[part.dimension] - size)
         assert not padding.any(), f"{what}: padding is not zero"
         value, whole = value.narrow(part.dimension, 0, size), whole.narrow(part.dimension, part.first, size)
-    torch.testing.assert_close(value, whole, rtol=0, atol=limit, msg=lambda m: f"{what}: {m}")
+    if not (value - whole).abs().max() <= limit:  # assert_close says more and takes ten times longer
+        torch.testing.assert_close(value, whole, rtol=0, atol=limit, msg=lambda m: f"{what}: {m}")
+        raise AssertionError(f"{what}: further than {limit} from the plain process's")
 
 
 # ---- the matrix ------------------------------------------------------------------------------------------------------
@@ -205,7 +207,7 @@ def run_of(case: Case):
         "memory_placement": case["banks"],
     }
     model = {
-        "num_hidden_layers": 4 if pipeline > 1 else 2,
+        "num_hidden_layers": {1: 2, 2: 3, 4: 4}[pipeline],  # two stages are not equally long
         "num_key_value_heads": case["kv_heads"],
         "max_loops": case["loops"],
         "ponder_weight": 0.05 if case["loops"] > 1 else 0.0,
