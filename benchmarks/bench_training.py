@@ -2,12 +2,13 @@
 
     python benchmarks/bench_training.py                            bare models: forward, backward, AdamW
     python benchmarks/bench_training.py --engine                   the same through DeepSpeed, with batches from shards
+    python benchmarks/bench_training.py --config configs/train/demo.yaml     the model and batch of a run's config
     OMP_NUM_THREADS=1 python benchmarks/bench_training.py --threads 1 --clock cpu    on a machine that others use too
 
-Layers have the paper's sizes (D 768, H 12, F 2048, banks of 1024 and 512 slots); there are few of them, and a small
-vocabulary, so that a step takes a second. Contestants take turns within one run, the order reversed every other round;
-a ratio is the median over rounds of the ratio within a round, followed by its quartiles. With `--clock cpu` seconds
-are those the processor spent on this process. Prints Markdown.
+Without --config layers have the sizes of the paper (D 768, H 12, F 2048, banks of 1024 and 512 slots); there are few of
+them, and a small vocabulary, so that a step takes a second. Contestants take turns within one run, the order reversed
+every other round; a ratio is the median over rounds of the ratio within a round, followed by its quartiles. With
+`--clock cpu` seconds are those the processor spent on this process. Prints Markdown.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from eager_reference import EagerReference
 from machine import header
 from torch import Tensor
 
+from loopmem_pretrain.config.load import load_config
 from loopmem_pretrain.config.model import ModelConfig
 from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.model.backend import TorchBackend
@@ -64,7 +66,9 @@ def wait_and_read_clock() -> float:
 
 
 def model_configs(options: argparse.Namespace) -> dict[str, ModelConfig]:
-    """The looped model without and with memory, and the dense model with as many layers as they have loops."""
+    """The model of --config; or a looped one without and with memory, and a dense one with as many layers as loops."""
+    if options.config:
+        return {options.config.stem: options.run.model}
     layers, loops = options.looped_layers, 3
     sizes: dict[str, Any] = {
         "vocab_size": options.vocab_size,
@@ -86,9 +90,11 @@ def bare(model: ModelConfig, options: argparse.Namespace, clock: Clock, kind: st
     net: Any = EagerReference(model) if kind == "reference" else LoopMemLM(model, TorchBackend())
     initialize(net.named_parameters(), model, seed=0)
     if kind == "compiled":
-        from loopmem_pretrain.training.pipeline import wrap_loops
+        from loopmem_pretrain.training.pipeline import wrap_loops, wrap_loss
 
-        wrap_loops(net, run_config(model, options, "unused", compile="loop").training)
+        training = run_config(model, options, "unused", compile="loop").training
+        wrap_loops(net, training)
+        net.backend.cross_entropy = wrap_loss(net.backend.cross_entropy, training)
     net.to(options.device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=options.device == "cuda" or None)
     generator = torch.Generator().manual_seed(0)
@@ -217,7 +223,9 @@ def print_times(contestants: dict[str, Contestant], seconds: dict[str, list[Step
 def print_ratios(contestants: dict[str, Contestant], seconds: dict[str, list[Step]], options: Any) -> None:
     """The comparisons that this benchmark is for."""
     rows = []
-    for name in ("L3", "M_-3"):
+    for name in dict.fromkeys(title.partition(", ")[0] for title in contestants):
+        if name == "dense":
+            continue
         for kind in ("eager", "compiled"):
             rows.append((f"FLOP/s of {name} over dense, both {kind}", f"{name}, {kind}", f"dense, {kind}"))
             rows.append((f"{name}, {kind}, over plain eager code", f"{name}, {kind}", f"{name}, reference"))
@@ -246,6 +254,7 @@ def print_data_share(seconds: dict[str, list[Step]]) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", action="store_true", help="through DeepSpeed instead of bare models")
+    parser.add_argument("--config", type=Path, help="of a run: its model, T and micro-batch instead of the sizes below")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--models", nargs="+", choices=("dense", "L3", "M_-3"), default=["dense", "L3", "M_-3"])
     parser.add_argument("--kinds", nargs="+", choices=("eager", "compiled", "reference"))
@@ -263,7 +272,13 @@ def parse() -> argparse.Namespace:
         parser.error("--clock cpu is for --device cpu")
     if options.clock == "cpu" and options.threads != 1:
         parser.error("--clock cpu needs --threads 1: several threads wait for each other in busy loops")
-    if options.hidden_size % 192:
+    if options.config:
+        options.run = load_config(RunConfig, options.config)
+        options.seq_length = options.run.data.seq_length
+        options.micro_batch_size = options.run.training.micro_batch_size
+        options.hidden_size, options.vocab_size = options.run.model.hidden_size, options.run.model.vocab_size
+        options.models = [options.config.stem]
+    elif options.hidden_size % 192:
         parser.error(f"--hidden-size {options.hidden_size} is not a multiple of 192 (heads of 64, F = 8 D / 3)")
     if options.rounds < 3:
         parser.error("--rounds must be at least 3: medians and quartiles are taken over them")
@@ -282,9 +297,13 @@ def main() -> None:
     if options.device == "cuda":
         clock = wait_and_read_clock
     print(header(PACKAGES))
+    layers = f"{options.looped_layers} looped layers (N = 3) against {3 * options.looped_layers} dense ones"
+    if options.config:
+        model = options.run.model
+        layers = f"{model.num_hidden_layers} layers of {model.max_loops} loops, "
+        layers += f"{model.local_slots} and {model.global_slots} slots"
     print(
-        f"\n{options.precision}, {options.threads} threads, {options.clock} time; D = {options.hidden_size}, "
-        f"{options.looped_layers} looped layers (N = 3) against {3 * options.looped_layers} dense ones, "
+        f"\n{options.precision}, {options.threads} threads, {options.clock} time; D = {options.hidden_size}, {layers}, "
         f"V = {options.vocab_size}, T = {options.seq_length}, micro-batch {options.micro_batch_size}, "
         f"{options.rounds} rounds.\n"
     )

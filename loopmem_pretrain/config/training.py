@@ -27,7 +27,7 @@ class TrainingConfig(Section):
     activation_checkpointing: Literal["none", "loop"] = "none"
     """`loop` keeps only the input of each loop and recomputes the rest in the backward pass."""
     compile: Literal["none", "loop"] = "none"
-    """`loop` compiles the body of one loop with torch.compile."""
+    """`loop` compiles the body of one loop, and the cross-entropy, with torch.compile."""
     ponder_schedule: Literal["constant", "linear", "cyclic"] = "constant"
     """Over steps t: w; w * t/train_steps; or w * cos(2 pi t / ponder_period), times 0.6 where negative."""
     ponder_period: int = Field(default=10, gt=1)

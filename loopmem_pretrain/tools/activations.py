@@ -38,6 +38,7 @@ class Sizes(NamedTuple):
     """Whether memory banks are cut over slots."""
     recompute: bool
     """Whether loops are recomputed in the backward pass."""
+    compiled: bool
     fused_norms: bool
 
     @classmethod
@@ -53,6 +54,7 @@ class Sizes(NamedTuple):
             bytes=2 if training.precision == "bf16" else 4,
             sharded=parallel.memory_placement == "sharded",
             recompute=training.activation_checkpointing == "loop",
+            compiled=training.compile == "loop",
             fused_norms=fused_norms,
         )
 
@@ -146,8 +148,11 @@ def head_bytes(s: Sizes) -> tuple[int, int]:
     model, a = s.model, s.bytes
     norm = s.norm(s.stream * model.hidden_size) + a * s.tokens * model.hidden_size + 8 * s.tokens
     logits = s.tokens * math.ceil(model.vocab_size / s.tensor_ranks)
-    # The engine holds the logits, the loss their log-softmax in float32; backward makes two float32 gradients of them.
-    # Megatron's loss (TP > 1) keeps exp(logits) and turns it into the gradient in place.
+    # The engine holds the logits. The compiled loss adds their maximum and sum for each token and makes one gradient.
+    # Eager, the loss holds their log-softmax in float32, and backward makes two float32 gradients of them; Megatron's
+    # (TP > 1) keeps exp(logits) and turns it into the gradient in place.
+    if s.compiled:
+        return norm + a * logits + 2 * WIDE * s.tokens, a * logits
     return norm + logits * (a + WIDE), logits * (2 * WIDE if s.tensor_ranks == 1 else a)
 
 

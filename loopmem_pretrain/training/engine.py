@@ -71,7 +71,7 @@ class TrainingEngine:
 
         model, parallel = config.model, config.parallel
         backend = make_backend(model, parallel, topology)
-        self.first_loss = FirstLoss(backend.cross_entropy)
+        self.first_loss = FirstLoss(pipeline.wrap_loss(backend.cross_entropy, config.training))
         layers = model.num_hidden_layers
         self.step_context = pipeline.StepContext(
             model,

@@ -261,6 +261,14 @@ def wrap_loops(module: nn.Module, training: TrainingConfig) -> None:
             layer.run = _recomputed(layer.run)
 
 
+CrossEntropy = Callable[[Tensor, Tensor], Tensor]
+
+
+def wrap_loss(cross_entropy: CrossEntropy, training: TrainingConfig) -> CrossEntropy:
+    """Compile the loss where loops are compiled: eager, it writes the logits anew several times, in float32."""
+    return _compiled(cross_entropy) if training.compile == "loop" else cross_entropy
+
+
 def _compiled(run: Callable[..., Any]) -> Callable[..., Any]:
     # All layers share the compiled code: two graphs of a looped layer (the first loop, whose mixture so far has no
     # gradient, and the others), one of a plain one. fullgraph makes torch raise where it would otherwise fall back to
@@ -274,7 +282,7 @@ def _compiled(run: Callable[..., Any]) -> Callable[..., Any]:
             return compiled(*args)
         except TorchDynamoException as error:
             raise EnvironmentFault(
-                f"torch.compile could not compile one loop of the model (training.compile: loop): {error}",
+                f"torch.compile could not compile a part of the model (training.compile: loop): {error}",
                 "install what torch.compile needs (a C++ compiler; on GPUs also Triton, which comes with torch), "
                 "or set training.compile=none",
             ) from error

@@ -18,7 +18,7 @@ from loopmem_pretrain.errors import EnvironmentFault
 from loopmem_pretrain.model.backend import TorchBackend
 from loopmem_pretrain.model.init import initialize
 from loopmem_pretrain.model.loopmem import LoopMemLM
-from loopmem_pretrain.training.pipeline import wrap_loops
+from loopmem_pretrain.training.pipeline import wrap_loops, wrap_loss
 from tests.configs import tiny_run
 from tests.parity import test_engines
 
@@ -97,6 +97,37 @@ def test_validation_adds_one_graph(kind, without_code_generation):
         compiled = net(*batch())
     assert counters["stats"]["unique_graphs"] == training_graphs + 1
     torch.testing.assert_close(compiled.logits, build(MODELS[kind] | {"num_hidden_layers": 12})(*batch()).logits)
+
+
+def cross_entropy_and_gradient(logits, compile):
+    logits = logits.clone().requires_grad_()
+    loss = wrap_loss(TorchBackend().cross_entropy, tiny_run(training={"compile": compile}).training)(logits, batch()[1])
+    held = sum(tensor.nbytes for tensor in loss.grad_fn.saved_tensors) if compile == "loop" else None
+    loss.backward()
+    return loss.detach(), logits.grad, held
+
+
+def test_the_loss_is_compiled_too(without_code_generation):
+    logits = torch.randn(2, 16, 96)
+    loss, gradient, _ = cross_entropy_and_gradient(logits, "loop")
+    expected_loss, expected, _ = cross_entropy_and_gradient(logits, "none")
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_generated_loss_holds_no_copy_of_the_logits(dtype):
+    """What `loopmem estimate` counts: the logits in their own dtype, and two numbers a token."""
+    logits = torch.randn(2, 16, 96).to(dtype)
+    loss, gradient, held = cross_entropy_and_gradient(logits, "loop")
+    expected_loss, expected, _ = cross_entropy_and_gradient(logits, "none")
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-9)
+    labels, number = 8 * 2 * 16, 4
+    assert held == logits.nbytes + 2 * 4 * 2 * 16 + labels + number
 
 
 def test_too_many_graphs_is_an_error_not_eager(without_code_generation):
