@@ -123,7 +123,7 @@ def measure(options: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
     peak, source = peak_flops(config, device)
     tokens = config.training.global_batch_size * config.data.seq_length
     rate = tokens / statistics.median(seconds)
-    flops = rate * training_flops_per_token(config.model, config.data.seq_length)
+    flops = rate * training_flops_per_token(config.model, config.data.seq_length, config.training.micro_batch_size)
     return {
         "tokens_per_second": rate,
         "tflops": flops / 1e12,

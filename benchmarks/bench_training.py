@@ -210,7 +210,7 @@ def print_times(contestants: dict[str, Contestant], seconds: dict[str, list[Step
     parts = "all but data ms | data ms" if options.engine else "forward, backward ms | AdamW ms"
     print(f"| | parameters | MFLOP/token | {parts} | tokens/s | GFLOP/s |\n|---|--:|--:|--:|--:|--:|--:|")
     for name, (model, _) in contestants.items():
-        flops = training_flops_per_token(model, options.seq_length)
+        flops = training_flops_per_token(model, options.seq_length, options.micro_batch_size)
         passes, rests = ([getattr(s, part) for s in seconds[name]] for part in ("backward", "rest"))
         rate = tokens / statistics.median(s.total for s in seconds[name])
         print(
@@ -241,7 +241,7 @@ def print_ratios(contestants: dict[str, Contestant], seconds: dict[str, list[Ste
 
 
 def _flops(contestant: Contestant, options: Any) -> int:
-    return training_flops_per_token(contestant.model, options.seq_length)
+    return training_flops_per_token(contestant.model, options.seq_length, options.micro_batch_size)
 
 
 def print_data_share(seconds: dict[str, list[Step]]) -> None:

@@ -57,6 +57,9 @@ class Backend(Protocol):
     def enter_read(self, query: Tensor) -> Tensor:
         """The same for queries, where ranks hold different slots; the query itself where each holds all of them."""
 
+    def project_slots(self, linear: nn.Module, values: Tensor) -> Tensor:
+        """linear(values) of this rank's slots; its weight's gradient is what it would be if applied to tokens."""
+
     def softmax_reads(self, reads: Sequence[SlotRead]) -> list[Tensor]:
         """m = softmax(scores) V of each read, over the candidates of all ranks: [B, T', D] each.
 
@@ -104,6 +107,10 @@ class TorchBackend:
 
     def enter_read(self, query: Tensor) -> Tensor:
         return query
+
+    def project_slots(self, linear: nn.Module, values: Tensor) -> Tensor:
+        projected: Tensor = linear(values)
+        return projected
 
     def softmax_reads(self, reads: Sequence[SlotRead]) -> list[Tensor]:
         return [read.mix(read.scores.softmax(dim=-1)) for read in reads]

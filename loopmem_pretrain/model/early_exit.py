@@ -193,7 +193,7 @@ def visit(
     """[B, T, D] -> ([B, T, D], ExitStats): the drawing at the head of this file; `rotary` is [B * T, 1, d]."""
     (batch, length, width), precise, device = hidden.shape, wide(hidden.dtype), hidden.device
     everyone = batch * length
-    local_keys = layer.memory.normed_local_keys(memory) if layer.memory is not None and memory is not None else None
+    banks = layer.banks(memory, everyone * loops)
     zeta = F.softplus(layer.step_scales.to(precise))
     output = torch.zeros(everyone, width, device=device, dtype=precise)
     nowhere = output.new_zeros(everyone)
@@ -210,8 +210,8 @@ def visit(
             probs.append(nowhere)
             continue
         before = injected = tokens.hidden
-        if layer.memory is not None and memory is not None:
-            injected, _, _ = layer.memory(before, memory, local_keys)
+        if layer.memory is not None and banks is not None:
+            injected, _, _ = layer.memory(before, banks)
         zeta_n, tau_n = layer.step(zeta, n)
         after = layer.block(injected, zeta_n, tokens.rotary, packed)
         prob = tokens.remaining * layer.halting_lambda(after, tau_n)

@@ -32,7 +32,10 @@ class ForwardFlops(NamedTuple):
     blocks: int
     routers: int
     local_reads: int
+    """Scores, mixture and gate."""
     global_reads: int
+    projections: int
+    """P of both banks, applied to slots or to reads (model/memory.py), this token's share."""
     slot_search: int
     """Finding the best slots of the global bank (`retrieval: topk`): has no backward pass."""
     head: int
@@ -64,11 +67,12 @@ def parameter_counts(config: Any) -> ParameterCounts:
 
 
 def forward_flops_per_token(
-    config: Any, seq_length: int, num_loops: int | None = None, causal: bool = True
+    config: Any, seq_length: int, num_loops: int | None = None, causal: bool = True, tokens: int = 1
 ) -> ForwardFlops:
     """Forward FLOPs of one token in a sequence of `seq_length`, with n = `num_loops` (default N) loops a layer.
 
-    `causal=False` counts every key of the sequence, as counters that see the full matmul do.
+    `causal=False` counts every key of the sequence, as counters that see the full matmul do. `tokens` are those of a
+    forward pass: with many of them P is applied to slots; with one, as in generation, to each read.
     """
     width, ffn, layers, vocab = _sizes(config)
     loops = num_loops if num_loops is not None else max(1, config.max_loops)
@@ -81,21 +85,34 @@ def forward_flops_per_token(
         routers=visits * 2 * (width + 1) if config.max_loops else 0,
         local_reads=visits * _read_flops(config, config.local_slots, 4 * config.local_slots * width),
         global_reads=visits * _read_flops(config, config.global_slots, _global_lookup_flops(config)),
+        projections=round(layers * projection_flops(config, tokens * loops) / tokens),
         slot_search=visits * 2 * config.global_slots * width if config.retrieval == "topk" else 0,
         head=2 * width * vocab,
     )
 
 
-def forward_flops_at(config: Any, seq_length: int, mean_loops: float, causal: bool = True) -> int:
+def forward_flops_at(config: Any, seq_length: int, mean_loops: float, causal: bool = True, tokens: int = 1) -> int:
     """Forward FLOPs of one token where layers run so many loops on average: early exit."""
-    one, two = (forward_flops_per_token(config, seq_length, loops, causal).total for loops in (1, 2))
+    one, two = (forward_flops_per_token(config, seq_length, loops, causal, tokens).total for loops in (1, 2))
     return round(one + (mean_loops - 1) * (two - one))
 
 
-def training_flops_per_token(config: Any, seq_length: int, causal: bool = True) -> int:
-    """Forward and backward, all loops, no recomputation: what MFU is measured against."""
-    forward = forward_flops_per_token(config, seq_length, causal=causal)
+def training_flops_per_token(config: Any, seq_length: int, samples: int, causal: bool = True) -> int:
+    """Forward and backward of micro-batches of `samples` sequences, all loops, no recomputation: MFU is against it."""
+    forward = forward_flops_per_token(config, seq_length, causal=causal, tokens=samples * seq_length)
     return 3 * forward.total - 2 * forward.slot_search
+
+
+def gate_flops(config: Any) -> int:
+    """The gate of one bank for one token in one loop."""
+    width: int = config.hidden_size
+    return {"vector": 2 * width * width, "scalar": 2 * width, "constant": 0}[config.gate]
+
+
+def projection_flops(config: Any, reads: int, ranks: int = 1) -> int:
+    """P of both banks in one visit of a layer that reads them `reads` times, with slots cut over `ranks`."""
+    rows = sum(min(slots // ranks, reads) for slots in (config.local_slots, config.global_slots))
+    return rows * 2 * int(config.hidden_size) ** 2
 
 
 def _global_lookup_flops(config: Any) -> int:
@@ -110,12 +127,8 @@ def _global_lookup_flops(config: Any) -> int:
 
 
 def _read_flops(config: Any, slots: int, lookup: int) -> int:
-    """One read of one bank: scores and mixture (`lookup`), projection, gate."""
-    if not slots:
-        return 0
-    width = config.hidden_size
-    gate = {"vector": 2 * width * width, "scalar": 2 * width, "constant": 0}[config.gate]
-    return lookup + 2 * width * width + gate
+    """One read of one bank: scores and mixture (`lookup`), gate."""
+    return lookup + gate_flops(config) if slots else 0
 
 
 def _sizes(config: Any) -> tuple[int, int, int, int]:

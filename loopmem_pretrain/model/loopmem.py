@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from loopmem_pretrain.model.backend import Backend, wide
 from loopmem_pretrain.model.block import Block, RMSNorm, Rotary
 from loopmem_pretrain.model.decoding import Decoding
-from loopmem_pretrain.model.memory import LayerMemory, SharedMemory, SharedRead
+from loopmem_pretrain.model.memory import LayerBanks, LayerMemory, SharedMemory, SharedRead
 
 # ----------------------------------------------------------------------------------------------------- one layer
 
@@ -138,7 +138,7 @@ class LoopedLayer(Block):
         precise = wide(hidden.dtype)
         zeta = F.softplus(self.step_scales.to(precise))
         rotary = self.rotary(hidden, decoding)
-        local_keys = self.memory.normed_local_keys(memory) if self.memory is not None and memory is not None else None
+        banks = self.banks(memory, hidden.shape[0] * hidden.shape[1] * loops)
         state = LoopState(
             hidden,
             token_norm(hidden),
@@ -149,9 +149,13 @@ class LoopedLayer(Block):
         for n in range(1, loops + 1):
             is_last = torch.full((), n == loops, device=hidden.device)
             step = (*self.step(zeta, n), is_last)
-            state, report = self.run(state, *step, memory, local_keys, rotary, self.at_loop(n, decoding))
+            state, report = self.run(state, *step, banks, rotary, self.at_loop(n, decoding))
             reports.append(report)
         return state.output.to(hidden.dtype), collect(reports)
+
+    def banks(self, memory: SharedRead | None, reads: int) -> LayerBanks | None:
+        """What all loops of a visit read, `reads` times in all; None without memory."""
+        return self.memory.banks(memory, reads) if self.memory is not None and memory is not None else None
 
     def step(self, zeta: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """zeta_n and tau_n of loop n; beyond N those of loop N."""
@@ -165,15 +169,14 @@ class LoopedLayer(Block):
         zeta: Tensor,
         tau: Tensor,
         is_last: Tensor,
-        memory: SharedRead | None,
-        local_keys: Tensor | None,
+        banks: LayerBanks | None,
         rotary: Rotary,
         decoding: Decoding | None,
     ) -> tuple[LoopState, LoopReport]:
         """Loop n: memory, block, halting, mixture (the drawing at the head of this file)."""
         injected, local_gate, global_gate = state.hidden, None, None
-        if self.memory is not None and memory is not None:
-            injected, local_gate, global_gate = self.memory(state.hidden, memory, local_keys)
+        if self.memory is not None and banks is not None:
+            injected, local_gate, global_gate = self.memory(state.hidden, banks)
         hidden = self.block(injected, zeta, rotary, decoding)
 
         lam = self.halting_lambda(hidden, tau)

@@ -5,6 +5,9 @@
     g_x       = sigmoid(A_x h + a_x)                           gate
     inject(h) = h + sum over x of g_x * (P_x m_x)              what the block of this loop starts from
 
+P_x m_x = softmax(..) (V_x P_x^T): P_x is applied once a visit to the slots where they are fewer than the tokens that
+read them in all loops of the visit, as in training, and else to what each token has read, as in generation.
+
 `LayerMemory` is what a layer owns, `SharedMemory` what all layers share. A large global bank is read through its k
 best slots only (`RETRIEVALS`); local banks are small and read whole. Where ranks hold different slots of a bank, the
 backend merges their softmaxes (model/backend.py), so a retrieval returns scores and never normalises them itself.
@@ -72,6 +75,24 @@ class SharedMemory(nn.Module):
         return SharedRead((q_norm.weight, q_norm.bias), (k_norm.weight, k_norm.bias), keys, self.global_values)
 
 
+class Bank(NamedTuple):
+    """One bank as every loop of a visit reads it."""
+
+    keys: Tensor
+    """LN_k(K), [S, D] or this rank's slots of it; product keys: both halves, [2, n, D/2]"""
+    values: Tensor
+    """V, or V P^T where it is projected, [S, D] or this rank's slots of it"""
+    projected: bool
+
+
+class LayerBanks(NamedTuple):
+    """What the loops of one visit of a layer read; made once a visit by LayerMemory.banks."""
+
+    query_norm: tuple[Tensor, Tensor]
+    local_bank: Bank | None
+    global_bank: Bank | None
+
+
 class LayerMemory(nn.Module):
     """One layer's local bank, and its gates and projections for both banks; a bank without slots has none of them."""
 
@@ -100,32 +121,41 @@ class LayerMemory(nn.Module):
             self.global_gate = make_gate(config)
             self.global_proj = nn.Linear(width, width, bias=False)
 
-    def normed_local_keys(self, shared: SharedRead) -> Tensor | None:
-        """LN_k(K^l), [S_l, D]: once a visit, not once a loop."""
-        if not self.has_local:
-            return None
-        return F.layer_norm(self.local_keys, self.local_keys.shape[-1:], *shared.key_norm, eps=self.eps)
+    def banks(self, shared: SharedRead, reads: int) -> LayerBanks:
+        """What is the same in all loops of a visit: LN_k(K^l), and V P^T where there are at most `reads` slots.
 
-    def forward(
-        self, hidden: Tensor, shared: SharedRead, local_keys: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        `reads` is how often P would be applied otherwise: tokens in this rank's part of the stream times loops.
+        """
+        local_bank = global_bank = None
+        if self.has_local:
+            keys = F.layer_norm(self.local_keys, self.local_keys.shape[-1:], *shared.key_norm, eps=self.eps)
+            local_bank = self._bank(keys, self.local_values, self.local_proj, reads)
+        if shared.global_keys is not None and shared.global_values is not None:
+            global_bank = self._bank(shared.global_keys, shared.global_values, self.global_proj, reads)
+        return LayerBanks(shared.query_norm, local_bank, global_bank)
+
+    def _bank(self, keys: Tensor, values: Tensor, proj: nn.Module, reads: int) -> Bank:
+        projected = len(values) <= reads
+        return Bank(keys, self.backend.project_slots(proj, values) if projected else values, projected)
+
+    def forward(self, hidden: Tensor, banks: LayerBanks) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """inject(h): [B, T', D] -> ([B, T', D], local gate [B, T', D | 1] or None, global gate or None)."""
-        query = F.layer_norm(self.norm(hidden), hidden.shape[-1:], *shared.query_norm, eps=self.eps)
+        query = F.layer_norm(self.norm(hidden), hidden.shape[-1:], *banks.query_norm, eps=self.eps)
         query = self.backend.enter_read(query)
         reads: list[SlotRead] = []
-        if local_keys is not None:
-            reads.append(dense_read(query, local_keys, self.local_values))
-        if shared.global_keys is not None and shared.global_values is not None:
-            reads.append(self.read_global(query, shared.global_keys, shared.global_values, self.lookup))
+        if (bank := banks.local_bank) is not None:
+            reads.append(dense_read(query, bank.keys, bank.values))
+        if (bank := banks.global_bank) is not None:
+            reads.append(self.read_global(query, bank.keys, bank.values, self.lookup))
         mixed = iter(self.backend.softmax_reads(reads))
 
         injected, local_gate, global_gate = hidden, None, None
-        if local_keys is not None:
+        if (bank := banks.local_bank) is not None:
             local_gate = self.local_gate(hidden)
-            injected = injected + local_gate * self.local_proj(next(mixed))
-        if shared.global_keys is not None:
+            injected = injected + local_gate * (next(mixed) if bank.projected else self.local_proj(next(mixed)))
+        if (bank := banks.global_bank) is not None:
             global_gate = self.global_gate(hidden)
-            injected = injected + global_gate * self.global_proj(next(mixed))
+            injected = injected + global_gate * (next(mixed) if bank.projected else self.global_proj(next(mixed)))
         return injected, local_gate, global_gate
 
 

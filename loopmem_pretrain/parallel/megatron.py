@@ -86,6 +86,12 @@ class MegatronBackend:
     def enter_read(self, query: Tensor) -> Tensor:
         return self.enter(query) if self.sharded_banks else query
 
+    def project_slots(self, linear: nn.Module, values: Tensor) -> Tensor:
+        weight: Tensor = linear.weight  # type: ignore[assignment]
+        if self.sharded_banks and not self.sequence_parallel:
+            weight = copy(weight, self.group)  # its gradient: the sum over all ranks' slots, as tokens would make it
+        return F.linear(values, weight)
+
     def softmax_reads(self, reads: Sequence[SlotRead]) -> list[Tensor]:
         if not self.sharded_banks:
             return [read.mix(read.scores.softmax(dim=-1)) for read in reads]

@@ -29,8 +29,8 @@ def layer_costs(model: ModelConfig, seq_length: int, loops_per_layer: Sequence[f
         raise ConfigError(
             f"loops per layer {loops} do not fit {layers} layers", f"give {layers} numbers greater than 0, one a layer"
         )
-    forward = forward_flops_per_token(model, seq_length, num_loops=1)
-    one_loop = (forward.total - forward.head) / layers
+    forward = forward_flops_per_token(model, seq_length, tokens=seq_length)
+    one_loop = (forward.total - forward.head) / (layers * max(1, model.max_loops))
     costs = [0.0]
     for count in loops:
         costs += [0.0] * _has_memory(model) + [count * one_loop]

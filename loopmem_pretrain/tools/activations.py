@@ -59,8 +59,13 @@ class Sizes(NamedTuple):
         )
 
     @property
+    def banks(self) -> tuple[int, int]:
+        """Slots of the local and of the global bank."""
+        return self.model.local_slots, self.model.global_slots
+
+    @property
     def has_memory(self) -> bool:
-        return bool(self.model.local_slots or self.model.global_slots)
+        return any(self.banks)
 
     def norm(self, elements: int) -> int:
         """What an RMSNorm of so many elements keeps, besides one float32 a row."""
@@ -68,6 +73,10 @@ class Sizes(NamedTuple):
 
     def slots(self, slots: int) -> int:
         return slots // self.tensor_ranks if self.sharded else slots
+
+    def projected(self, slots: int) -> bool:
+        """Whether P is applied to the slots, once a visit, and not to each read (model/memory.py)."""
+        return 0 < self.slots(slots) <= self.stream * max(1, self.model.max_loops)
 
 
 def loop_bytes(s: Sizes) -> int:
@@ -106,7 +115,7 @@ def _memory_bytes(s: Sizes) -> int:
     for slots, dense in ((model.local_slots, True), (model.global_slots, model.retrieval == "dense")):
         if not slots:
             continue
-        total += 2 * a * stream  # the mixture m, P m
+        total += a * stream if s.projected(slots) else 2 * a * stream  # P m, and the mixture m that P was applied to
         total += {"vector": a * stream, "scalar": a * s.stream, "constant": a * s.stream - a * stream}[model.gate]
         if s.sharded:
             total += WIDE * (stream + s.stream)  # numerators and denominators
@@ -134,13 +143,14 @@ def visit_bytes(s: Sizes) -> int:
     model, a, stream = s.model, s.bytes, s.stream * s.model.hidden_size
     rotary = 2 * a * s.seq_length * model.head_width  # all samples share them
     loops = max(1, model.max_loops)
+    values = sum(a * s.slots(slots) * model.hidden_size for slots in s.banks if s.projected(slots))  # V P^T
     if s.recompute:
         # Input of each loop: h, and for looped layers the mixture so far in float32, |h| and R.
         each = a * stream + (WIDE * stream + 2 * WIDE * s.stream if model.max_loops else 0)
         keys = a * s.slots(model.local_slots) * model.hidden_size
-        return loops * each + keys + rotary
+        return loops * each + keys + values + rotary
     last = a * stream if model.max_loops and (s.fused_norms or a == WIDE or s.has_memory) else 0  # h_N
-    return loops * loop_bytes(s) + last + rotary
+    return loops * loop_bytes(s) + last + values + rotary
 
 
 def head_bytes(s: Sizes) -> tuple[int, int]:

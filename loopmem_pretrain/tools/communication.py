@@ -78,8 +78,12 @@ def tensor_parallel(layout: Layout, stage: int) -> Traffic:
     hidden = s.bytes * s.tokens * s.model.hidden_size
     once = gather_or_scatter(hidden, ranks)
     forward, backward = tensor_parallel_loop(layout)
-    loops = len(layers_of_stage(s.model, layout.bounds, stage)) * max(1, s.model.max_loops)
-    total = (forward.times(2 if s.recompute else 1) + backward).times(loops)
+    layers = len(layers_of_stage(s.model, layout.bounds, stage))
+    total = (forward.times(2 if s.recompute else 1) + backward).times(layers * max(1, s.model.max_loops))
+    if s.sharded and not sequence:  # the gradient of a P that was applied to slots, once a visit
+        total += all_reduce(s.bytes * s.model.hidden_size**2, ranks).times(
+            layers * sum(s.projected(slots) for slots in s.banks)
+        )
     if stage == 0:  # embedding
         total += once.times(2) if sequence else all_reduce(hidden, ranks)
     if stage == layout.stages - 1:  # head, and three numbers a token of the cross-entropy

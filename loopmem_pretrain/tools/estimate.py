@@ -52,8 +52,9 @@ def _model(config: RunConfig) -> list[str]:
     """Every line can be checked by hand against model/flops.py."""
     model, training, data = config.model, config.training, config.data
     counts = parameter_counts(model)
-    forward = forward_flops_per_token(model, data.seq_length)
-    per_token = training_flops_per_token(model, data.seq_length)
+    samples = training.micro_batch_size
+    forward = forward_flops_per_token(model, data.seq_length, tokens=samples * data.seq_length)
+    per_token = training_flops_per_token(model, data.seq_length, samples)
     tokens_per_step = training.global_batch_size * data.seq_length
     tokens = tokens_per_step * training.train_steps
     rows = [

@@ -184,8 +184,9 @@ def _model(run: Run) -> str:
     if run.config is None:
         return ""
     model, length = run.config.model, run.config.data.seq_length
-    counts, flops = parameter_counts(model), forward_flops_per_token(model, length)
-    training = training_flops_per_token(model, length)
+    samples = run.config.training.micro_batch_size
+    counts, flops = parameter_counts(model), forward_flops_per_token(model, length, tokens=samples * length)
+    training = training_flops_per_token(model, length, samples)
     rows: list[Row] = [(f"Parameters: {name}", f"{count:,}") for name, count in counts._asdict().items() if count]
     rows.append(("Parameters in all", f"{counts.total:,}"))
     rows += [(f"Forward FLOPs a token: {name.replace('_', ' ')}", f"{n:,}") for name, n in flops._asdict().items() if n]

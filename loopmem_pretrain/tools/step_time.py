@@ -7,7 +7,12 @@ import math
 from typing import NamedTuple
 
 from loopmem_pretrain.config.cluster import ClusterConfig
-from loopmem_pretrain.model.flops import forward_flops_per_token, training_flops_per_token
+from loopmem_pretrain.model.flops import (
+    forward_flops_per_token,
+    gate_flops,
+    projection_flops,
+    training_flops_per_token,
+)
 from loopmem_pretrain.parallel.stages import layers_of_stage
 from loopmem_pretrain.tools.activations import WIDE, Sizes
 from loopmem_pretrain.tools.communication import Traffic, data_parallel, pipeline, tensor_parallel, tied
@@ -62,20 +67,21 @@ def collective_hops(ranks: int) -> int:
 def stage_flops(layout: Layout, stage: int) -> float:
     """Forward and backward FLOPs of one micro-batch on one rank of `stage`, recomputation included.
 
-    Without sequence parallelism every tensor-parallel rank computes router, gates, projections and reads of replicated
-    banks for all tokens: only blocks, head and sharded banks are cut.
+    Without sequence parallelism every tensor-parallel rank computes router, gates and reads of replicated banks for all
+    tokens: only blocks, head and sharded banks are cut. Slots that are whole on every rank are projected by each.
     """
     s, model = Sizes.of(layout.config), layout.config.model
     forward = forward_flops_per_token(model, layout.config.data.seq_length)
     layers, passes = len(layers_of_stage(model, layout.bounds, stage)), 4 if s.recompute else 3
     reads = forward.local_reads + forward.global_reads
-    gate = {"vector": 2 * model.hidden_size**2, "scalar": 2 * model.hidden_size, "constant": 0}[model.gate]
-    banks = bool(model.local_slots) + bool(model.global_slots)
-    projected = banks * (2 * model.hidden_size**2 + gate) * model.num_hidden_layers * max(1, model.max_loops)
-    cut_reads = reads - projected if s.sharded else 0
+    banks, loops = bool(model.local_slots) + bool(model.global_slots), max(1, model.max_loops)
+    gates = banks * gate_flops(model) * model.num_hidden_layers * loops
+    cut_reads = reads - gates if s.sharded else 0
+    projections = projection_flops(model, s.stream * loops, s.tensor_ranks if s.sharded else 1)
     search = forward.slot_search * (s.tokens / s.tensor_ranks if s.sharded else s.stream)
     everywhere = (forward.routers + reads - cut_reads) * s.stream
     of_layers = (forward.blocks + cut_reads) * s.tokens / s.tensor_ranks + everywhere
+    of_layers += model.num_hidden_layers * projections
     head = 3 * forward.head * s.tokens / s.tensor_ranks if stage == layout.stages - 1 else 0.0
     return layers / model.num_hidden_layers * (passes * of_layers + (passes - 2) * search) + head
 
@@ -120,5 +126,6 @@ def tokens_per_step(layout: Layout) -> int:
 
 def mfu(layout: Layout, seconds: float, cluster: ClusterConfig) -> float:
     """Model FLOPs utilisation: 3 x forward of all loops, recomputation not counted, of the peak of all GPUs."""
-    flops = training_flops_per_token(layout.config.model, layout.config.data.seq_length) * tokens_per_step(layout)
-    return flops / (seconds * layout.ranks * cluster.peak_tflops * 1e12)
+    config = layout.config
+    per_token = training_flops_per_token(config.model, config.data.seq_length, config.training.micro_batch_size)
+    return per_token * tokens_per_step(layout) / (seconds * layout.ranks * cluster.peak_tflops * 1e12)

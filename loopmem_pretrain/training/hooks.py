@@ -79,7 +79,9 @@ class LogHook:
 
     def __init__(self, trainer: "Trainer") -> None:
         config = trainer.config
-        self.flops_per_token = training_flops_per_token(config.model, config.data.seq_length)
+        self.flops_per_token = training_flops_per_token(
+            config.model, config.data.seq_length, config.training.micro_batch_size
+        )
         self.peak, self.peak_source = peak_flops(config, trainer.device)
         self.loggers: list[Logger] = []
         first_step = trainer.position.step + 1

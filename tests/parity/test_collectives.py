@@ -48,34 +48,38 @@ def one_visit(rank, world_size, config):
     return counts[0], counts[1], counts[3] - counts[1]
 
 
-# For each loop, forward and backward; hooks: one for each parameter whose gradient is partial on a rank, once a
-# backward pass with ZeRO 2 and 3 (the pipeline engine does the same once a step).
+# For each loop, forward and backward; for the visit, backward: P of each bank, which a rank applies to its own slots;
+# hooks: one for each parameter whose gradient is partial on a rank, once a backward pass with ZeRO 2 and 3 (the
+# pipeline engine does the same once a step).
 DESIGN = [
-    ({}, {"all-reduce": 2}, {"all-reduce": 2}, 2),
-    ({"memory_placement": "sharded"}, {"all-reduce": 4}, {"all-reduce": 3}, 4),
+    ({}, {"all-reduce": 2}, {"all-reduce": 2}, 0, 2),
+    ({"memory_placement": "sharded"}, {"all-reduce": 4}, {"all-reduce": 3}, 2, 4),
     (
         {"sequence_parallel": True},
         {"all-gather": 2, "reduce-scatter": 2},
         {"all-gather": 2, "reduce-scatter": 2},
+        0,
         23,
     ),
     (
         {"sequence_parallel": True, "memory_placement": "sharded"},
         {"all-gather": 3, "reduce-scatter": 3, "all-reduce": 1},
         {"all-gather": 3, "reduce-scatter": 3},
+        0,
         19,
     ),
 ]
 
 
 @pytest.mark.parametrize("loops", [1, 3])
-@pytest.mark.parametrize(("parallel", "forward", "backward", "hooks"), DESIGN, ids=lambda value: str(value))
-def test_as_designed(parallel, forward, backward, hooks, loops):
+@pytest.mark.parametrize(("parallel", "forward", "backward", "visit", "hooks"), DESIGN, ids=lambda value: str(value))
+def test_as_designed(parallel, forward, backward, visit, hooks, loops):
     model = {"max_loops": loops, "ponder_weight": 0.0}
     config = tiny_run(model=model, parallel={"tensor_model_parallel_size": 2, **parallel})
     for seen in run_ranks("tests.parity.test_collectives:one_visit", 2, config):
         assert seen[0] == {kind: count * loops for kind, count in forward.items()}
-        assert seen[1] == {kind: count * loops for kind, count in backward.items()}
+        expected = Counter({kind: count * loops for kind, count in backward.items()}) + Counter({"all-reduce": visit})
+        assert seen[1] == expected
         assert seen[2] == {"all-reduce": hooks}
 
 

@@ -44,8 +44,7 @@ def reference(model, ids, exits, num_loops=None):
                     continue
                 before = hidden
                 if layer.memory is not None:
-                    local = layer.memory.normed_local_keys(shared)
-                    hidden = layer.memory(hidden[None, None], shared, local)[0][0, 0]
+                    hidden = layer.memory(hidden[None, None], layer.banks(shared, 1))[0][0, 0]
                 zeta = F.softplus(layer.step_scales[min(n, layer.max_loops) - 1])
                 attention = layer.self_attn
                 query, key, value = project(attention, layer.input_layernorm(hidden), position, layer.rope_theta)
@@ -280,7 +279,7 @@ def test_tokens_that_have_left_cost_nothing(looped):
     """Feed-forward, projections and memory see each token as often as it runs a loop, padding never."""
     _, model = looped
     seen = {}
-    parts = {"mlp": "mlp", "self_attn.q_proj": "q", "self_attn.k_proj": "k", "memory.local_proj": "memory"}
+    parts = {"mlp": "mlp", "self_attn.q_proj": "q", "self_attn.k_proj": "k", "memory.local_gate": "memory"}
     hooks = []
     for layer in model.model.layers:
         for path, name in parts.items():

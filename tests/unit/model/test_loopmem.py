@@ -209,3 +209,37 @@ def test_a_step_scale_is_not_rounded_to_bfloat16_on_the_way():
     assert torch.equal(add_scaled(x, high, branch), exact)
     add_scaled(x, low, branch).sum().backward()
     torch.testing.assert_close(low.grad, branch.float().sum(), rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("retrieval", ["dense", "topk", "product_keys"])
+def test_projecting_slots_or_reads_is_the_same(retrieval, monkeypatch):
+    """P (softmax V) = softmax (V P^T): which of the two is computed changes neither outputs nor gradients."""
+    fields = {"global_slots": 16, "local_slots": 8, "retrieval": retrieval}
+    fields |= {"retrieval_topk": 3} if retrieval != "dense" else {}
+    losses, seen = [], []
+    for never in (False, True):
+        model = build(dtype=torch.float64, **fields)
+        for layer in model.model.layers:
+            make = layer.memory.banks
+
+            def banks(shared, reads, make=make, never=never):
+                made = make(shared, 0 if never else reads)
+                seen.append((made.local_bank.projected, made.global_bank.projected))
+                return made
+
+            monkeypatch.setattr(layer.memory, "banks", banks)
+        loss = model(ids(), labels=ids(seed=1)).loss
+        loss.backward()
+        losses.append((loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}))
+    assert seen == [(True, True)] * 2 + [(False, False)] * 2
+    torch.testing.assert_close(*(loss for loss, _ in losses), rtol=1e-12, atol=0)
+    for name, gradient in losses[0][1].items():
+        torch.testing.assert_close(gradient, losses[1][1][name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_slots_are_projected_where_they_are_fewer_than_reads():
+    memory = build(local_slots=8, global_slots=16).model.layers[0].memory
+    shared = build(local_slots=8, global_slots=16).model.memory()
+    for reads, expected in ((7, (False, False)), (8, (True, False)), (16, (True, True))):
+        made = memory.banks(shared, reads)
+        assert (made.local_bank.projected, made.global_bank.projected) == expected

@@ -32,7 +32,7 @@ def test_positions_are_those_of_the_layer_list(fields):
     entries = layer_list(config, TorchBackend())
     costs = layer_costs(config, 16)
     assert len(costs) == len(entries) == stage_bounds(config, 16, 3)[-1]
-    assert sum(costs) == pytest.approx(forward_flops_per_token(config, 16).total)
+    assert sum(costs) == pytest.approx(forward_flops_per_token(config, 16, tokens=16).total)
     dear = [index for index, cost in enumerate(costs) if cost]
     layers = [index for index, entry in enumerate(entries) if entry.public_prefix.startswith("model.layers.")]
     assert dear == [*layers, len(entries) - 1]

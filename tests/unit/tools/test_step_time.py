@@ -7,7 +7,7 @@ import pytest
 from loopmem_pretrain.config.cluster import ClusterConfig
 from loopmem_pretrain.config.load import load_config
 from loopmem_pretrain.errors import ConfigError
-from loopmem_pretrain.model.flops import forward_flops_per_token
+from loopmem_pretrain.model.flops import forward_flops_per_token, projection_flops
 from loopmem_pretrain.tools.communication import Traffic
 from loopmem_pretrain.tools.memory_plan import Layout
 from loopmem_pretrain.tools.step_time import (
@@ -52,7 +52,7 @@ def test_transfers():
 def test_flops_of_one_rank_are_those_of_the_model():
     config = tiny_run()
     tokens = config.training.micro_batch_size * config.data.seq_length
-    forward = forward_flops_per_token(config.model, config.data.seq_length)
+    forward = forward_flops_per_token(config.model, config.data.seq_length, tokens=tokens)
     assert stage_flops(Layout.of(config, 1), 0) == pytest.approx(3 * forward.total * tokens)
     again = tiny_run(training={"activation_checkpointing": "loop"})
     recomputed = (forward.total - forward.head) * tokens
@@ -60,11 +60,15 @@ def test_flops_of_one_rank_are_those_of_the_model():
 
 
 def test_all_ranks_together_compute_the_model_where_nothing_is_replicated():
-    sizes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}
+    sizes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+    sizes |= {"sequence_parallel": True, "memory_placement": "sharded"}
     whole = stage_flops(Layout.of(tiny_run(), 1), 0)
     layout = Layout.of(tiny_run(parallel=sizes), 4)
     assert 2 * sum(stage_flops(layout, stage) for stage in range(2)) == pytest.approx(whole)
     without = Layout.of(tiny_run(parallel={**sizes, "sequence_parallel": False}), 4)
+    replicated = Layout.of(tiny_run(parallel={**sizes, "memory_placement": "replicated"}), 4)
+    projected_again = 3 * 2 * projection_flops(tiny_run().model, 10**9)  # by the second rank: 3 passes, 2 layers
+    assert 2 * sum(stage_flops(replicated, stage) for stage in range(2)) == pytest.approx(whole + projected_again)
     assert 2 * sum(stage_flops(without, stage) for stage in range(2)) > 1.2 * whole
 
 
