@@ -67,10 +67,13 @@ def mean_loops(model: LoopMemForCausalLM, ids: Tensor) -> float:
     return float(torch.stack([layer.loops for layer in stats]).float().mean())
 
 
-def flops(config: Any, keys: float, loops: float, heads: float) -> float:
-    """FLOPs of a token that sees `keys` keys and runs `loops` loops a layer; `heads` of it gets logits."""
+def flops(config: Any, keys: float, loops: float, heads: float, tokens: int) -> float:
+    """FLOPs of a token, one of `tokens` in a pass, that sees `keys` keys and runs `loops` loops a layer.
+
+    `heads` of it gets logits.
+    """
     head = forward_flops_per_token(config, round(keys)).head
-    return forward_flops_at(config, round(keys), loops, causal=False) + (heads - 1) * head
+    return forward_flops_at(config, round(keys), loops, causal=False, tokens=tokens) + (heads - 1) * head
 
 
 def seconds_of(run: Callable[[], object], options: argparse.Namespace) -> float:
@@ -166,7 +169,9 @@ def main(options: argparse.Namespace) -> None:
                 "decode": (decode(model, prompt, new, options), new.numel(), options.prompt + options.new / 2, 1.0),
             }
             for name, ((seconds, ratio, spread), tokens, keys, heads) in phases.items():
-                saved = 1 - flops(config, keys, ran, heads) / flops(config, keys, config.max_loops, heads)
+                in_pass = tokens if name == "prefill" else batch
+                full = flops(config, keys, config.max_loops, heads, in_pass)
+                saved = 1 - flops(config, keys, ran, heads, in_pass) / full
                 share = f"{(1 - ratio) / saved:.0%}" if saved > 0.01 else "-"
                 print(
                     f"| {ran:.2f} | {batch} | {name} | {tokens / seconds[0]:,.0f} | {tokens / seconds[1]:,.0f} | "
