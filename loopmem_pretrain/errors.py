@@ -5,7 +5,7 @@ and exits with its code; anything else that escapes is a bug and keeps its trace
 
     0 done, or stopped cleanly on request     5 conversion mismatch
     1 a bug in this package                   6 environment: device, lost rank, disk, permissions
-    2 config or usage                         7 training gave up: non-finite loss, spikes, drifting replicas
+    2 config, usage, too little memory        7 training gave up: non-finite loss, spikes, drifting replicas
     3 data                                    8 hang
     4 checkpoint                              130 interrupted from the keyboard (training stops cleanly instead: 0)
 """
@@ -39,6 +39,12 @@ class LoopMemError(Exception):
 
 class ConfigError(LoopMemError):
     """A config file, an override or a command line that cannot be meant."""
+
+    exit_code = 2
+
+
+class OutOfMemory(LoopMemError):
+    """A run that does not fit into the memory of a device: the same command would end in the same way."""
 
     exit_code = 2
 

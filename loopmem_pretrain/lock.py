@@ -7,6 +7,18 @@ from typing import BinaryIO
 from loopmem_pretrain.errors import EnvironmentFault
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock; false where the file is not there or its file system has no locks."""
+    try:
+        with path.open("ab") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
 def take_lock(path: Path, busy: str, fix: str) -> BinaryIO:
     """Lock the file (made if absent); held until the returned stream is closed or the process ends.
 

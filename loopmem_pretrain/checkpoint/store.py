@@ -131,12 +131,15 @@ class CheckpointStore:
         write_file(source / MANIFEST, encode_manifest(values))
         sync_folder(source)
         control.refuse_if_replaced(self.folder.parent)
-        if target.exists():
-            self._remove(target)  # the same step trained again after an older checkpoint was resumed by hand
+        replaced = None
+        if target.exists():  # the same step again, after an older one was resumed by hand or a spike undone
+            replaced = self._hide(target)
         self._abandon_after(step)
         os.rename(source, target)
         sync_folder(self.folder)
         write_file(self.folder / "latest", f"{target.name}\n".encode())
+        if replaced is not None:
+            _delete(replaced)  # last: it may take long, and a kill meanwhile must find the new one in its place
         return target
 
     def fall_back(self, chosen: Path, damaged: Iterable[Path]) -> None:
@@ -204,15 +207,15 @@ class CheckpointStore:
         """Remove the checkpoints that no field of the configuration keeps; never the newest whole one."""
         for step, reasons in self.kept(config).items():
             if not reasons:
-                self._remove(self.folder / self.name(step))
+                _delete(self._hide(self.folder / self.name(step)))
             elif "damaged" in reasons:
                 log.warning("%s is damaged; it is kept, and not counted", os.fspath(self.folder / self.name(step)))
 
-    def _remove(self, checkpoint: Path) -> None:
-        """First the name, then the content: a removal that is cut short leaves nothing that looks whole."""
+    def _hide(self, checkpoint: Path) -> Path:
+        """Take its name: a removal that is cut short leaves nothing that looks whole."""
         doomed = checkpoint.with_name(f".incomplete-{checkpoint.name}-removed")
         os.rename(checkpoint, doomed)
-        _delete(doomed)
+        return doomed
 
 
 def _delete(path: Path) -> None:

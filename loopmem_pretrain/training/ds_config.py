@@ -13,7 +13,10 @@ def deepspeed_config(config: RunConfig, accumulation_steps: int) -> dict[str, An
 
     - the optimizer is torch's, handed over as an object, hence `zero_allow_untested_optimizer`; also with offloading,
       where DeepSpeed would insist on its own, which it compiles;
-    - gradients are summed in float32 also under bf16;
+    - gradients are summed in float32 also under bf16: over micro-batches, and with ZeRO 1, which does so once a step,
+      over ranks (DeepSpeed would round them to bf16 even where there is one rank); ZeRO 2 and 3 reduce the bf16
+      gradients of each micro-batch over ranks, at half the traffic, before they are added up;
+    - its throughput timer waits for the device twice a micro-batch, for figures that nobody reads: off;
     - pipe and gradient partitioning between stages corrupt losses silently with sequence parallelism: off;
     - recomputation is ours, per loop and non-reentrant, so DeepSpeed's own is off.
     """
@@ -39,6 +42,8 @@ def deepspeed_config(config: RunConfig, accumulation_steps: int) -> dict[str, An
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": training.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
+        **({"communication_data_type": "fp32"} if stage == 1 else {}),
+        "timers": {"throughput": {"enabled": False}},
         "pipeline": {
             "pipe_partitioned": False,
             "grad_partitioned": False,

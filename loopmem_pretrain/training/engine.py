@@ -162,13 +162,13 @@ class TrainingEngine:
     def train_batch(self, batches: Batches, step: int) -> Tensor:
         """One optimizer step (`accumulation_steps` micro-batches); mean cross-entropy of all ranks, on the device."""
         self._set_schedules(step)
-        batches = self.first_loss.step(batches)
+        batches = map(self._to_device, self.first_loss.step(batches))
         if self.uses_pipeline:
             return cast(Tensor, self.engine.train_batch(data_iter=batches)).detach().reshape(())
         self.engine.train()
         total = torch.zeros((), device=self.device)
         for _ in range(self.accumulation_steps):
-            loss = self.engine(*self._to_device(next(batches)))
+            loss = self.engine(*next(batches))
             self.engine.backward(loss)
             self.engine.step()
             total += loss.detach()
@@ -176,6 +176,7 @@ class TrainingEngine:
 
     def evaluate(self, batches: Batches, micro_batches: int) -> Tensor:
         """Mean cross-entropy over `micro_batches` micro-batches of every rank, without gradients, on the device."""
+        batches = map(self._to_device, batches)
         if self.uses_pipeline:
             # DeepSpeed's pipeline takes one group of micro-batches at a time through its buffers.
             loss = self.engine.eval_batch(batches, num_micro_batches=micro_batches)
@@ -184,7 +185,7 @@ class TrainingEngine:
         total = torch.zeros((), device=self.device)
         with torch.no_grad():
             for _ in range(micro_batches):
-                total += self.engine(*self._to_device(next(batches)))
+                total += self.engine(*next(batches))
         return self._mean_over_ranks(total / micro_batches)
 
     def logits(self, input_ids: Tensor) -> Tensor:
@@ -311,8 +312,10 @@ class TrainingEngine:
             group["lr"], group["betas"] = rate, betas
         self.step_context.ponder_weight = ponder_weight(step, config.model.ponder_weight, config.training)
 
-    def _to_device(self, batch: tuple[Tensor, Tensor]) -> list[Tensor]:
-        return [tensor.to(self.device, non_blocking=True) for tensor in batch]
+    def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Without waiting for what the device still has to do, as DeepSpeed's pipeline would for each micro-batch."""
+        tokens, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+        return tokens, labels
 
     def _mean_over_ranks(self, value: Tensor) -> Tensor:
         dist.all_reduce(value)

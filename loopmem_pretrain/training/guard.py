@@ -93,6 +93,7 @@ def _end(pid: int, rank: int, run_dir: Path, silent: float, where: str) -> None:
     def record() -> None:
         from loopmem_pretrain.training import run_folder
 
+        run_folder.hold(run_dir)  # the rank that this guards belongs to the start that trains there
         run_folder.write_failure(run_dir, fault)
 
     recorder = threading.Thread(target=record, daemon=True)  # waited for briefly: that file system may be what hangs

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from loopmem_pretrain.errors import EXIT_DONE, EXIT_INTERRUPTED, EnvironmentFault, HangDetected, LoopMemError
+from loopmem_pretrain.errors import EXIT_DONE, EXIT_INTERRUPTED, EnvironmentFault, HangDetected
 from loopmem_pretrain.quiet import prepare_imports
 
 if TYPE_CHECKING:
@@ -37,20 +37,18 @@ def train_here(config_path: str, overrides: Sequence[str], stop_at_step: int | N
     prepare_imports(config.training.device)
     import torch.distributed as dist
 
+    from loopmem_pretrain.training.failures import named
     from loopmem_pretrain.training.trainer import Trainer
 
     try:
         trainer = Trainer(config, stop_at_step, trust)
         trainer.train()
-    except RuntimeError as error:
-        fault = _lost_rank(error)
-        if fault is None:
-            raise
-        run_folder.write_failure(Path(config.run_dir), fault, is_cause=False)
-        raise fault from error
-    except LoopMemError as error:
+    except Exception as error:
         run_folder.write_failure(Path(config.run_dir), error)
-        raise
+        fault = named(error)
+        if fault is None or fault is error:
+            raise
+        raise fault from error
     except KeyboardInterrupt:
         # The second one; a thread may be writing a checkpoint, and torch aborts when the interpreter ends under it.
         print("loopmem: interrupted at once; the same command continues from the newest checkpoint", file=sys.stderr)
@@ -59,31 +57,6 @@ def train_here(config_path: str, overrides: Sequence[str], stop_at_step: int | N
     if dist.is_initialized():
         dist.destroy_process_group()
     return EXIT_DONE
-
-
-# In what gloo (its source path) and NCCL say of a rank that is gone; torch's store raises errors of its own kind.
-_LOST = ("gloo/transport", "Gloo connectFullMesh", "NCCL communicator was aborted", "ncclRemoteError")
-# What gloo says of a rank that is there but does not come to a collective.
-_HANGING = ("Timed out waiting", "Application timeout")
-
-
-def _lost_rank(error: RuntimeError) -> LoopMemError | None:
-    """The named error behind a collective that broke off because another rank is gone or hangs, else None."""
-    import torch.distributed as dist
-
-    said = str(error)
-    if any(sign in said for sign in _HANGING):
-        return HangDetected(
-            "another rank did not come to a collective within parallel.collective_timeout_seconds",
-            "see what that rank says or does (py-spy dump --pid PID); if it only was slow, raise "
-            "parallel.collective_timeout_seconds; the same command resumes from the last checkpoint",
-        )
-    if isinstance(error, dist.DistError) or any(sign in said for sign in _LOST):
-        return EnvironmentFault(
-            "lost contact with another rank in the middle of a collective",
-            "see that rank's own message; then start the same command to resume from the last checkpoint",
-        )
-    return None
 
 
 class Ended(NamedTuple):
@@ -184,10 +157,10 @@ def _start_ranks(ranks: int, arguments: Sequence[str], run_dir: Path) -> Ended:
             # Of a rank that the guard ended, the guard has told why.
             run_folder.write_failure(run_dir, fault, is_cause=failure.exitcode != -signal.SIGABRT)
             return Ended(failure.exitcode, fault, may_restart)
+        fault = EnvironmentFault(f"rank {rank} ended with exit code {failure.exitcode}; its message is in the log")
         status = run_folder.read_status(run_dir) or {}
-        if status.get("status") == "running" or "lost contact" in status.get("reason", ""):
-            reason = f"rank {rank} ended with exit code {failure.exitcode}; its message is in the log"
-            run_folder.write_status(run_dir, "failed", reason, status.get("step"))
+        if status.get("status") == "running" or not status.get("is_cause", True):  # else the rank itself has told
+            run_folder.write_failure(run_dir, fault, is_cause=False)
         return Ended(failure.exitcode, None, may_restart)
     except SignalException as error:
         status = run_folder.read_status(run_dir) or {}

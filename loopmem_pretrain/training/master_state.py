@@ -37,6 +37,7 @@ def make_moments(optimizer: Any, applied_steps: int) -> None:
             "exp_avg_sq": torch.zeros_like(parameter.data),
         }
     if not is_stage3:
+        optimizer._hp_optimizer_states_linked = False  # after a step they are, with the moments just replaced
         optimizer._lazy_init_hp_params_optimizer_state()  # tells each parameter where in the flat moments it lies
 
 

@@ -9,6 +9,7 @@ RUN/metrics.jsonl, RUN/checkpoints/, RUN/tensorboard/, RUN/wandb/
 
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import re
@@ -16,6 +17,7 @@ import secrets
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -25,7 +27,10 @@ from loopmem_pretrain.config.load import differences, dump_config, load_config
 from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.data.files import write_file
 from loopmem_pretrain.errors import ConfigError, EnvironmentFault, LoopMemError
-from loopmem_pretrain.lock import take_lock
+from loopmem_pretrain.lock import is_locked, take_lock
+from loopmem_pretrain.training.failures import lost_rank, named
+
+log = logging.getLogger(__name__)
 
 Status = Literal["running", "done", "interrupted", "failed"]
 
@@ -46,6 +51,7 @@ MAY_CHANGE = (
     "training.activation_checkpointing",
     "training.deterministic",
 )
+LOCK = ".lock"
 _TIME = "%Y-%m-%dT%H:%M:%S%z"
 _STARTED = time.strftime(_TIME)
 VERSIONS_OF = ("torch", "deepspeed", "megatron-core", "transformers", "numpy", "sentencepiece")
@@ -71,7 +77,7 @@ def prepare(config: RunConfig, run_dir: Path) -> BinaryIO:
             "give write permission, free some space, or choose another run_dir",
         ) from None
     busy = f"another process is training in the run folder {run_dir}"
-    lock = take_lock(run_dir / ".lock", busy, "wait for it, stop it, or choose another run_dir")
+    lock = take_lock(run_dir / LOCK, busy, "wait for it, stop it, or choose another run_dir")
     recorded = run_dir / "config.yaml"
     if recorded.exists():
         refuse_other_configuration(config, run_dir)
@@ -132,23 +138,55 @@ def git_commit() -> str | None:
     return result.stdout.strip() or None
 
 
-def write_status(run_dir: Path, status: Status, reason: str, step: int | None = None) -> None:
-    """Record how the run stands. Rank 0 only."""
+def write_status(run_dir: Path, status: Status, reason: str, step: int | None = None, is_cause: bool = True) -> None:
+    """Record how the run stands. Rank 0 only, but for failures."""
     record = {"status": status, "reason": reason, "step": step, "time": time.strftime(_TIME)}
+    if not is_cause:
+        record["is_cause"] = False
     write_file(run_dir / "status.json", (json.dumps(record) + "\n").encode())
 
 
-def write_failure(run_dir: Path, error: LoopMemError, is_cause: bool = True) -> None:
-    """Record that a start failed; not for wrong usage, nor in a folder that is no run's or whose run is done.
+def write_failure(
+    run_dir: Path,
+    error: BaseException,
+    step: int | None = None,
+    is_cause: bool | None = None,
+    complain: Callable[[str], object] = log.error,
+) -> None:
+    """Record that this start failed, on any rank; `complain` is told what keeps it from being written.
 
-    `is_cause`: false for a rank that only noticed that another is gone; what that one recorded is then kept.
+    Not for wrong usage, nor in a folder that is no run's, whose run is done or in which another start trains.
+
+    `is_cause`: false where the failure only follows from another, which stays recorded. None: false for a rank that
+    noticed that another is gone.
     """
-    before = read_status(run_dir) or {}
-    ours = (run_dir / "config.yaml").exists() and not isinstance(error, ConfigError)
-    told = before.get("status") == "failed" and before.get("time", "") >= _STARTED
-    told = told and not re.match(r"\w+Error: ", before["reason"])  # what training says of errors that have no name
-    if ours and before.get("status") != "done" and (is_cause or not told):
-        write_status(run_dir, "failed", error.problem, before.get("step"))
+    fault = named(error)
+    if isinstance(fault, ConfigError) or not (run_dir / "config.yaml").exists():
+        return
+    if is_cause is None:
+        is_cause = isinstance(error, LoopMemError) or lost_rank(error) is None
+    try:
+        before = read_status(run_dir) or {}
+        told = before.get("status") == "failed" and before.get("time", "") >= _STARTED and before.get("is_cause", True)
+        if before.get("status") == "done" or (told and not is_cause) or _another_start_trains_in(run_dir):
+            return
+        reason = fault.problem if fault is not None else f"{type(error).__name__}: {error}"
+        write_status(run_dir, "failed", reason, before.get("step") if step is None else step, is_cause)
+    except (LoopMemError, OSError) as obstacle:
+        complain(f"cannot record the failure in {run_dir / 'status.json'}: {obstacle}")
+
+
+_held: set[Path] = set()
+"""Folders that a rank of this start has locked."""
+
+
+def hold(run_dir: Path) -> None:
+    """Tell this process that rank 0 of its start has locked the folder."""
+    _held.add(run_dir.absolute())
+
+
+def _another_start_trains_in(run_dir: Path) -> bool:
+    return run_dir.absolute() not in _held and is_locked(run_dir / LOCK)
 
 
 def read_status(run_dir: Path) -> dict[str, Any] | None:

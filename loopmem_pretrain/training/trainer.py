@@ -66,6 +66,7 @@ class Trainer:
         self.locks: list[Any] = []  # held by rank 0 until its process ends
         with ends_after(config.faults.slow_phase_timeout_seconds, f"opening the run folder {self.run_dir}"):
             self.on_rank_zero(lambda: self.locks.append(run_folder.prepare(config, self.run_dir)))
+        run_folder.hold(self.run_dir)
         self.watchdog = Watchdog(self.run_dir, self.rank, config.faults)  # from here on the folder is ours
         try:
             self._open(config, stop_at_step)
@@ -113,8 +114,7 @@ class Trainer:
 
     def _train(self) -> run_folder.Status:
         self.write_status("running", "training")
-        status: run_folder.Status = "failed"
-        reason = "ended by an unexpected error"
+        failure: BaseException | None = None
         try:
             with self._signals(), self.watchdog.phase("step"):
                 self._stop_before_the_first_step()
@@ -131,28 +131,27 @@ class Trainer:
                             batches = self._batches()
                             break  # nothing of the steps just undone is to be compared or saved
             done = self.position.step >= self.config.training.train_steps
-            status = "done" if done else "interrupted"
+            status: run_folder.Status = "done" if done else "interrupted"
             reason = (
                 "all steps trained" if done else self.stop_reason or f"{control.AT_STEP} {self.stop_at_step} as asked"
             )
-        except LoopMemError as error:
-            reason = error.problem
-            raise
         except OSError as error:  # logs and status files; what else writes has its own, named errors
-            fault = EnvironmentFault(
+            failure = EnvironmentFault(
                 f"cannot write in {self.run_dir}: {error}", "free space or mend permissions, then start again to resume"
             )
-            reason = fault.problem
-            raise fault from error
+            raise failure from error
         except BaseException as error:
-            reason = f"{type(error).__name__}: {error}"
+            failure = error
             raise
         finally:
             with self.watchdog.phase("end"):
-                try:
-                    self.write_status(status, reason)
-                except LoopMemError as error:  # what ended the run is said below, not that the disk is full
-                    log.error("cannot write status.json: %s", error.problem)
+                if failure is None:
+                    try:
+                        self.write_status(status, reason)
+                    except LoopMemError as error:
+                        log.error("cannot write status.json: %s", error.problem)
+                elif self.rank == 0 and not self.watchdog.has_found_hang:
+                    run_folder.write_failure(self.run_dir, failure, self.position.step)
                 for hook in reversed(self.hooks):
                     try:
                         hook.close(self)
@@ -249,7 +248,7 @@ class Trainer:
             self.stop_reason = f"stopped before {self.time_limit} over"
         if save:
             self.on_rank_zero(lambda: control.save_begins(self.run_dir))
-        self.save_asked = bool(save)
+        self.save_asked |= bool(save)  # until a checkpoint is written, a rewind may come between
         self.check_replicas, self.check_asked = bool(check), False
         if save_failed:
             with self.pause("save"):

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from loopmem_pretrain import control
 from loopmem_pretrain.config.training import FaultConfig
-from loopmem_pretrain.errors import EnvironmentFault, HangDetected, LoopMemError
+from loopmem_pretrain.errors import EnvironmentFault, HangDetected
 from loopmem_pretrain.training import run_folder
 from loopmem_pretrain.training.guard import Guard
 
@@ -208,10 +208,9 @@ class Watchdog:
             f"slow, raise faults.{field}; the same command resumes from the last checkpoint",
         )
         os.write(2, f"loopmem (rank {self.rank}): error: {fault}\n".encode())  # sys.stderr may be locked by what hangs
-        try:
-            run_folder.write_failure(self.run_dir, fault)
-        except (LoopMemError, OSError) as error:
-            os.write(2, f"loopmem (rank {self.rank}): cannot record this in status.json: {error}\n".encode())
+        run_folder.write_failure(
+            self.run_dir, fault, complain=lambda text: os.write(2, f"loopmem (rank {self.rank}): {text}\n".encode())
+        )
         time.sleep(LINGER)
         os._exit(HangDetected.exit_code)
 

@@ -246,6 +246,30 @@ ALSO = [
 ]
 
 
+def leave_out_by_hand(run_dir):
+    """Edit the checkpoint of step 20 to what a rewind to it leaves behind."""
+    checkpoint = run_dir / "checkpoints" / "step_00000020"
+    edited = read_manifest(checkpoint)
+    assert edited["position"] == {"step": 20, "samples": 160, "tokens": 20 * 8 * 16, "skipped_ranges": []}
+    edited["position"] |= {"samples": 240, "skipped_ranges": [[160, 240]]}
+    (checkpoint / "manifest.json").write_bytes(encode_manifest(edited))
+
+
+@pytest.mark.parametrize("zero", ["zero1", pytest.param("zero2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_a_spike_is_rewound_to_a_checkpoint_of_other_ranks(tmp_path, sentences, zero, precision):
+    """One rank goes back to what two saved, after it has trained: Adam's moments come back too."""
+    layout = "dp2 zero2" if zero == "zero2" else "dp2"
+    rewound, by_hand = (spiking(tmp_path / name, sentences, layout, precision) for name in ("rewound", "by_hand"))
+    for config in (rewound, by_hand):
+        assert run(config, 2, stop_at_step=20) == ("interrupted", None)
+    leave_out_by_hand(tmp_path / "by_hand")
+    assert run(rewound, 1, before=ONCE) == ("done", None)
+    assert run(by_hand, 1) == ("done", None)
+    assert [line["step"] for line in faults(tmp_path / "rewound")][-1:] == [20]
+    assert exact(tmp_path / "rewound")[-2:] == exact(tmp_path / "by_hand")[-2:]
+
+
 @pytest.mark.parametrize(
     ("layout", "precision"),
     [*REWOUND, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALSO)],
@@ -260,11 +284,7 @@ def test_a_spike_is_rewound(tmp_path, sentences, layout, precision):
     assert run(rewound, ranks) == ("done", None)
 
     assert run(by_hand, ranks, stop_at_step=20) == ("interrupted", None)
-    path = tmp_path / "by_hand" / "checkpoints" / "step_00000020" / "manifest.json"
-    edited = read_manifest(path.parent)
-    assert edited["position"] == {"step": 20, "samples": 160, "tokens": 20 * 8 * 16, "skipped_ranges": []}
-    edited["position"] |= {"samples": 240, "skipped_ranges": [[160, 240]]}
-    path.write_bytes(encode_manifest(edited))
+    leave_out_by_hand(tmp_path / "by_hand")
     assert run(by_hand, ranks) == ("done", None)
 
     history, expected = exact(tmp_path / "rewound"), exact(tmp_path / "by_hand")

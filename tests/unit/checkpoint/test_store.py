@@ -208,6 +208,19 @@ def test_the_same_step_again_replaces(tmp_path):
     verify(CheckpointStore(tmp_path).latest())
 
 
+def test_the_replaced_one_is_removed_when_the_new_one_is_in_its_place(tmp_path, monkeypatch):
+    publish(tmp_path, 5)
+    store, removed = CheckpointStore(tmp_path), []
+
+    def look(path):
+        verify(store.latest())
+        removed.append((path.name, store.latest().name))
+
+    monkeypatch.setattr("loopmem_pretrain.checkpoint.store._delete", look)
+    publish(tmp_path, 5)
+    assert removed == [(".incomplete-step_00000005-removed", "step_00000005")]
+
+
 def test_incomplete_checkpoints_are_never_seen(tmp_path):
     store = CheckpointStore(tmp_path)
     (store.folder / store.incomplete_name(8)).mkdir(parents=True)

@@ -4,8 +4,9 @@ import time
 
 import pytest
 
-from loopmem_pretrain.errors import EnvironmentFault, HangDetected
-from loopmem_pretrain.training.launch import Ended, _lost_rank, _may_restart, start_again
+from loopmem_pretrain.errors import EnvironmentFault, HangDetected, OutOfMemory
+from loopmem_pretrain.training.failures import lost_rank, named
+from loopmem_pretrain.training.launch import Ended, _may_restart, start_again
 from tests.distributed import run_ranks
 
 ON_RANK = "tests.unit.training.test_launch:wait_for_rank"
@@ -34,7 +35,7 @@ def wait_for_rank(rank, world_size, victim, how, hangs):
     try:
         collective()
     except RuntimeError as error:
-        return _lost_rank(error) or error, time.monotonic() - start
+        return lost_rank(error) or error, time.monotonic() - start
     raise AssertionError("the collective came back without the other rank")
 
 
@@ -56,7 +57,18 @@ def test_a_rank_that_hangs():
 
 
 def test_other_errors_stay_bugs():
-    assert _lost_rank(RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")) is None
+    assert lost_rank(RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")) is None
+
+
+def test_too_little_memory_is_a_named_error():
+    import torch
+
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    for error in (caught.value, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee docs")):
+        fault = named(error)
+        assert type(fault) is OutOfMemory and fault.exit_code == 2
+        assert "out of memory: " in fault.problem and "micro_batch_size" in fault.fix and "\n" not in fault.problem
 
 
 def endings(*codes):

@@ -1,10 +1,15 @@
 """status.json tells the cause of a failure, not what other ranks made of it."""
 
+import subprocess
+import sys
+
+import pytest
+
 from loopmem_pretrain.errors import EnvironmentFault
-from loopmem_pretrain.training.run_folder import environment, read_status, write_failure, write_status
+from loopmem_pretrain.training.run_folder import environment, hold, read_status, write_failure, write_status
 
 FULL = EnvironmentFault("no space left", "free some")
-LOST = EnvironmentFault("lost contact with another rank", "see its message")
+LOST = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:525] Connection closed by peer")
 
 
 def folder(tmp_path):
@@ -16,16 +21,45 @@ def folder(tmp_path):
 def test_the_cause_is_kept_when_other_ranks_lose_contact(tmp_path):
     run_dir = folder(tmp_path)
     write_failure(run_dir, FULL)
-    write_failure(run_dir, LOST, is_cause=False)
+    write_failure(run_dir, LOST)
     assert read_status(run_dir)["reason"] == "no space left"
 
 
-def test_an_unnamed_error_of_rank_0_is_replaced_by_a_named_one(tmp_path):
+@pytest.mark.parametrize("cause", [FULL, KeyError("a bug")], ids=["named", "a bug"])
+def test_the_cause_replaces_what_another_rank_said_first(tmp_path, cause):
     run_dir = folder(tmp_path)
-    write_status(run_dir, "failed", "RuntimeError: gloo/transport/tcp/pair.cc", 7)
-    write_failure(run_dir, LOST, is_cause=False)
-    assert read_status(run_dir)["reason"] == "lost contact with another rank"
+    write_failure(run_dir, LOST)
+    assert read_status(run_dir)["reason"].startswith("lost contact with another rank")
     assert read_status(run_dir)["step"] == 7
+    write_failure(run_dir, cause)
+    write_failure(run_dir, LOST)
+    assert read_status(run_dir)["reason"] == ("no space left" if cause is FULL else "KeyError: 'a bug'")
+
+
+def test_a_run_that_trains_is_not_called_failed_by_a_start_that_was_refused(tmp_path):
+    run_dir = folder(tmp_path)
+    code = "import sys; from pathlib import Path; from loopmem_pretrain.lock import take_lock\n"
+    code += "held = take_lock(Path(sys.argv[1]), '', ''); print('held', flush=True); sys.stdin.read()"
+    arguments = [sys.executable, "-c", code, str(run_dir / ".lock")]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        write_failure(run_dir, FULL)
+        assert read_status(run_dir)["status"] == "running"
+        hold(run_dir)  # a rank whose rank 0 has the lock
+        write_failure(run_dir, FULL)
+        assert read_status(run_dir)["status"] == "failed"
+        other.stdin.close()
+
+
+def test_what_cannot_be_written_does_not_hide_the_failure(tmp_path, monkeypatch):
+    run_dir, said = folder(tmp_path), []
+
+    def full(path, content):
+        raise EnvironmentFault(f"no room to write {path}")
+
+    monkeypatch.setattr("loopmem_pretrain.training.run_folder.write_file", full)
+    write_failure(run_dir, FULL, complain=said.append)
+    assert len(said) == 1 and "no room to write" in said[0]
 
 
 def test_what_an_earlier_start_said_is_replaced(tmp_path):
@@ -33,8 +67,8 @@ def test_what_an_earlier_start_said_is_replaced(tmp_path):
     write_status(run_dir, "failed", "no space left", 7)
     text = (run_dir / "status.json").read_text()
     (run_dir / "status.json").write_text(text.replace(read_status(run_dir)["time"], "2001-01-01T00:00:00+0000"))
-    write_failure(run_dir, LOST, is_cause=False)
-    assert read_status(run_dir)["reason"] == "lost contact with another rank"
+    write_failure(run_dir, LOST)
+    assert read_status(run_dir)["reason"].startswith("lost contact with another rank")
 
 
 def test_a_finished_run_stays_finished(tmp_path):
