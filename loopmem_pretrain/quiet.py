@@ -20,12 +20,19 @@ def prepare_imports(device: str = "auto") -> None:
             warnings.filterwarnings("ignore", category=category, module=module)
 
 
+def _said_by_us(record: logging.LogRecord) -> bool:
+    """Skipped steps are reported by the run itself, with what to do (training/faults.py)."""
+    return "OVERFLOW! " not in record.getMessage()
+
+
 @contextlib.contextmanager
 def deepspeed_chatter_held_back() -> Iterator[None]:
     """Drop what DeepSpeed prints while it sets up; show it after all when that fails."""
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    if _said_by_us not in logger.filters:
+        logger.addFilter(_said_by_us)
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):

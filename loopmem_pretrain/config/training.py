@@ -19,7 +19,8 @@ class TrainingConfig(Section):
     seed: int = Field(default=42, ge=0)
     """Seed of the initial weights and of the order of samples."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Of activations and working weights; master weights, gradients' sums and halting are float32 in both."""
+    """Of activations and working weights; master weights, sums of gradients and halting are float32 in both, but that
+    ZeRO 2 and 3 reduce the gradients of a micro-batch over ranks in bf16."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """`auto` takes the GPU where there is one; `cuda` refuses to start without."""
     deterministic: bool = False

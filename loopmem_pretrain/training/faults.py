@@ -94,10 +94,11 @@ class FaultWatch:
     def _give_up(self, trainer: "Trainer", problem: str) -> None:
         problem = f"{problem}, at step {trainer.position.step}"
         _write(trainer, {"kind": "gave_up", "reason": problem})
+        saved = "the newest checkpoint is from before" if trainer.store.steps() else "no checkpoint was written yet"
         raise TrainingGaveUp(
             problem,
-            "the newest checkpoint is from before: lower optimizer.lr or optimizer.gradient_clipping, lengthen "
-            "schedule.warmup_steps, or look at the data of these steps, in a new run_dir",
+            f"{saved}: lower optimizer.lr or optimizer.gradient_clipping, lengthen schedule.warmup_steps, or look at "
+            "the data of these steps, in a new run_dir",
         )
 
     def _report_spike(self, trainer: "Trainer", spike: Spike) -> None:

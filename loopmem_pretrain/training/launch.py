@@ -126,7 +126,9 @@ def _start_ranks(ranks: int, arguments: Sequence[str], run_dir: Path) -> Ended:
 
     from loopmem_pretrain.training import run_folder
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks speak for themselves
+    for name in list(logging.root.manager.loggerDict):  # the ranks speak for themselves
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     launch = LaunchConfig(
         min_nodes=1,

@@ -89,11 +89,19 @@ def prepare(config: RunConfig, run_dir: Path) -> BinaryIO:
     return lock
 
 
+def has_begun(run_dir: Path) -> bool:
+    """Whether there is anything that another configuration would not continue: a line of the log, or a checkpoint."""
+    lines, checkpoints = run_dir / "metrics.jsonl", run_dir / "checkpoints"
+    return (lines.exists() and lines.stat().st_size > 0) or (checkpoints.is_dir() and any(checkpoints.iterdir()))
+
+
 def refuse_other_configuration(config: RunConfig, run_dir: Path) -> None:
     """
     Raises:
         ConfigError: the run that is in the folder was started with another configuration (differences shown).
     """
+    if not has_begun(run_dir):
+        return
     before, now = (_without_paths(each) for each in (load_config(RunConfig, run_dir / "config.yaml"), config))
     changed = [line for line in differences(before, now) if not line.startswith(MAY_CHANGE)]
     if changed:

@@ -159,6 +159,8 @@ class Trainer:
                         log.error("cannot close a log: %s", error)
                 if not isinstance(sys.exception(), KeyboardInterrupt):
                     self.saver.close()
+                if failure is None:
+                    self._say_how_it_ended(status, reason)
         return status
 
     def _introduce(self) -> None:
@@ -177,6 +179,16 @@ class Trainer:
         )
         if self.position.step >= self.stop_at_step:
             log.info("nothing left to train: this start ends at step %s", f"{self.stop_at_step:,}")
+
+    def _say_how_it_ended(self, status: run_folder.Status, reason: str) -> None:
+        step = self.position.step
+        if status == "done":
+            log.info("all %s steps are trained", f"{step:,}")
+            return
+        files = [self.run_dir / name for name in (control.STOP, control.PAUSE) if (self.run_dir / name).exists()]
+        first = f"remove {files[0]}, then " if files else ""
+        at = "" if reason.startswith(control.AT_STEP) else f", at step {step:,}"
+        log.info("%s%s; %sthe same command goes on from there", reason, at, first)
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         training, data = self.config.training, self.config.data
@@ -328,6 +340,11 @@ class Trainer:
                 self.check_asked = True
             else:
                 self.signal = signal.Signals(number).name
+                if self.rank == 0:  # not through logging or print, whose locks the interrupted code may hold
+                    once_more = "; once more ends at once, without" if number == signal.SIGINT else ""
+                    os.write(
+                        2, f"\nloopmem: {self.signal}: saving after the next line of the log{once_more}\n".encode()
+                    )
 
         numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
         previous = {number: signal.signal(number, remember) for number in numbers}

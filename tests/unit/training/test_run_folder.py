@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from loopmem_pretrain.errors import EnvironmentFault
-from loopmem_pretrain.training.run_folder import environment, hold, read_status, write_failure, write_status
+from loopmem_pretrain.errors import ConfigError, EnvironmentFault
+from loopmem_pretrain.training.run_folder import environment, hold, prepare, read_status, write_failure, write_status
+from tests.configs import tiny_run
 
 FULL = EnvironmentFault("no space left", "free some")
 LOST = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:525] Connection closed by peer")
@@ -76,6 +77,16 @@ def test_a_finished_run_stays_finished(tmp_path):
     write_status(run_dir, "done", "all steps trained", 9)
     write_failure(run_dir, FULL)
     assert read_status(run_dir)["status"] == "done"
+
+
+def test_a_folder_in_which_nothing_was_trained_takes_another_configuration(tmp_path):
+    """A start that data refused after it had written config.yaml."""
+    first, second = (tiny_run(run_dir=str(tmp_path), model={"vocab_size": size}) for size in (96, 97))
+    prepare(first, tmp_path).close()
+    prepare(second, tmp_path).close()
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(ConfigError, match="belongs to another configuration"):
+        prepare(first, tmp_path)
 
 
 def test_credentials_of_the_command_line_are_not_recorded(monkeypatch):
