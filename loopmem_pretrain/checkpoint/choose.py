@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from loopmem_pretrain.checkpoint.manifest import DamagedCheckpoint, read_manifest
-from loopmem_pretrain.checkpoint.store import Candidates, CheckpointStore, damage, step_of, unlisted
+from loopmem_pretrain.checkpoint.store import CheckpointStore, damage, step_of, unlisted
 from loopmem_pretrain.errors import CheckpointError, EnvironmentFault
+from loopmem_pretrain.parallel.start import from_rank_zero
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def choose(store: CheckpointStore, rank: int, world_size: int, before: int | Non
     Raises:
         CheckpointError: all are damaged (each is named, with what is wrong), or a file may not be read.
     """
-    paths, doubt = _agree_on_candidates(store, rank)
+    paths, doubt = from_rank_zero(store.candidates)  # another rank may see a shared folder a little later
     if doubt and rank == 0:
         log.warning("%s: trying the checkpoints that are there, newest first", doubt)
     problems: dict[Path, list[str]] = {}
@@ -57,20 +58,6 @@ def choose(store: CheckpointStore, rank: int, world_size: int, before: int | Non
     )
 
 
-def _agree_on_candidates(store: CheckpointStore, rank: int) -> Candidates:
-    """Rank 0's, told to all: another rank may see a shared folder a little later."""
-    found: list[Any] = [None]
-    if rank == 0:
-        try:
-            found = [store.candidates()]
-        except CheckpointError as error:
-            found = [error]
-    dist.broadcast_object_list(found, src=0)
-    if isinstance(found[0], CheckpointError):
-        raise found[0]
-    return Candidates(*found[0])
-
-
 def _examine(checkpoint: Path, rank: int, world_size: int) -> tuple[dict[str, Any], list[str]]:
     """The manifest, as rank 0 reads it, and what all ranks together find wrong; each hashes its share of the files.
 
@@ -78,13 +65,7 @@ def _examine(checkpoint: Path, rank: int, world_size: int) -> tuple[dict[str, An
         CheckpointError: a file may not be read, or a later version wrote it.
         EnvironmentFault: a rank sees damage where rank 0 sees none: a shared file system that is behind.
     """
-    told: list[Any] = [None]
-    if rank == 0:
-        told = [_first_look(checkpoint)]
-    dist.broadcast_object_list(told, src=0)
-    if isinstance(told[0], CheckpointError):
-        raise told[0]
-    manifest, wrong = told[0]
+    manifest, wrong = from_rank_zero(lambda: _first_look(checkpoint))
     mine: list[str] | CheckpointError = []
     if manifest:
         try:
@@ -97,27 +78,24 @@ def _examine(checkpoint: Path, rank: int, world_size: int) -> tuple[dict[str, An
         if isinstance(share, CheckpointError):
             raise share
     found = sorted({line for share in shares for line in share})
-    seen: list[Any] = [None]
-    if rank == 0 and found:
-        seen = [damage(checkpoint, manifest, [line.partition(":")[0] for line in found])]
-    dist.broadcast_object_list(seen, src=0)
-    if found and not seen[0]:
+    if not found:
+        return manifest, wrong
+    seen = from_rank_zero(lambda: damage(checkpoint, manifest, [line.partition(":")[0] for line in found]))
+    if not seen:
         raise EnvironmentFault(
             f"in {checkpoint} other ranks see damage where rank 0 sees none: {'; '.join(found)}",
             "a shared file system may be behind, or broken on some machine: start the same command again",
         )
-    return manifest, [*wrong, *(seen[0] or [])]
+    return manifest, [*wrong, *seen]
 
 
-def _first_look(checkpoint: Path) -> tuple[dict[str, Any], list[str]] | CheckpointError:
-    """The manifest and what is wrong with it and beside it; or an error that is no damage."""
+def _first_look(checkpoint: Path) -> tuple[dict[str, Any], list[str]]:
+    """The manifest and what is wrong with it and beside it."""
     try:
         manifest = read_manifest(checkpoint)
-        wrong = unlisted(checkpoint, manifest)
-        if manifest["step"] != step_of(checkpoint.name):
-            wrong.append(f"manifest.json: is of step {manifest['step']:,}")
-        return manifest, wrong
     except DamagedCheckpoint as error:
         return {}, [error.problem]
-    except CheckpointError as error:
-        return error
+    wrong = unlisted(checkpoint, manifest)
+    if manifest["step"] != step_of(checkpoint.name):
+        wrong.append(f"manifest.json: is of step {manifest['step']:,}")
+    return manifest, wrong

@@ -11,16 +11,16 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from loopmem_pretrain.checkpoint.position import Position
 from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.data.dataset import ValidationDataset
 from loopmem_pretrain.errors import CheckpointError, TrainingGaveUp
+from loopmem_pretrain.parallel.start import from_rank_zero
 
 FILE = "probe.json"
 
@@ -114,12 +114,11 @@ def check_probe(run: Run, checkpoint: Path) -> str:
     Raises:
         CheckpointError: they differ by more than TOLERANCE, or the stored sample cannot be read.
     """
-    found: list[Any] = [None]
-    run.on_rank_zero(lambda: found.__setitem__(0, _read(checkpoint / FILE, run.config.model.vocab_size)))
-    dist.broadcast_object_list(found, src=0)  # or a rank that does not see the file would skip the forward pass
-    if found[0] is None:
+    # Of rank 0: a rank that does not see the file yet would skip the forward pass.
+    stored = from_rank_zero(lambda: _read(checkpoint / FILE, run.config.model.vocab_size))
+    if stored is None:
         return "no stored sample to compare with"  # written by a version that stored none
-    expected, tokens = found[0]
+    expected, tokens = stored
     loss = _loss(run, tokens)
     limit = TOLERANCE[run.config.training.precision]
     if not math.isclose(loss, expected, rel_tol=limit):

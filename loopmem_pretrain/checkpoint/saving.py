@@ -39,6 +39,7 @@ from loopmem_pretrain.config.load import dump_config
 from loopmem_pretrain.config.training import CheckpointConfig
 from loopmem_pretrain.data.files import sync_folder
 from loopmem_pretrain.errors import EnvironmentFault, LoopMemError, TrainingGaveUp
+from loopmem_pretrain.parallel.start import from_rank_zero
 
 log = logging.getLogger(__name__)
 
@@ -184,10 +185,9 @@ class Saver:
         elif run.engine.has_loss:
             run.engine.on_next_loss(sample.take)
         sampled = time.perf_counter() - started
-        token = [secrets.token_hex(4)]
-        dist.broadcast_object_list(token, src=0)
-        run.on_rank_zero(lambda: make_folder(run.store, step, token[0]))
-        states: dict[str, Any] = run.engine.collect_states(run.store.folder, run.store.incomplete_name(step, token[0]))
+        token = from_rank_zero(lambda: secrets.token_hex(4))
+        run.on_rank_zero(lambda: make_folder(run.store, step, token))
+        states: dict[str, Any] = run.engine.collect_states(run.store.folder, run.store.incomplete_name(step, token))
         states[generators_file(run.rank)] = generator_states()
         states = {name: frozen(value) for name, value in states.items()}
         texts, facts = {}, {}
@@ -195,7 +195,7 @@ class Saver:
             texts["config.yaml"] = dump_config(run.config).encode()
             facts = state.facts(run)
         seconds = {"loss_on_sample": sampled, "collect": time.perf_counter() - started - sampled}
-        save = _Save(run, token[0], states, texts, facts, sample, seconds, None if wait else self._buffers)
+        save = _Save(run, token, states, texts, facts, sample, seconds, None if wait else self._buffers)
         save.thread.start()
         return save
 

@@ -11,16 +11,19 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from loopmem_pretrain.config.parallel import ParallelConfig
-from loopmem_pretrain.errors import EnvironmentFault
+from loopmem_pretrain.errors import EnvironmentFault, LoopMemError
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # A wait for the store blocks signals, so it is cut into slices (seconds).
 SLICE = 2.0
@@ -114,6 +117,24 @@ def rank_zero_is_done(key: str) -> None:
     from torch.distributed import distributed_c10d as c10d
 
     c10d._get_default_store().set(key, "")
+
+
+def from_rank_zero(action: Callable[[], T]) -> T:
+    """What `action()` returns on rank 0, on every rank; a named error of it is raised on all of them. A collective."""
+    import torch.distributed as dist
+
+    told: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            told[0] = action()
+        except LoopMemError as error:
+            told[1] = error
+        except OSError as error:
+            told[1] = EnvironmentFault(f"rank 0: {error}", "see to that file, then start the same command again")
+    dist.broadcast_object_list(told, src=0)
+    if told[1] is not None:
+        raise told[1]
+    return cast(T, told[0])
 
 
 def ranks_in_words(ranks: list[int]) -> str:

@@ -24,7 +24,12 @@ from loopmem_pretrain.data.dataset import open_training, open_validation
 from loopmem_pretrain.data.sampler import train_batches
 from loopmem_pretrain.errors import EnvironmentFault, LoopMemError
 from loopmem_pretrain.model.flops import parameter_counts
-from loopmem_pretrain.parallel.start import place_from_environment, rank_zero_is_done, wait_for_rank_zero
+from loopmem_pretrain.parallel.start import (
+    from_rank_zero,
+    place_from_environment,
+    rank_zero_is_done,
+    wait_for_rank_zero,
+)
 from loopmem_pretrain.parallel.topology import Topology
 from loopmem_pretrain.training import run_folder
 from loopmem_pretrain.training.engine import TrainingEngine, init_distributed
@@ -234,9 +239,7 @@ class Trainer:
 
     def _stop_before_the_first_step(self) -> None:
         """A request that was there before the start, or came during it, is heeded before a step is trained."""
-        request = [control.stop_request(self.run_dir) if self.rank == 0 else ""]
-        dist.broadcast_object_list(request, src=0)
-        self.stop_reason = request[0] or None
+        self.stop_reason = from_rank_zero(lambda: control.stop_request(self.run_dir)) or None
 
     def agree(self) -> None:
         """What any rank was asked by a signal or by its clock, or rank 0 by a file, all ranks do now.

@@ -115,6 +115,7 @@ def test_a_time_limit_is_kept(tmp_path, sentences):
 def test_a_run_folder_that_does_not_answer_ends_all_ranks(tmp_path, sentences):
     config = config_for(tmp_path / "run", sentences, faults={"slow_phase_timeout_seconds": 4})
     (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")  # there is a run, so its configuration is compared
     os.mkfifo(tmp_path / "run" / "config.yaml")  # whoever reads it waits for ever
     with pytest.raises(AssertionError) as ended:
         run_ranks(ON_RANK, 2, config, None, "", "")
