@@ -23,6 +23,10 @@ def join_on_rank(rank, world_size, absent=(), seconds=2, late=(), environment=No
 
     os.environ.update(environment or {})
     if rank in absent:
+        if rank == 0:  # hold the port, deaf, or a store of another test might come to listen there meanwhile
+            with socket.socket() as deaf:
+                deaf.bind(("127.0.0.1", int(os.environ["MASTER_PORT"])))
+                time.sleep(seconds + 2)
         return None
     if rank in late:
         time.sleep(1)
