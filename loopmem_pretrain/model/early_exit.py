@@ -214,7 +214,7 @@ def visit(
             injected, _, _ = layer.memory(before, banks)
         zeta_n, tau_n = layer.step(zeta, n)
         after = layer.block(injected, zeta_n, tokens.rotary, packed)
-        prob = tokens.remaining * layer.halting_lambda(after, tau_n)
+        prob = tokens.remaining * layer.halting(after, tau_n)
         remaining = tokens.remaining - prob
         leaves = torch.ones_like(remaining, dtype=torch.bool)
         if n < loops:

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loopmem_pretrain.model.backend import Backend, wide
+from loopmem_pretrain.model.backend import Backend, wide, without_autocast
 from loopmem_pretrain.model.block import Block, RMSNorm, Rotary
 from loopmem_pretrain.model.decoding import Decoding
 from loopmem_pretrain.model.memory import LayerBanks, LayerMemory, SharedMemory, SharedRead
@@ -67,6 +67,23 @@ def expected_loops(halting_probs: Tensor) -> Tensor:
     """E = sum of n p_n: [B, T, n] -> [B, T], differentiable."""
     loops = torch.arange(1, halting_probs.shape[-1] + 1, device=halting_probs.device)
     return torch.sum(halting_probs * loops, dim=-1)
+
+
+class HaltingRouter(nn.Module):
+    """Says how likely a token stops. No nn.Linear: quantizers and adapters replace those, and it has to stay exact."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, width + 1))  # w; its last entry is tau's
+        self.bias = nn.Parameter(torch.empty(1))
+
+    def forward(self, hidden: Tensor, tau: Tensor) -> Tensor:
+        """lambda_n = sigmoid(w . [h_n; tau_n] + b), [B, T], float32 or wider, also under autocast."""
+        precise = wide(hidden.dtype)
+        weight, bias = self.weight.to(precise), self.bias.to(precise)
+        with without_autocast(hidden.device):
+            logit = F.linear(hidden.to(precise), weight[:, :-1]).squeeze(-1)
+        return torch.sigmoid(logit + weight[0, -1] * tau + bias)
 
 
 class LoopStats(NamedTuple):
@@ -118,7 +135,7 @@ class LoopedLayer(Block):
         super().__init__(config, backend, index)
         self.max_loops = config.max_loops
         self.step_scales = nn.Parameter(torch.empty(config.max_loops))  # raw s_n; zeta_n = softplus(s_n)
-        self.halting = nn.Linear(config.hidden_size + 1, 1)
+        self.halting = HaltingRouter(config.hidden_size)
         self.memory = LayerMemory(config, backend) if config.local_slots or config.global_slots else None
         self.run: Callable[..., Any] = self.one_loop  # training may wrap it: recomputation, compilation
 
@@ -179,7 +196,7 @@ class LoopedLayer(Block):
             injected, local_gate, global_gate = self.memory(state.hidden, banks)
         hidden = self.block(injected, zeta, rotary, decoding)
 
-        lam = self.halting_lambda(hidden, tau)
+        lam = self.halting(hidden, tau)
         # The last loop takes what is left, its own lambda is only reported. `where` keeps it in the graph: the router
         # has a gradient (zero) on every rank also with one loop, and one compiled loop serves them all.
         prob = state.remaining * torch.where(is_last, 1.0, lam)
@@ -190,13 +207,6 @@ class LoopedLayer(Block):
         cosine = (dot / (norm * state.norm).clamp_min(1e-12)).mean()
         report = LoopReport(prob, lam.detach().mean(), cosine, mean_of(local_gate), mean_of(global_gate))
         return LoopState(hidden, norm, state.remaining - prob, output), report
-
-    def halting_lambda(self, hidden: Tensor, tau: Tensor) -> Tensor:
-        """lambda_n = sigmoid(w . [h_n; tau_n] + b), [B, T], float32 or wider."""
-        precise = wide(hidden.dtype)
-        weight, bias = self.halting.weight.to(precise), self.halting.bias.to(precise)
-        logit = F.linear(hidden.to(precise), weight[:, :-1]).squeeze(-1)
-        return torch.sigmoid(logit + weight[0, -1] * tau + bias)
 
 
 def token_norm(hidden: Tensor) -> Tensor:
