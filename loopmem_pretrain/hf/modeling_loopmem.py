@@ -258,6 +258,8 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
                 "attention_mask ends in padding: generation continues the last token, so prompts of a batch are padded "
                 "on the left; set tokenizer.padding_side = 'left'"
             )
+        for name in ("tokenizer", "assistant_tokenizer"):  # `generate` has used them, and hands them on
+            kwargs.pop(name, None)
         prepare: Any = super().prepare_inputs_for_generation
         return dict(prepare(input_ids, *args, attention_mask=attention_mask, **kwargs))
 

@@ -1,14 +1,38 @@
-"""What other tools do to a model: quantizers, autocast."""
+"""What other tools, and transformers itself, ask of a model: generation, quantizers, autocast."""
 
 import pytest
 import torch
+from transformers import AutoTokenizer, pipeline
 
+from loopmem_pretrain.hf.export import write_tokenizer
+from tests.unit.hf.conftest import TEXTS
 from tests.unit.hf.test_modeling import IDS, pair
 
 
 @pytest.fixture(scope="module")
 def looped():
     return pair("full")
+
+
+# --------------------------------------------------------------------------------------------------------- generation
+
+
+def test_strings_that_end_generation(tmp_path, tokenizer_path):
+    write_tokenizer(tmp_path, tokenizer_path, TEXTS)
+    codec = AutoTokenizer.from_pretrained(tmp_path)
+    _, model = pair("full")
+    with torch.no_grad():
+        model.lm_head.weight[:260] = 0  # writes whole pieces, no single bytes
+    asked = {"max_new_tokens": 12, "do_sample": False}
+    write = pipeline("text-generation", model=model, tokenizer=codec)
+    whole = write("The quick", **asked)[0]["generated_text"]
+    end = whole[14]
+    for settings in ({"stop_strings": [end], "tokenizer": codec}, {"stop_sequence": end}):
+        text = write("The quick", **asked, **settings)[0]["generated_text"]
+        assert whole.startswith(text) and end in text[9:] and len(text) < len(whole)
+    ids = codec("The quick", return_tensors="pt")
+    stopped = model.generate(**ids, **asked, stop_strings=[end], tokenizer=codec)
+    assert codec.decode(stopped[0]) == text
 
 
 # ----------------------------------------------------------------------------------------------- quantizers, autocast
