@@ -7,6 +7,7 @@ Shapes and names as in model/loopmem.py, which loops it. Imports torch, the stan
 only: the exported Hugging Face model inlines the files as text.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -107,6 +108,12 @@ def add_scaled(x: Tensor, scale: Tensor, branch: Tensor) -> Tensor:
 class Block(nn.Module):
     """Blk(x, c): attention and feed-forward, each added to the residual stream with scale c."""
 
+    one_loop: Callable[..., Any]
+    """What a subclass does once, or in each loop; its last argument is the Decoding."""
+    run: Callable[..., Any] | None = None
+    """Called in place of `one_loop`: training may compile it, verification watches it. None, not `one_loop` itself:
+    that is bound to this layer, and the replicas that nn.DataParallel makes take over what a layer holds."""
+
     def __init__(self, config: Any, backend: Backend, index: int) -> None:
         super().__init__()
         self.backend = backend
@@ -120,6 +127,9 @@ class Block(nn.Module):
     def block(self, x: Tensor, scale: Tensor, rotary: Rotary, decoding: Attends | None = None) -> Tensor:
         u = add_scaled(x, scale, self.self_attn(self.input_layernorm(x), rotary, decoding))
         return add_scaled(u, scale, self.mlp(self.post_attention_layernorm(u)))
+
+    def run_loop(self, *arguments: Any) -> Any:
+        return (self.run or self.one_loop)(*arguments)
 
     def rotary(self, hidden: Tensor, decoding: Decoding | None = None) -> Rotary:
         tokens = self.backend.whole_length(hidden.shape[1])

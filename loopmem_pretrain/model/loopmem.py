@@ -25,7 +25,7 @@ block is in model/block.py, the memory in model/memory.py, what generation adds 
 Only torch, the standard library and these four are imported: the exported Hugging Face model inlines the files as text.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,10 +43,11 @@ from loopmem_pretrain.model.memory import LayerBanks, LayerMemory, SharedMemory,
 class PlainLayer(Block):
     """A layer that does not loop: the baselines. c = 1, or 1/(l+1) with `residual_scale: inverse_depth`."""
 
+    one_loop = Block.block
+
     def __init__(self, config: Any, backend: Backend, index: int) -> None:
         super().__init__(config, backend, index)
         self.scale = 1.0 / (index + 1) if config.residual_scale == "inverse_depth" else 1.0
-        self.run: Callable[..., Any] = self.block  # training may wrap it: recomputation, compilation
 
     def forward(
         self,
@@ -57,7 +58,7 @@ class PlainLayer(Block):
     ) -> tuple[Tensor, None]:
         """[B, T, D] -> ([B, T, D], None); memory and num_loops are for looped layers."""
         scale = torch.full((), self.scale, device=hidden.device, dtype=wide(hidden.dtype))  # a tensor: compiled once
-        return self.run(hidden, scale, self.rotary(hidden, decoding), self.at_loop(1, decoding)), None
+        return self.run_loop(hidden, scale, self.rotary(hidden, decoding), self.at_loop(1, decoding)), None
 
 
 # ------------------------------------------------------------------------------------------- looping and halting
@@ -137,7 +138,6 @@ class LoopedLayer(Block):
         self.step_scales = nn.Parameter(torch.empty(config.max_loops))  # raw s_n; zeta_n = softplus(s_n)
         self.halting = HaltingRouter(config.hidden_size)
         self.memory = LayerMemory(config, backend) if config.local_slots or config.global_slots else None
-        self.run: Callable[..., Any] = self.one_loop  # training may wrap it: recomputation, compilation
 
     def forward(
         self,
@@ -166,7 +166,7 @@ class LoopedLayer(Block):
         for n in range(1, loops + 1):
             is_last = torch.full((), n == loops, device=hidden.device)
             step = (*self.step(zeta, n), is_last)
-            state, report = self.run(state, *step, banks, rotary, self.at_loop(n, decoding))
+            state, report = self.run_loop(state, *step, banks, rotary, self.at_loop(n, decoding))
             reports.append(report)
         return state.output.to(hidden.dtype), collect(reports)
 

@@ -256,9 +256,9 @@ def wrap_loops(module: nn.Module, training: TrainingConfig) -> None:
         if not isinstance(layer, PlainLayer | LoopedLayer):
             continue
         if training.compile == "loop":
-            layer.run = _compiled(layer.run)
+            layer.run = _compiled(layer.one_loop)
         if training.activation_checkpointing == "loop":
-            layer.run = _recomputed(layer.run)
+            layer.run = _recomputed(layer.run or layer.one_loop)
 
 
 CrossEntropy = Callable[[Tensor, Tensor], Tensor]

@@ -1,4 +1,6 @@
-"""What other tools, and transformers itself, ask of a model: generation, quantizers, autocast."""
+"""What other tools, and transformers itself, ask of a model: generation, quantizers, autocast, copies."""
+
+import copy
 
 import pytest
 import torch
@@ -61,3 +63,22 @@ def test_halting_is_float32_under_autocast(looped, settings):
         assert torch.equal(layer.halting(hidden, tau), exact) and layer.self_attn.q_proj(hidden).dtype == torch.bfloat16
         stats = model(IDS, output_loop_stats=True, **settings).loop_stats
     assert {each.halting_probs.dtype for each in stats} == {torch.float32}
+
+
+@pytest.mark.parametrize("variant", ["full", "plain"])
+def test_a_replica_of_data_parallel_runs_its_own_weights(variant):
+    """What nn.DataParallel does for each GPU: the layer's dictionary is taken over, then its parts are replaced."""
+    _, model = pair(variant)
+    layer, hidden = model.model.layers[0], torch.randn(1, 3, 32)
+    memory = None if model.model.memory is None else model.model.memory()
+    replica = layer._replicate_for_data_parallel()
+    replica.step_scales = getattr(layer, "step_scales", None)
+    for name, part in layer.named_children():
+        replica._modules[name] = copy.deepcopy(part)
+    with torch.no_grad():
+        assert torch.equal(replica(hidden, memory)[0], layer(hidden, memory)[0])
+        for part in replica.children():
+            for parameter in part.parameters():
+                parameter.zero_()
+        torch.testing.assert_close(replica(hidden, memory)[0], hidden)  # nothing is added
+        assert not torch.allclose(layer(hidden, memory)[0], hidden)
