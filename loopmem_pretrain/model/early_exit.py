@@ -21,7 +21,8 @@ Imports torch, the standard library and files beside it only: the exported Huggi
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,14 +31,7 @@ from torch import Tensor
 from loopmem_pretrain.model.backend import wide
 from loopmem_pretrain.model.block import Rotary
 from loopmem_pretrain.model.decoding import Decoding, attend, decoding
-from loopmem_pretrain.model.loopmem import (
-    LoopedLayer,
-    LoopMemBody,
-    NumLoops,
-    expected_loops,
-    loops_of_layers,
-    token_norm,
-)
+from loopmem_pretrain.model.loopmem import LoopedLayer, LoopMemBody, NumLoops, expected_loops, token_norm
 from loopmem_pretrain.model.memory import SharedRead
 
 # ------------------------------------------------------------------------------------------------ who leaves, and when
@@ -184,15 +178,17 @@ class PackedAttention:
 def visit(
     layer: LoopedLayer,
     hidden: Tensor,
-    rotary: Rotary,
     memory: SharedRead | None,
     loops: int,
-    told: Decoding,
+    told: Decoding | None,
     early: EarlyExit,
 ) -> tuple[Tensor, ExitStats]:
-    """[B, T, D] -> ([B, T, D], ExitStats): the drawing at the head of this file; `rotary` is [B * T, 1, d]."""
+    """[B, T, D] -> ([B, T, D], ExitStats): the drawing at the head of this file."""
     (batch, length, width), precise, device = hidden.shape, wide(hidden.dtype), hidden.device
     everyone = batch * length
+    told = decoding(length, 0, device) if told is None else told
+    angles = layer.rotary(hidden, told)
+    rotary = Rotary(*(part.expand(batch, length, *part.shape[-2:]).flatten(0, 1) for part in angles))
     banks = layer.banks(memory, everyone * loops)
     zeta = F.softplus(layer.step_scales.to(precise))
     output = torch.zeros(everyone, width, device=device, dtype=precise)
@@ -246,15 +242,4 @@ def exit_forward(
         num_loops: the most loops that a layer runs, where not max_loops.
         told: positions, padding and cache, as for LoopMemBody.forward.
     """
-    batch, length = input_ids.shape
-    told = decoding(length, 0, input_ids.device) if told is None else told
-    hidden = model.embed_tokens(input_ids)
-    memory = model.memory() if model.memory is not None else None
-    layers: list[Any] = list(model.layers)
-    angles = layers[0].rotary(hidden, told)  # the same in every layer
-    rotary = Rotary(*(part.expand(batch, length, *part.shape[-2:]).flatten(0, 1) for part in angles))
-    all_stats: list[ExitStats] = []
-    for layer, loops in zip(layers, loops_of_layers(num_loops, len(layers)), strict=True):
-        hidden, stats = visit(layer, hidden, rotary, memory, layer.max_loops if loops is None else loops, told, early)
-        all_stats.append(stats)
-    return model.norm(hidden), all_stats
+    return model(input_ids, num_loops, told, partial(visit, early=early))

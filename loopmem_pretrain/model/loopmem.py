@@ -25,7 +25,7 @@ block is in model/block.py, the memory in model/memory.py, what generation adds 
 Only torch, the standard library and these four are imported: the exported Hugging Face model inlines the files as text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -55,8 +55,9 @@ class PlainLayer(Block):
         memory: SharedRead | None = None,
         num_loops: int | None = None,
         decoding: Decoding | None = None,
+        visit: "Visit | None" = None,
     ) -> tuple[Tensor, None]:
-        """[B, T, D] -> ([B, T, D], None); memory and num_loops are for looped layers."""
+        """[B, T, D] -> ([B, T, D], None); memory, num_loops and visit are for looped layers."""
         scale = torch.full((), self.scale, device=hidden.device, dtype=wide(hidden.dtype))  # a tensor: compiled once
         return self.run_loop(hidden, scale, self.rotary(hidden, decoding), self.at_loop(1, decoding)), None
 
@@ -145,13 +146,16 @@ class LoopedLayer(Block):
         memory: SharedRead | None = None,
         num_loops: int | None = None,
         decoding: Decoding | None = None,
-    ) -> tuple[Tensor, LoopStats]:
+        visit: "Visit | None" = None,
+    ) -> tuple[Tensor, Any]:
         """Visit the layer: [B, T, D] -> ([B, T, D], LoopStats).
 
         `num_loops` forces n loops instead of N: with n < N the last of them takes the remaining probability, with
-        n > N the last step scale and tau = 1 are repeated (extrapolation beyond training).
+        n > N the last step scale and tau = 1 are repeated (extrapolation beyond training). `visit` does it another way.
         """
         loops = self.max_loops if num_loops is None else num_loops
+        if visit is not None:
+            return visit(self, hidden, memory, loops, decoding)
         precise = wide(hidden.dtype)
         zeta = F.softplus(self.step_scales.to(precise))
         rotary = self.rotary(hidden, decoding)
@@ -239,6 +243,10 @@ def ponder_cost(expected_loops: Tensor, max_loops: int) -> Tensor:
     return (expected_loops - 1).mean() / max(1, max_loops - 1)
 
 
+Visit = Callable[[LoopedLayer, Tensor, SharedRead | None, int, Decoding | None], tuple[Tensor, Any]]
+"""Another way to visit a layer, early exit's. It is called by the layer's forward, so that hooks of the layer run."""
+
+
 # --------------------------------------------------------------------------------------------------- whole model
 
 
@@ -267,14 +275,18 @@ class LoopMemBody(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, input_ids: Tensor, num_loops: NumLoops = None, decoding: Decoding | None = None
-    ) -> tuple[Tensor, list[LoopStats]]:
-        """[B, T] -> (hidden [B, T, D] after the final norm, one LoopStats a looped layer)."""
+        self,
+        input_ids: Tensor,
+        num_loops: NumLoops = None,
+        decoding: Decoding | None = None,
+        visit: Visit | None = None,
+    ) -> tuple[Tensor, list[Any]]:
+        """[B, T] -> (hidden [B, T, D] after the final norm, one LoopStats, or what `visit` returns, a looped layer)."""
         hidden = self.embed_tokens(input_ids)
         memory = self.memory() if self.memory is not None else None
-        all_stats: list[LoopStats] = []
+        all_stats: list[Any] = []
         for layer, loops in zip(self.layers, loops_of_layers(num_loops, len(self.layers)), strict=True):
-            hidden, stats = layer(hidden, memory, loops, decoding)
+            hidden, stats = layer(hidden, memory, loops, decoding, visit)
             all_stats += [] if stats is None else [stats]
         return self.norm(hidden), all_stats
 

@@ -82,3 +82,18 @@ def test_a_replica_of_data_parallel_runs_its_own_weights(variant):
                 parameter.zero_()
         torch.testing.assert_close(replica(hidden, memory)[0], hidden)  # nothing is added
         assert not torch.allclose(layer(hidden, memory)[0], hidden)
+
+
+@pytest.mark.parametrize("settings", [{}, {"exit_threshold": 0.6}], ids=str)
+def test_hooks_of_every_part_run(looped, settings):
+    """accelerate puts weights where they are needed in hooks before the forward of a part."""
+    _, model = looped
+    ran = []
+    parts = {name: part for name, part in model.named_modules() if [*part.parameters(recurse=False)]}
+    parts |= {f"model.layers.{index}": layer for index, layer in enumerate(model.model.layers)} | {"model": model.model}
+    hooks = [part.register_forward_pre_hook(lambda *_, name=name: ran.append(name)) for name, part in parts.items()]
+    model(IDS, **settings)
+    for hook in hooks:
+        hook.remove()
+    assert parts.keys() - ran == {"model.memory.query_norm"}  # layers read it where they normalise their queries
+    assert ran.count("model.layers.0") == 1
