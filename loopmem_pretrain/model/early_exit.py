@@ -232,14 +232,16 @@ def exit_forward(
     early: EarlyExit,
     num_loops: NumLoops = None,
     told: Decoding | None = None,
+    on_layer: Callable[[Tensor], object] | None = None,
 ) -> tuple[Tensor, list[ExitStats]]:
     """LoopMemBody.forward with early exit: [B, T] -> (hidden [B, T, D] after the final norm, one ExitStats a layer).
 
     Args:
         model: of looped layers.
-        input_ids: token ids.
+        input_ids: token ids, or embeddings [B, T, D].
         early: when tokens leave.
         num_loops: the most loops that a layer runs, where not max_loops.
         told: positions, padding and cache, as for LoopMemBody.forward.
+        on_layer: is told what each layer is given.
     """
-    return model(input_ids, num_loops, told, partial(visit, early=early))
+    return model(input_ids, num_loops, told, partial(visit, early=early), on_layer)

@@ -280,12 +280,18 @@ class LoopMemBody(nn.Module):
         num_loops: NumLoops = None,
         decoding: Decoding | None = None,
         visit: Visit | None = None,
+        on_layer: Callable[[Tensor], object] | None = None,
     ) -> tuple[Tensor, list[Any]]:
-        """[B, T] -> (hidden [B, T, D] after the final norm, one LoopStats, or what `visit` returns, a looped layer)."""
-        hidden = self.embed_tokens(input_ids)
+        """[B, T] -> (hidden [B, T, D] after the final norm, one LoopStats, or what `visit` returns, a looped layer).
+
+        Embeddings [B, T, D] may stand for token ids; `on_layer` is told what each layer is given.
+        """
+        hidden = input_ids if input_ids.is_floating_point() else self.embed_tokens(input_ids)
         memory = self.memory() if self.memory is not None else None
         all_stats: list[Any] = []
         for layer, loops in zip(self.layers, loops_of_layers(num_loops, len(self.layers)), strict=True):
+            if on_layer is not None:
+                on_layer(hidden)
             hidden, stats = layer(hidden, memory, loops, decoding, visit)
             all_stats += [] if stats is None else [stats]
         return self.norm(hidden), all_stats
