@@ -116,9 +116,7 @@ class LoopMemConfig(PretrainedConfig):
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write config.json, and the code that it names: of a model that was loaded with the folder's code,
         transformers copies it; this package, whose files import each other, writes what an export has."""
-        if __name__.startswith(
-            "loopmem_pretrain."
-        ):  # no import statement: a folder's copy of this file has no use for it
+        if __name__.startswith("loopmem_pretrain."):  # a folder's copy of this file does without
             code_files = importlib.import_module("loopmem_pretrain.hf.code_files")
             self.auto_map = dict(code_files.AUTO_MAP)
             code_files.write_code(Path(save_directory))
