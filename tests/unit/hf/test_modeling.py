@@ -226,6 +226,13 @@ def test_bfloat16_from_pretrained(tmp_path, looped):
         assert torch.equal(parameter, dict(model.named_parameters())[name].to(torch.bfloat16)), name
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pickled_whole(variant, tmp_path):
+    _, model = pair(variant)
+    torch.save(model, tmp_path / "model.pt")
+    assert torch.equal(torch.load(tmp_path / "model.pt", weights_only=False)(IDS).logits, model(IDS).logits)
+
+
 def test_resized_vocabulary():
     _, model = pair("tied")
     before = model(IDS).logits
