@@ -79,6 +79,7 @@ class Attention(nn.Module):
         q, k = rotate(q, rotary), rotate(k, rotary)
         if self.qk_norm == "after_rope":
             q, k = self.q_norm(q), self.k_norm(k)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast widens the norms and the rotation, and a cache holds one dtype
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         mixed = attend(q, k, v) if decoding is None else decoding.attend(q, k, v)
         return self.o_proj(mixed.transpose(1, 2).flatten(-2))

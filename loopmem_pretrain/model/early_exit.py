@@ -136,7 +136,7 @@ class PackedAttention:
 
     def place(self, whole: Tensor, part: Tensor) -> Tensor:
         """`whole` [B * T, ..] with the packed tokens' `part` [n, ..] in their places."""
-        return part if self.index is None else whole.index_copy(0, self.index, part)
+        return part if self.index is None else whole.to(part.dtype).index_copy(0, self.index, part)
 
     def extend(self) -> tuple[Tensor, Tensor]:
         """Put keys and values into the cache for one loop; returns those of earlier tokens too, [B, K, S, d]."""

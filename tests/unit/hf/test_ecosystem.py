@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, pipeline
 
 from loopmem_pretrain.hf.export import write_tokenizer
 from tests.unit.hf.conftest import TEXTS
+from tests.unit.hf.test_cache import PROMPTS, padded
 from tests.unit.hf.test_modeling import IDS, pair
 
 
@@ -63,6 +64,28 @@ def test_halting_is_float32_under_autocast(looped, settings):
         assert torch.equal(layer.halting(hidden, tau), exact) and layer.self_attn.q_proj(hidden).dtype == torch.bfloat16
         stats = model(IDS, output_loop_stats=True, **settings).loop_stats
     assert {each.halting_probs.dtype for each in stats} == {torch.float32}
+
+
+@pytest.mark.parametrize("variant", ["full", "topk", "product_keys", "plain"])
+@pytest.mark.parametrize("tokens", [2, 12])
+def test_training_under_autocast(variant, tokens):
+    """With fewer slots than reads, and with more: banks are then projected before they are read, or after."""
+    _, model = pair(variant)
+    exact = model.train()(IDS[:, :tokens], labels=IDS[:, :tokens]).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(IDS[:, :tokens], labels=IDS[:, :tokens]).loss
+    loss.backward()
+    assert abs(loss - exact) < 0.05
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("settings", [{}, {"exit_threshold": 0.6}, {"cache_implementation": "static"}], ids=str)
+def test_generation_under_autocast(looped, settings):
+    _, model = looped
+    asked = {**padded(PROMPTS), "max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = model.generate(**asked, **settings).past_key_values
+    assert {(layer.keys.dtype, layer.values.dtype) for layer in cache.layers} == {(torch.bfloat16, torch.bfloat16)}
 
 
 @pytest.mark.parametrize("variant", ["full", "plain"])
