@@ -146,10 +146,11 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
         earlier: Any = 0
         if isinstance(cache, StaticCache):
             self._check_static(labels, early)
-            width = static_cache_with_slots(cache, loops)
-            earlier, real = cache.get_seq_length(), _real_of_width(attention_mask, width)
+            width = static_cache_with_slots(cache, loops, batch)
+            earlier = cache.get_seq_length()
+            real = None if attention_mask is None else _in_width(attention_mask, batch, tokens, cache) != 0
         else:
-            earlier = 0 if cache is None else self._prepare_cache(cache, loops)
+            earlier = 0 if cache is None else self._prepare_cache(cache, loops, batch)
             real = _real_tokens(attention_mask, [batch, earlier + tokens])
         told = None  # as in training, where there is nothing to tell
         if cache is not None or real is not None or position_ids is not None:
@@ -189,14 +190,14 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
-    def _prepare_cache(self, cache: DynamicCache, loops: list[int]) -> int:
+    def _prepare_cache(self, cache: DynamicCache, loops: list[int], batch: int) -> int:
         """Give the cache a slot for each layer and loop; returns how many tokens it holds."""
         if not isinstance(cache, DynamicCache):
             raise ValueError(
                 f"past_key_values is a {type(cache).__name__}, and this model needs a DynamicCache or a StaticCache: "
                 "leave cache_implementation out"
             )
-        return cache_with_slots(cache, loops)
+        return cache_with_slots(cache, loops, batch)
 
     def _check_static(self, labels: Tensor | None, early: EarlyExit | None) -> None:
         if early is not None:
@@ -258,10 +259,15 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(
-        attention_mask: Tensor | None, past_key_values: StaticCache, **_: Any
+        attention_mask: Tensor | None, past_key_values: StaticCache, inputs_embeds: Tensor, **told: Any
     ) -> Tensor | None:
         """What transformers asks for with a StaticCache: the mask in the cache's length, the same in every step."""
-        return None if attention_mask is None else _as_wide(attention_mask, past_key_values.get_max_length())
+        if attention_mask is None:
+            return None
+        batch, tokens, _ = inputs_embeds.shape
+        if not told.get("is_first_iteration"):  # from then on it is transformers that makes the mask longer
+            return _as_wide(attention_mask, past_key_values.get_max_length())
+        return _in_width(attention_mask, batch, tokens, past_key_values)
 
     def prepare_inputs_for_generation(
         self,
@@ -300,21 +306,31 @@ def _as_wide(attention_mask: Tensor, width: int) -> Tensor:
     return F.pad(attention_mask, (0, width - attention_mask.shape[1]), value=1)
 
 
-def _real_of_width(attention_mask: Tensor | None, width: int) -> Tensor | None:
-    return None if attention_mask is None else _as_wide(attention_mask, width) != 0
+def _in_width(attention_mask: Tensor, batch: int, tokens: int, cache: StaticCache) -> Tensor:
+    """The mask of the tokens so far, or of all that there may be, as the latter."""
+    width = cache.get_max_length()
+    if list(attention_mask.shape) != [batch, width]:
+        # Compiled code cannot ask the device how many tokens there are: it is given the whole mask.
+        held = width - tokens if torch.compiler.is_compiling() else int(cache.get_seq_length())
+        _require_shape(attention_mask, [batch, held + tokens])
+    return _as_wide(attention_mask, width)
 
 
 def _real_tokens(attention_mask: Tensor | None, shape: list[int]) -> Tensor | None:
     """Which tokens are no padding, bool; None where all are."""
     if attention_mask is None:
         return None
+    _require_shape(attention_mask, shape)
+    real = attention_mask != 0
+    return None if bool(real.all()) else real
+
+
+def _require_shape(attention_mask: Tensor, shape: list[int]) -> None:
     if list(attention_mask.shape) != shape:
         raise ValueError(
             f"attention_mask {list(attention_mask.shape)} must be {shape}, the tokens in the cache and those of "
             "input_ids: attention is causal, the mask only tells padding"
         )
-    real = attention_mask != 0
-    return None if bool(real.all()) else real
 
 
 @dataclass
