@@ -8,11 +8,13 @@ The export replaces the imports of both by their text, so an exported model fold
 # mypy: disable-error-code="misc,no-untyped-call"
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel, StaticCache
 from transformers.utils.generic import ModelOutput
 
@@ -54,6 +56,8 @@ class LoopMemPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     _no_split_modules: ClassVar[list[str]] = ["PlainLayer", "LoopedLayer"]
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
+    gradient_checkpointing = False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -68,6 +72,22 @@ class LoopMemPreTrainedModel(PreTrainedModel):
         for key, parameter in module.named_parameters(recurse=False):
             if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False):
                 initialize([(f"{prefix}.{key}", parameter)], self.config, torch.initial_seed())
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
+    ) -> None:
+        """What gradient_checkpointing_enable calls: recompute one loop at a time, as training does.
+
+        Raises:
+            ValueError: use_reentrant.
+        """
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError("use_reentrant=True: a layer that is applied several times needs use_reentrant=False")
+        recompute = partial(gradient_checkpointing_func, use_reentrant=False)
+        layers: Any = self.model.layers
+        for index, layer in enumerate(layers):
+            layer.recompute = recompute if enable and index % every_n_layers == 0 else None
+        self.gradient_checkpointing = enable
 
 
 class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):

@@ -114,6 +114,9 @@ class Block(nn.Module):
     run: Callable[..., Any] | None = None
     """Called in place of `one_loop`: training may compile it, verification watches it. None, not `one_loop` itself:
     that is bound to this layer, and the replicas that nn.DataParallel makes take over what a layer holds."""
+    recompute: Callable[..., Any] | None = None
+    """(function, arguments) -> result, such as torch's `checkpoint`: in training it calls each loop, and the backward
+    pass runs the loop again instead of keeping what it computed."""
 
     def __init__(self, config: Any, backend: Backend, index: int) -> None:
         super().__init__()
@@ -130,7 +133,11 @@ class Block(nn.Module):
         return add_scaled(u, scale, self.mlp(self.post_attention_layernorm(u)))
 
     def run_loop(self, *arguments: Any) -> Any:
-        return (self.run or self.one_loop)(*arguments)
+        run, decoding = self.run or self.one_loop, arguments[-1]
+        fills_cache = decoding is not None and decoding.cache is not None  # which a second run would do again
+        if self.recompute is None or not self.training or fills_cache:
+            return run(*arguments)
+        return self.recompute(run, *arguments)
 
     def rotary(self, hidden: Tensor, decoding: Decoding | None = None) -> Rotary:
         tokens = self.backend.whole_length(hidden.shape[1])

@@ -38,6 +38,37 @@ def test_strings_that_end_generation(tmp_path, tokenizer_path):
     assert codec.decode(stopped[0]) == text
 
 
+# ------------------------------------------------------------------------------------------------------ recomputation
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers is about to rename it
+@pytest.mark.parametrize("variant", ["full", "plain", "topk"])
+def test_gradient_checkpointing(variant):
+    """One loop is run again in the backward pass; in evaluation and with a cache, none."""
+    _, model = pair(variant)
+    again = copy.deepcopy(model)
+    again.gradient_checkpointing_enable()
+    assert again.is_gradient_checkpointing
+    loops, ran = 2 * max(1, model.config.max_loops), []
+    for layer in again.model.layers:
+        layer.self_attn.register_forward_pre_hook(lambda *_: ran.append(1))
+    model.train()(IDS, labels=IDS).loss.backward()
+    again.train()(IDS, labels=IDS).loss.backward()
+    assert len(ran) == 2 * loops
+    for (name, parameter), kept in zip(again.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(parameter.grad, kept.grad), name
+    for settings, mode in (({"use_cache": True}, True), ({}, False)):
+        ran.clear()
+        again.train(mode)(IDS, **settings).logits.sum().backward()
+        assert len(ran) == loops
+    again.gradient_checkpointing_disable()
+    ran.clear()
+    again.train()(IDS, labels=IDS).loss.backward()
+    assert len(ran) == loops and not again.is_gradient_checkpointing
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        again.gradient_checkpointing_enable({"use_reentrant": True})
+
+
 # ----------------------------------------------------------------------------------------------- quantizers, autocast
 
 
