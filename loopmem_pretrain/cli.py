@@ -118,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     eval_.add_argument("--seed", type=int, default=0, metavar="S", help="of the drawing of --limit (default: 0)")
     help_ = "apply every layer N times instead of max_loops, for each N; `all`: 1 to twice max_loops, and memory closed"
     eval_.add_argument("--num-loops", nargs="+", default=[], metavar="N", help=help_)
-    help_ = "let tokens leave layers early, 0 < T <= 1, for each T (default: all loops run)"
+    help_ = "let tokens leave layers early, 0 < T <= 1, for each T (default: as config.json says, else all loops run)"
     eval_.add_argument("--exit-threshold", nargs="+", type=float, default=[], metavar="T", help=help_)
     help_ = "halting (default): once a share T of its mass is out; confidence: once a loop changes less than 1 - T"
     eval_.add_argument("--exit-rule", choices=("halting", "confidence"), help=help_)

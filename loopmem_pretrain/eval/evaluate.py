@@ -50,7 +50,7 @@ def evaluate(
         limit: items a task, drawn with `seed`; None scores all.
         seed: of the drawing.
         num_loops: forced numbers of loops, or `all`; empty runs the model as it was trained.
-        exit_threshold: early exit at each of these; empty runs all loops.
+        exit_threshold: early exit at each of these; empty as the model's config says, and all loops where it says none.
         exit_rule: when tokens leave, `halting` or `confidence`.
         max_documents: of each domain; None scores all.
         batch_size: windows in one forward pass; the numbers do not depend on it.

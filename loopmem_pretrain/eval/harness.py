@@ -156,7 +156,7 @@ class LoopMemHarness(WindowLM):
         tokens = torch.tensor([ids[-(self.max_length - limit) :]], device=next(model.parameters()).device)
         early = early_exit(self.setting.exit_threshold, self.setting.exit_rule or "halting")
         cache, new, text = DynamicCache(), list[int](), ""
-        cache_with_slots(cache, [self.setting.num_loops or 1] * model.config.num_hidden_layers)
+        cache_with_slots(cache, [self.setting.num_loops or 1] * model.config.num_hidden_layers, 1)
         while len(new) < limit and not any(stop in text for stop in stops):
             told = decoding(tokens.shape[1], cache.get_seq_length(), tokens.device, cache=cache)
             if early is None:

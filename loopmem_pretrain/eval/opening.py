@@ -81,12 +81,16 @@ def settings_of(
 ) -> list[Setting]:
     """What `--num-loops`, `--exit-threshold` and `--exit-rule` ask for: every threshold with every number of loops.
 
-    With `all` loops, thresholds follow the forced loops, each with the loops that the model was trained with.
+    With `all` loops, thresholds follow the forced loops, each with the loops that the model was trained with. Without
+    thresholds the model leaves as its config says, which it does whoever calls it.
 
     Raises:
         ConfigError: no number of loops, no threshold, an unknown rule, or a model that does not loop.
     """
     settings = _settings_of_loops(model, num_loops)
+    own = getattr(model.config, "exit_threshold", None)  # a run's config has none
+    if not thresholds and own is not None:
+        thresholds, rule = [own], model.config.exit_rule
     if not thresholds:
         return settings
     if not model.config.max_loops:

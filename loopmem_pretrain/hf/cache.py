@@ -27,12 +27,17 @@ class RoomyLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append; returns all keys and values."""
-        if key_states.requires_grad or value_states.requires_grad:  # what is differentiated may not be written over
+        if torch.is_grad_enabled():  # what is differentiated may not be written over, and queries alone may be
             return super().update(key_states, value_states, *args, **kwargs)
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         self.keys = self._append("key_room", self.keys, key_states)
         self.values = self._append("value_room", self.values, value_states)
         return self.keys, self.values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the newest tokens; a slot that no token has reached, of a loop that its layer does not run, has none."""
+        if self.is_initialized:
+            super().crop(tokens_to_remove)
 
     def _append(self, name: str, held: Tensor | None, new: Tensor) -> Tensor:
         length = 0 if held is None else held.shape[-2]
@@ -53,7 +58,7 @@ def _begins(room: Tensor, held: Tensor, total: int) -> bool:
     return same and total <= room.shape[-2] and (torch.is_inference_mode_enabled() or not room.is_inference())
 
 
-def cache_with_slots(cache: DynamicCache, loops: Sequence[int]) -> int:
+def cache_with_slots(cache: DynamicCache, loops: Sequence[int], batch: int) -> int:
     """Give an empty cache its slots, or check those of a filled one; returns how many tokens it holds.
 
     Slot (n - 1) * L + l is loop n of layer l. DynamicCache(config=...), which `generate` makes, has one slot a layer
@@ -62,31 +67,47 @@ def cache_with_slots(cache: DynamicCache, loops: Sequence[int]) -> int:
     Args:
         cache: empty, or what an earlier call returned.
         loops: how many loops each layer runs at most.
+        batch: sequences of this call.
 
     Raises:
-        ValueError: it was filled with other numbers of loops.
+        ValueError: it was filled with other numbers of loops or of sequences, or it moves slots to the CPU.
     """
+    _refuse_offloading(cache)
     filled = {slot for slot in range(len(cache.layers)) if cache.get_seq_length(slot) > 0}
     if not filled:
         cache.layers[:] = [RoomyLayer() for _ in range(len(loops) * max(loops))]
     else:
         _require_slots(filled, _slots(loops))
+        _require_batch(cache.layers[0], batch)
     return int(cache.get_seq_length())
 
 
-def static_cache_with_slots(cache: StaticCache, loops: Sequence[int]) -> int:
-    """The same for a cache of fixed size, which compiled code can write; returns that size.
-
-    Raises:
-        ValueError: it was filled with other numbers of loops.
-    """
+def static_cache_with_slots(cache: StaticCache, loops: Sequence[int], batch: int) -> int:
+    """The same for a cache of fixed size, which compiled code can write; returns that size."""
+    _refuse_offloading(cache)
     size, used = int(cache.layers[0].get_max_length()), _slots(loops)
     made = {slot for slot, layer in enumerate(cache.layers) if getattr(layer, "is_initialized", False)}
     if made != used:
         if made and int(cache.get_seq_length()):
             _require_slots(made, used)
         cache.layers[:] = [StaticLayer(max_cache_len=size) for _ in range(len(loops) * max(loops))]
+    elif made:
+        _require_batch(cache.layers[0], batch)
     return size
+
+
+def _refuse_offloading(cache: DynamicCache | StaticCache) -> None:
+    if cache.offloading:
+        raise ValueError(
+            "past_key_values is offloading: it would fetch the slots of the next layer, and a layer reads those of its "
+            "next loop; leave cache_implementation out, or use 'static'"
+        )
+
+
+def _require_batch(layer: Any, batch: int) -> None:
+    held = layer.keys.shape[0]
+    if held != batch:
+        raise ValueError(f"past_key_values holds {held} sequences and this call has {batch}")
 
 
 def _slots(loops: Sequence[int]) -> set[int]:

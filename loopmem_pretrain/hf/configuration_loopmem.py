@@ -6,7 +6,9 @@ Every exported model folder carries a copy of this file: it needs transformers a
 # transformers annotates a part of itself only:
 # mypy: disable-error-code="misc,no-untyped-call"
 
+import importlib
 import math
+from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -110,6 +112,15 @@ class LoopMemConfig(PretrainedConfig):
         if problems:
             raise ValueError("this is no valid LoopMemConfig:\n  " + "\n  ".join(problems))
         super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write config.json, and the code that it names: of a model that was loaded with the folder's code,
+        transformers copies it; this package, whose files import each other, writes what an export has."""
+        if __name__.startswith("loopmem_pretrain."):  # a folder's copy of this file does without
+            code_files = importlib.import_module("loopmem_pretrain.hf.code_files")
+            self.auto_map = dict(code_files.AUTO_MAP)
+            code_files.write_code(Path(save_directory))
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     @property
     def head_width(self) -> int:

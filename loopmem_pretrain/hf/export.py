@@ -18,14 +18,11 @@ from loopmem_pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from loopmem_pretrain.errors import ConfigError, ConversionError
 from loopmem_pretrain.hf.card import History, model_card
 from loopmem_pretrain.hf.configuration_loopmem import LoopMemConfig
-from loopmem_pretrain.hf.inline import inline_module
 from loopmem_pretrain.hf.staging import check_destination, staged
 from loopmem_pretrain.hf.tokenizer import check_parity, to_huggingface
 from loopmem_pretrain.hf.unrolled import UnrolledWeights, check_unrolled, dense_config
 from loopmem_pretrain.hf.verify import Comparison, rounding, verify_folder
 from loopmem_pretrain.hf.weights import DTYPES, DType, check_weights, check_written, write_weights
-
-_HERE = Path(__file__).resolve().parent
 
 
 class ExportReport(NamedTuple):
@@ -112,10 +109,10 @@ def export(
         files = write_weights(folder, content, shapes, dtype, max_shard_size, on_written)
         check_written(folder, files, content, shapes, dtype)
         with disk_faults(folder):
-            if unrolled is None:
-                write_settings(folder, huggingface_config(model_config, tokenizer, seq_length, dtype))
-            else:
-                write_configs(folder, dense_config(model_config, _common(tokenizer, seq_length, dtype)))
+            settings: Any = huggingface_config(model_config, tokenizer, seq_length, dtype)
+            if unrolled is not None:
+                settings = dense_config(model_config, _common(tokenizer, seq_length, dtype))
+            write_settings(folder, settings)
         comparison = verify_folder(
             folder,
             model_config,
@@ -173,11 +170,6 @@ def huggingface_config(config: ModelConfig, tokenizer: Tokenizer, seq_length: in
         **config.model_dump(),
         **_common(tokenizer, seq_length, dtype),
         "architectures": ["LoopMemForCausalLM"],
-        "auto_map": {
-            "AutoConfig": "configuration_loopmem.LoopMemConfig",
-            "AutoModel": "modeling_loopmem.LoopMemModel",
-            "AutoModelForCausalLM": "modeling_loopmem.LoopMemForCausalLM",
-        },
     }
     return LoopMemConfig(**settings)
 
@@ -193,17 +185,8 @@ def _common(tokenizer: Tokenizer, seq_length: int, dtype: DType) -> dict[str, An
     }
 
 
-def write_settings(folder: Path, config: LoopMemConfig) -> None:
-    """Write config.json, generation_config.json and the two code files."""
-    write_configs(folder, config)
-    modeling = inline_module(_HERE / "modeling_loopmem.py")
-    (folder / "modeling_loopmem.py").write_text(modeling, encoding="utf-8")
-    configuration = inline_module(_HERE / "configuration_loopmem.py", {})
-    (folder / "configuration_loopmem.py").write_text(configuration, encoding="utf-8")
-
-
-def write_configs(folder: Path, config: Any) -> None:
-    """Write config.json and generation_config.json."""
+def write_settings(folder: Path, config: Any) -> None:
+    """Write config.json, generation_config.json and, of a LoopMemConfig, the two code files."""
     config.save_pretrained(folder)
     pad = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
     generation: Any = GenerationConfig  # untyped

@@ -88,7 +88,7 @@ def _watch_output(layer: nn.Module, name: str, tell: Tell) -> None:
 
 def _watch_layer(layer: Any, name: str, tell: Tell) -> None:
     loop = 0
-    run = layer.run
+    run = layer.run or layer.one_loop
 
     def start(module: nn.Module, arguments: object) -> None:
         nonlocal loop

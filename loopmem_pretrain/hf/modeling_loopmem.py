@@ -8,11 +8,13 @@ The export replaces the imports of both by their text, so an exported model fold
 # mypy: disable-error-code="misc,no-untyped-call"
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel, StaticCache
 from transformers.utils.generic import ModelOutput
 
@@ -39,6 +41,9 @@ class LoopMemCausalLMOutput(ModelOutput):
     """mean over layers and predicting tokens of (E - 1) / (N - 1)"""
     past_key_values: DynamicCache | StaticCache | None = None
     """with a cache: keys and values of all tokens so far, a slot for each layer and loop"""
+    hidden_states: tuple[Tensor, ...] | None = None
+    """with output_hidden_states, [B, T, D] each: what every layer is given, and the last one's output after the final
+    norm"""
     loop_stats: tuple[LoopStats, ...] | tuple[ExitStats, ...] | None = None
     """with output_loop_stats, one entry a looped layer: LoopStats, halting probabilities, expected loops and gates,
     whose means count padding too; with early exit ExitStats, halting probabilities and the loops each token ran"""
@@ -51,6 +56,8 @@ class LoopMemPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     _no_split_modules: ClassVar[list[str]] = ["PlainLayer", "LoopedLayer"]
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
+    gradient_checkpointing = False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -65,6 +72,22 @@ class LoopMemPreTrainedModel(PreTrainedModel):
         for key, parameter in module.named_parameters(recurse=False):
             if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False):
                 initialize([(f"{prefix}.{key}", parameter)], self.config, torch.initial_seed())
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
+    ) -> None:
+        """What gradient_checkpointing_enable calls: recompute one loop at a time, as training does.
+
+        Raises:
+            ValueError: use_reentrant.
+        """
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError("use_reentrant=True: a layer that is applied several times needs use_reentrant=False")
+        recompute = partial(gradient_checkpointing_func, use_reentrant=False)
+        layers: Any = self.model.layers
+        for index, layer in enumerate(layers):
+            layer.recompute = recompute if enable and index % every_n_layers == 0 else None
+        self.gradient_checkpointing = enable
 
 
 class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
@@ -83,10 +106,11 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: DynamicCache | StaticCache | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         num_loops: NumLoops = None,
         exit_threshold: float | None = None,
@@ -94,6 +118,8 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         output_loop_stats: bool = False,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> LoopMemCausalLMOutput | tuple[Any, ...]:
         """Logits of the next token after each of `input_ids` [B, T], and the loss.
@@ -103,6 +129,7 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
             attention_mask: 0 where a token is padding, on either side, [B, T], or [B, earlier + T] with a cache; with
                 a StaticCache it may be as long as the cache.
             position_ids: [B, T]; otherwise tokens that are no padding are counted from 0.
+            inputs_embeds: [B, T, D] in place of `input_ids`.
             past_key_values: a DynamicCache, empty or what an earlier call returned; it is extended in place. Or a
                 StaticCache, for compiled steps; no sum of tokens is checked then, and all loops run.
             labels: usually `input_ids` itself, [B, T]; they are shifted here, -100 is not counted. The loss is that of
@@ -116,12 +143,18 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
             logits_to_keep: only the last so many positions (or the given ones) get logits; 0 means all.
             output_loop_stats: returns `loop_stats`.
             use_cache: makes a cache where none is given. None: as the config says, and not in training mode.
+            output_attentions: is refused: attention weights are never made.
+            output_hidden_states: returns `hidden_states`. None: as the config says.
             return_dict: False for a plain tuple.
 
         Raises:
             ValueError: a request this model cannot meet.
         """
-        self._check_request(input_ids, labels)
+        inputs = self._inputs(input_ids, inputs_embeds, labels)
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError("output_attentions: attention weights are never made (fused attention); leave it out")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         loops = self._loops(num_loops)
         early = self._early_exit(exit_threshold, exit_rule)
         if use_cache is False and past_key_values is not None:
@@ -129,22 +162,25 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         cache = DynamicCache() if use_cache and past_key_values is None else past_key_values
-        tokens, width = input_ids.shape[1], None
+        (batch, tokens), width = inputs.shape[:2], None
         earlier: Any = 0
         if isinstance(cache, StaticCache):
             self._check_static(labels, early)
-            width = static_cache_with_slots(cache, loops)
-            earlier, real = cache.get_seq_length(), _real_of_width(attention_mask, width)
+            width = static_cache_with_slots(cache, loops, batch)
+            earlier = cache.get_seq_length()
+            real = None if attention_mask is None else _in_width(attention_mask, batch, tokens, cache) != 0
         else:
-            earlier = 0 if cache is None else self._prepare_cache(cache, loops)
-            real = _real_tokens(attention_mask, [input_ids.shape[0], earlier + tokens])
+            earlier = 0 if cache is None else self._prepare_cache(cache, loops, batch)
+            real = _real_tokens(attention_mask, [batch, earlier + tokens])
         told = None  # as in training, where there is nothing to tell
         if cache is not None or real is not None or position_ids is not None:
-            told = decoding(tokens, earlier, input_ids.device, real, position_ids, cache, width)
+            told = decoding(tokens, earlier, inputs.device, real, position_ids, cache, width)
+        states: list[Tensor] = []
+        on_layer = states.append if output_hidden_states else None
         hidden, stats = (
-            self.model(input_ids, num_loops, told)
+            self.model(inputs, num_loops, told, on_layer=on_layer)
             if early is None
-            else exit_forward(self.model, input_ids, early, num_loops, told)
+            else exit_forward(self.model, inputs, early, num_loops, told, on_layer)
         )
         if labels is not None:
             logits_to_keep = 0  # the loss needs them all
@@ -168,19 +204,20 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
             cross_entropy=cross_entropy,
             ponder_cost=ponder,
             past_key_values=cache,
+            hidden_states=(*states, hidden) if output_hidden_states else None,
             loop_stats=tuple(stats) if output_loop_stats else None,
         )
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
-    def _prepare_cache(self, cache: DynamicCache, loops: list[int]) -> int:
+    def _prepare_cache(self, cache: DynamicCache, loops: list[int], batch: int) -> int:
         """Give the cache a slot for each layer and loop; returns how many tokens it holds."""
         if not isinstance(cache, DynamicCache):
             raise ValueError(
                 f"past_key_values is a {type(cache).__name__}, and this model needs a DynamicCache or a StaticCache: "
                 "leave cache_implementation out"
             )
-        return cache_with_slots(cache, loops)
+        return cache_with_slots(cache, loops, batch)
 
     def _check_static(self, labels: Tensor | None, early: EarlyExit | None) -> None:
         if early is not None:
@@ -191,14 +228,24 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
         if labels is not None:
             raise ValueError("labels with a StaticCache: the loss is of a pass that has no cache or a DynamicCache")
 
-    def _check_request(self, input_ids: Tensor, labels: Tensor | None) -> None:
-        if input_ids.dim() != 2 or not input_ids.numel():
-            raise ValueError(f"input_ids must be [batch, tokens] with at least one token, got {list(input_ids.shape)}")
-        if labels is not None and (labels.shape != input_ids.shape or labels.shape[1] < 2):
+    def _inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, labels: Tensor | None) -> Tensor:
+        """Token ids or embeddings."""
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if inputs is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("pass either input_ids or inputs_embeds")
+        if inputs_embeds is None and (inputs.dim() != 2 or not inputs.numel()):
+            raise ValueError(f"input_ids must be [batch, tokens] with at least one token, got {list(inputs.shape)}")
+        width = self.config.hidden_size
+        if inputs_embeds is not None and (inputs.dim() != 3 or inputs.shape[2] != width or not inputs.numel()):
             raise ValueError(
-                f"labels {list(labels.shape)} must have the shape of input_ids {list(input_ids.shape)}, and at least "
+                f"inputs_embeds must be [batch, tokens, {width}] with at least one token, got {list(inputs.shape)}"
+            )
+        if labels is not None and (labels.shape != inputs.shape[:2] or labels.shape[1] < 2):
+            raise ValueError(
+                f"labels {list(labels.shape)} must have the shape of input_ids {list(inputs.shape[:2])}, and at least "
                 "two tokens: pass them unshifted, the model shifts them"
             )
+        return inputs
 
     def _loops(self, num_loops: NumLoops) -> list[int]:
         """How often each layer is applied at most."""
@@ -232,34 +279,46 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(
-        attention_mask: Tensor | None, past_key_values: StaticCache, **_: Any
+        attention_mask: Tensor | None, past_key_values: StaticCache, inputs_embeds: Tensor, **told: Any
     ) -> Tensor | None:
         """What transformers asks for with a StaticCache: the mask in the cache's length, the same in every step."""
-        return None if attention_mask is None else _as_wide(attention_mask, past_key_values.get_max_length())
+        if attention_mask is None:
+            return None
+        batch, tokens, _ = inputs_embeds.shape
+        if not told.get("is_first_iteration"):  # from then on it is transformers that makes the mask longer
+            return _as_wide(attention_mask, past_key_values.get_max_length())
+        return _in_width(attention_mask, batch, tokens, past_key_values)
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """What transformers prepares.
 
         Raises:
-            ValueError: prompts that end in padding or leave no room in the context, or embeddings instead of token ids.
+            ValueError: prompts that end in padding or leave no room in the context.
         """
         context = self.config.max_position_embeddings
-        if kwargs.get("is_first_iteration") and context is not None and input_ids.shape[1] >= context:
+        length = input_ids.shape[1] if inputs_embeds is None else inputs_embeds.shape[1]
+        if kwargs.get("is_first_iteration") and context is not None and length >= context:
             raise ValueError(
-                f"the prompt has {input_ids.shape[1]:,} tokens and the model was trained on {context:,} at once "
+                f"the prompt has {length:,} tokens and the model was trained on {context:,} at once "
                 f"(max_position_embeddings): shorten it to {context - 1:,} or less"
             )
-        if kwargs.get("inputs_embeds") is not None:
-            raise ValueError("inputs_embeds is not supported; pass input_ids")
         if attention_mask is not None and not bool(attention_mask[:, -1].all()):
             raise ValueError(
                 "attention_mask ends in padding: generation continues the last token, so prompts of a batch are padded "
                 "on the left; set tokenizer.padding_side = 'left'"
             )
+        for name in ("tokenizer", "assistant_tokenizer"):  # `generate` has used them, and hands them on
+            kwargs.pop(name, None)
         prepare: Any = super().prepare_inputs_for_generation
-        return dict(prepare(input_ids, *args, attention_mask=attention_mask, **kwargs))
+        given = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        return dict(prepare(input_ids, *args, **given, **kwargs))
 
 
 def _as_wide(attention_mask: Tensor, width: int) -> Tensor:
@@ -267,21 +326,31 @@ def _as_wide(attention_mask: Tensor, width: int) -> Tensor:
     return F.pad(attention_mask, (0, width - attention_mask.shape[1]), value=1)
 
 
-def _real_of_width(attention_mask: Tensor | None, width: int) -> Tensor | None:
-    return None if attention_mask is None else _as_wide(attention_mask, width) != 0
+def _in_width(attention_mask: Tensor, batch: int, tokens: int, cache: StaticCache) -> Tensor:
+    """The mask of the tokens so far, or of all that there may be, as the latter."""
+    width = cache.get_max_length()
+    if list(attention_mask.shape) != [batch, width]:
+        # Compiled code cannot ask the device how many tokens there are: it is given the whole mask.
+        held = width - tokens if torch.compiler.is_compiling() else int(cache.get_seq_length())
+        _require_shape(attention_mask, [batch, held + tokens])
+    return _as_wide(attention_mask, width)
 
 
 def _real_tokens(attention_mask: Tensor | None, shape: list[int]) -> Tensor | None:
     """Which tokens are no padding, bool; None where all are."""
     if attention_mask is None:
         return None
+    _require_shape(attention_mask, shape)
+    real = attention_mask != 0
+    return None if bool(real.all()) else real
+
+
+def _require_shape(attention_mask: Tensor, shape: list[int]) -> None:
     if list(attention_mask.shape) != shape:
         raise ValueError(
             f"attention_mask {list(attention_mask.shape)} must be {shape}, the tokens in the cache and those of "
             "input_ids: attention is causal, the mask only tells padding"
         )
-    real = attention_mask != 0
-    return None if bool(real.all()) else real
 
 
 @dataclass
@@ -291,6 +360,8 @@ class LoopMemModelOutput(ModelOutput):
     last_hidden_state: Tensor | None = None
     """after the final norm, [B, T, D]"""
     past_key_values: DynamicCache | None = None
+    """as in LoopMemCausalLMOutput"""
+    hidden_states: tuple[Tensor, ...] | None = None
     """as in LoopMemCausalLMOutput"""
     loop_stats: tuple[Any, ...] | None = None
     """as in LoopMemCausalLMOutput"""
@@ -312,7 +383,11 @@ class LoopMemModel(LoopMemForCausalLM):
         return False
 
     def forward(  # type: ignore[override]  # another output, and no labels
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, return_dict: bool | None = None, **request: Any
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        return_dict: bool | None = None,
+        **request: Any,
     ) -> LoopMemModelOutput | tuple[Any, ...]:
         """Hidden states [B, T, D] of `input_ids` [B, T].
 
@@ -328,6 +403,6 @@ class LoopMemModel(LoopMemForCausalLM):
         if not request.keys().isdisjoint({"labels", "logits_to_keep"}):
             raise ValueError("this model has no head: labels and logits_to_keep are for LoopMemForCausalLM")
         output: Any = super().forward(input_ids, attention_mask, return_dict=True, **request)
-        hidden = LoopMemModelOutput(output.logits, output.past_key_values, output.loop_stats)
+        hidden = LoopMemModelOutput(output.logits, output.past_key_values, output.hidden_states, output.loop_stats)
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return hidden if as_dict else hidden.to_tuple()

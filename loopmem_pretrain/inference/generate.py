@@ -103,7 +103,7 @@ def _generate_native(
     from loopmem_pretrain.hf.cache import cache_with_slots
 
     cache, layers, most = DynamicCache(), model.config.num_hidden_layers, max(1, model.config.max_loops)
-    cache_with_slots(cache, [most if n is None else n for n in loops_of_layers(depth.num_loops, layers)])
+    cache_with_slots(cache, [most if n is None else n for n in loops_of_layers(depth.num_loops, layers)], 1)
     early = early_exit(depth.exit_threshold, depth.exit_rule)
     for _ in range(max_new_tokens):
         told = decoding(ids.shape[1], cache.get_seq_length(), ids.device, cache=cache)

@@ -9,6 +9,7 @@ parallelism cuts it. Imports torch only: the exported Hugging Face model inlines
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
@@ -19,6 +20,13 @@ from torch import Tensor, nn
 def wide(dtype: torch.dtype) -> torch.dtype:
     """float32, or the dtype itself where that is wider: what halting, zeta and the mixture are computed in."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Within the block a product has the dtype of its operands, also where the caller runs under torch.autocast."""
+    kind = device.type
+    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if is_on else nullcontext()
 
 
 class SlotRead(NamedTuple):

@@ -7,6 +7,7 @@ Shapes and names as in model/loopmem.py, which loops it. Imports torch, the stan
 only: the exported Hugging Face model inlines the files as text.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -78,6 +79,7 @@ class Attention(nn.Module):
         q, k = rotate(q, rotary), rotate(k, rotary)
         if self.qk_norm == "after_rope":
             q, k = self.q_norm(q), self.k_norm(k)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast widens the norms and the rotation, and a cache holds one dtype
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         mixed = attend(q, k, v) if decoding is None else decoding.attend(q, k, v)
         return self.o_proj(mixed.transpose(1, 2).flatten(-2))
@@ -107,6 +109,15 @@ def add_scaled(x: Tensor, scale: Tensor, branch: Tensor) -> Tensor:
 class Block(nn.Module):
     """Blk(x, c): attention and feed-forward, each added to the residual stream with scale c."""
 
+    one_loop: Callable[..., Any]
+    """What a subclass does once, or in each loop; its last argument is the Decoding."""
+    run: Callable[..., Any] | None = None
+    """Called in place of `one_loop`: training may compile it, verification watches it. None, not `one_loop` itself:
+    that is bound to this layer, and the replicas that nn.DataParallel makes take over what a layer holds."""
+    recompute: Callable[..., Any] | None = None
+    """(function, arguments) -> result, such as torch's `checkpoint`: in training it calls each loop, and the backward
+    pass runs the loop again instead of keeping what it computed."""
+
     def __init__(self, config: Any, backend: Backend, index: int) -> None:
         super().__init__()
         self.backend = backend
@@ -120,6 +131,13 @@ class Block(nn.Module):
     def block(self, x: Tensor, scale: Tensor, rotary: Rotary, decoding: Attends | None = None) -> Tensor:
         u = add_scaled(x, scale, self.self_attn(self.input_layernorm(x), rotary, decoding))
         return add_scaled(u, scale, self.mlp(self.post_attention_layernorm(u)))
+
+    def run_loop(self, *arguments: Any) -> Any:
+        run, decoding = self.run or self.one_loop, arguments[-1]
+        fills_cache = decoding is not None and decoding.cache is not None  # which a second run would do again
+        if self.recompute is None or not self.training or fills_cache:
+            return run(*arguments)
+        return self.recompute(run, *arguments)
 
     def rotary(self, hidden: Tensor, decoding: Decoding | None = None) -> Rotary:
         tokens = self.backend.whole_length(hidden.shape[1])

@@ -21,7 +21,8 @@ Imports torch, the standard library and files beside it only: the exported Huggi
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,14 +31,7 @@ from torch import Tensor
 from loopmem_pretrain.model.backend import wide
 from loopmem_pretrain.model.block import Rotary
 from loopmem_pretrain.model.decoding import Decoding, attend, decoding
-from loopmem_pretrain.model.loopmem import (
-    LoopedLayer,
-    LoopMemBody,
-    NumLoops,
-    expected_loops,
-    loops_of_layers,
-    token_norm,
-)
+from loopmem_pretrain.model.loopmem import LoopedLayer, LoopMemBody, NumLoops, expected_loops, token_norm
 from loopmem_pretrain.model.memory import SharedRead
 
 # ------------------------------------------------------------------------------------------------ who leaves, and when
@@ -142,7 +136,7 @@ class PackedAttention:
 
     def place(self, whole: Tensor, part: Tensor) -> Tensor:
         """`whole` [B * T, ..] with the packed tokens' `part` [n, ..] in their places."""
-        return part if self.index is None else whole.index_copy(0, self.index, part)
+        return part if self.index is None else whole.to(part.dtype).index_copy(0, self.index, part)
 
     def extend(self) -> tuple[Tensor, Tensor]:
         """Put keys and values into the cache for one loop; returns those of earlier tokens too, [B, K, S, d]."""
@@ -184,15 +178,17 @@ class PackedAttention:
 def visit(
     layer: LoopedLayer,
     hidden: Tensor,
-    rotary: Rotary,
     memory: SharedRead | None,
     loops: int,
-    told: Decoding,
+    told: Decoding | None,
     early: EarlyExit,
 ) -> tuple[Tensor, ExitStats]:
-    """[B, T, D] -> ([B, T, D], ExitStats): the drawing at the head of this file; `rotary` is [B * T, 1, d]."""
+    """[B, T, D] -> ([B, T, D], ExitStats): the drawing at the head of this file."""
     (batch, length, width), precise, device = hidden.shape, wide(hidden.dtype), hidden.device
     everyone = batch * length
+    told = decoding(length, 0, device) if told is None else told
+    angles = layer.rotary(hidden, told)
+    rotary = Rotary(*(part.expand(batch, length, *part.shape[-2:]).flatten(0, 1) for part in angles))
     banks = layer.banks(memory, everyone * loops)
     zeta = F.softplus(layer.step_scales.to(precise))
     output = torch.zeros(everyone, width, device=device, dtype=precise)
@@ -214,7 +210,7 @@ def visit(
             injected, _, _ = layer.memory(before, banks)
         zeta_n, tau_n = layer.step(zeta, n)
         after = layer.block(injected, zeta_n, tokens.rotary, packed)
-        prob = tokens.remaining * layer.halting_lambda(after, tau_n)
+        prob = tokens.remaining * layer.halting(after, tau_n)
         remaining = tokens.remaining - prob
         leaves = torch.ones_like(remaining, dtype=torch.bool)
         if n < loops:
@@ -236,25 +232,16 @@ def exit_forward(
     early: EarlyExit,
     num_loops: NumLoops = None,
     told: Decoding | None = None,
+    on_layer: Callable[[Tensor], object] | None = None,
 ) -> tuple[Tensor, list[ExitStats]]:
     """LoopMemBody.forward with early exit: [B, T] -> (hidden [B, T, D] after the final norm, one ExitStats a layer).
 
     Args:
         model: of looped layers.
-        input_ids: token ids.
+        input_ids: token ids, or embeddings [B, T, D].
         early: when tokens leave.
         num_loops: the most loops that a layer runs, where not max_loops.
         told: positions, padding and cache, as for LoopMemBody.forward.
+        on_layer: is told what each layer is given.
     """
-    batch, length = input_ids.shape
-    told = decoding(length, 0, input_ids.device) if told is None else told
-    hidden = model.embed_tokens(input_ids)
-    memory = model.memory() if model.memory is not None else None
-    layers: list[Any] = list(model.layers)
-    angles = layers[0].rotary(hidden, told)  # the same in every layer
-    rotary = Rotary(*(part.expand(batch, length, *part.shape[-2:]).flatten(0, 1) for part in angles))
-    all_stats: list[ExitStats] = []
-    for layer, loops in zip(layers, loops_of_layers(num_loops, len(layers)), strict=True):
-        hidden, stats = visit(layer, hidden, rotary, memory, layer.max_loops if loops is None else loops, told, early)
-        all_stats.append(stats)
-    return model.norm(hidden), all_stats
+    return model(input_ids, num_loops, told, partial(visit, early=early), on_layer)

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loopmem_pretrain.model.backend import Backend, wide
+from loopmem_pretrain.model.backend import Backend, wide, without_autocast
 from loopmem_pretrain.model.block import Block, RMSNorm, Rotary
 from loopmem_pretrain.model.decoding import Decoding
 from loopmem_pretrain.model.memory import LayerBanks, LayerMemory, SharedMemory, SharedRead
@@ -43,10 +43,11 @@ from loopmem_pretrain.model.memory import LayerBanks, LayerMemory, SharedMemory,
 class PlainLayer(Block):
     """A layer that does not loop: the baselines. c = 1, or 1/(l+1) with `residual_scale: inverse_depth`."""
 
+    one_loop = Block.block
+
     def __init__(self, config: Any, backend: Backend, index: int) -> None:
         super().__init__(config, backend, index)
         self.scale = 1.0 / (index + 1) if config.residual_scale == "inverse_depth" else 1.0
-        self.run: Callable[..., Any] = self.block  # training may wrap it: recomputation, compilation
 
     def forward(
         self,
@@ -54,10 +55,11 @@ class PlainLayer(Block):
         memory: SharedRead | None = None,
         num_loops: int | None = None,
         decoding: Decoding | None = None,
+        visit: "Visit | None" = None,
     ) -> tuple[Tensor, None]:
-        """[B, T, D] -> ([B, T, D], None); memory and num_loops are for looped layers."""
+        """[B, T, D] -> ([B, T, D], None); memory, num_loops and visit are for looped layers."""
         scale = torch.full((), self.scale, device=hidden.device, dtype=wide(hidden.dtype))  # a tensor: compiled once
-        return self.run(hidden, scale, self.rotary(hidden, decoding), self.at_loop(1, decoding)), None
+        return self.run_loop(hidden, scale, self.rotary(hidden, decoding), self.at_loop(1, decoding)), None
 
 
 # ------------------------------------------------------------------------------------------- looping and halting
@@ -67,6 +69,23 @@ def expected_loops(halting_probs: Tensor) -> Tensor:
     """E = sum of n p_n: [B, T, n] -> [B, T], differentiable."""
     loops = torch.arange(1, halting_probs.shape[-1] + 1, device=halting_probs.device)
     return torch.sum(halting_probs * loops, dim=-1)
+
+
+class HaltingRouter(nn.Module):
+    """Says how likely a token stops. No nn.Linear: quantizers and adapters replace those, and it has to stay exact."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, width + 1))  # w; its last entry is tau's
+        self.bias = nn.Parameter(torch.empty(1))
+
+    def forward(self, hidden: Tensor, tau: Tensor) -> Tensor:
+        """lambda_n = sigmoid(w . [h_n; tau_n] + b), [B, T], float32 or wider, also under autocast."""
+        precise = wide(hidden.dtype)
+        weight, bias = self.weight.to(precise), self.bias.to(precise)
+        with without_autocast(hidden.device):
+            logit = F.linear(hidden.to(precise), weight[:, :-1]).squeeze(-1)
+        return torch.sigmoid(logit + weight[0, -1] * tau + bias)
 
 
 class LoopStats(NamedTuple):
@@ -118,9 +137,8 @@ class LoopedLayer(Block):
         super().__init__(config, backend, index)
         self.max_loops = config.max_loops
         self.step_scales = nn.Parameter(torch.empty(config.max_loops))  # raw s_n; zeta_n = softplus(s_n)
-        self.halting = nn.Linear(config.hidden_size + 1, 1)
+        self.halting = HaltingRouter(config.hidden_size)
         self.memory = LayerMemory(config, backend) if config.local_slots or config.global_slots else None
-        self.run: Callable[..., Any] = self.one_loop  # training may wrap it: recomputation, compilation
 
     def forward(
         self,
@@ -128,13 +146,16 @@ class LoopedLayer(Block):
         memory: SharedRead | None = None,
         num_loops: int | None = None,
         decoding: Decoding | None = None,
-    ) -> tuple[Tensor, LoopStats]:
+        visit: "Visit | None" = None,
+    ) -> tuple[Tensor, Any]:
         """Visit the layer: [B, T, D] -> ([B, T, D], LoopStats).
 
         `num_loops` forces n loops instead of N: with n < N the last of them takes the remaining probability, with
-        n > N the last step scale and tau = 1 are repeated (extrapolation beyond training).
+        n > N the last step scale and tau = 1 are repeated (extrapolation beyond training). `visit` does it another way.
         """
         loops = self.max_loops if num_loops is None else num_loops
+        if visit is not None:
+            return visit(self, hidden, memory, loops, decoding)
         precise = wide(hidden.dtype)
         zeta = F.softplus(self.step_scales.to(precise))
         rotary = self.rotary(hidden, decoding)
@@ -149,7 +170,7 @@ class LoopedLayer(Block):
         for n in range(1, loops + 1):
             is_last = torch.full((), n == loops, device=hidden.device)
             step = (*self.step(zeta, n), is_last)
-            state, report = self.run(state, *step, banks, rotary, self.at_loop(n, decoding))
+            state, report = self.run_loop(state, *step, banks, rotary, self.at_loop(n, decoding))
             reports.append(report)
         return state.output.to(hidden.dtype), collect(reports)
 
@@ -179,7 +200,7 @@ class LoopedLayer(Block):
             injected, local_gate, global_gate = self.memory(state.hidden, banks)
         hidden = self.block(injected, zeta, rotary, decoding)
 
-        lam = self.halting_lambda(hidden, tau)
+        lam = self.halting(hidden, tau)
         # The last loop takes what is left, its own lambda is only reported. `where` keeps it in the graph: the router
         # has a gradient (zero) on every rank also with one loop, and one compiled loop serves them all.
         prob = state.remaining * torch.where(is_last, 1.0, lam)
@@ -190,13 +211,6 @@ class LoopedLayer(Block):
         cosine = (dot / (norm * state.norm).clamp_min(1e-12)).mean()
         report = LoopReport(prob, lam.detach().mean(), cosine, mean_of(local_gate), mean_of(global_gate))
         return LoopState(hidden, norm, state.remaining - prob, output), report
-
-    def halting_lambda(self, hidden: Tensor, tau: Tensor) -> Tensor:
-        """lambda_n = sigmoid(w . [h_n; tau_n] + b), [B, T], float32 or wider."""
-        precise = wide(hidden.dtype)
-        weight, bias = self.halting.weight.to(precise), self.halting.bias.to(precise)
-        logit = F.linear(hidden.to(precise), weight[:, :-1]).squeeze(-1)
-        return torch.sigmoid(logit + weight[0, -1] * tau + bias)
 
 
 def token_norm(hidden: Tensor) -> Tensor:
@@ -229,6 +243,10 @@ def ponder_cost(expected_loops: Tensor, max_loops: int) -> Tensor:
     return (expected_loops - 1).mean() / max(1, max_loops - 1)
 
 
+Visit = Callable[[LoopedLayer, Tensor, SharedRead | None, int, Decoding | None], tuple[Tensor, Any]]
+"""Another way to visit a layer, early exit's. It is called by the layer's forward, so that hooks of the layer run."""
+
+
 # --------------------------------------------------------------------------------------------------- whole model
 
 
@@ -257,14 +275,24 @@ class LoopMemBody(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, input_ids: Tensor, num_loops: NumLoops = None, decoding: Decoding | None = None
-    ) -> tuple[Tensor, list[LoopStats]]:
-        """[B, T] -> (hidden [B, T, D] after the final norm, one LoopStats a looped layer)."""
-        hidden = self.embed_tokens(input_ids)
+        self,
+        input_ids: Tensor,
+        num_loops: NumLoops = None,
+        decoding: Decoding | None = None,
+        visit: Visit | None = None,
+        on_layer: Callable[[Tensor], object] | None = None,
+    ) -> tuple[Tensor, list[Any]]:
+        """[B, T] -> (hidden [B, T, D] after the final norm, one LoopStats, or what `visit` returns, a looped layer).
+
+        Embeddings [B, T, D] may stand for token ids; `on_layer` is told what each layer is given.
+        """
+        hidden = input_ids if input_ids.is_floating_point() else self.embed_tokens(input_ids)
         memory = self.memory() if self.memory is not None else None
-        all_stats: list[LoopStats] = []
+        all_stats: list[Any] = []
         for layer, loops in zip(self.layers, loops_of_layers(num_loops, len(self.layers)), strict=True):
-            hidden, stats = layer(hidden, memory, loops, decoding)
+            if on_layer is not None:
+                on_layer(hidden)
+            hidden, stats = layer(hidden, memory, loops, decoding, visit)
             all_stats += [] if stats is None else [stats]
         return self.norm(hidden), all_stats
 

@@ -232,14 +232,20 @@ def mixture_of(slots: Tensor, values: Tensor) -> Callable[[Tensor], Tensor]:
     """weights [B, T, C] -> sum over c of weights[c] values[slots[c]], [B, T, D]; no [B, T, C, D] is made."""
 
     def mix(weights: Tensor) -> Tensor:
-        mixed = F.embedding_bag(slots.flatten(0, 1), values, per_sample_weights=weights.flatten(0, 1), mode="sum")
+        weights = weights.flatten(0, 1).to(values.dtype)  # under autocast the softmax is float32, V P^T is not
+        mixed = F.embedding_bag(slots.flatten(0, 1), values, per_sample_weights=weights, mode="sum")
         return mixed.view(*slots.shape[:2], -1)
 
     return mix
 
 
+def all_slots_read(query: Tensor, keys: Tensor, values: Tensor, lookup: Lookup) -> SlotRead:
+    """`dense_read`, called as the others are."""
+    return dense_read(query, keys, values)
+
+
 RETRIEVALS: Mapping[str, Callable[[Tensor, Tensor, Tensor, Lookup], SlotRead]] = {
-    "dense": lambda query, keys, values, lookup: dense_read(query, keys, values),
+    "dense": all_slots_read,  # no lambda: layers hold what they read with, and a model can be pickled
     "topk": topk_read,
     "product_keys": product_key_read,
 }

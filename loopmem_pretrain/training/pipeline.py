@@ -251,14 +251,14 @@ def universal_checkpoint_info(
 
 
 def wrap_loops(module: nn.Module, training: TrainingConfig) -> None:
-    """Recompute and compile one loop at a time, as the config asks; the layers themselves know nothing of it."""
+    """Recompute and compile one loop at a time, as the config asks."""
     for layer in module.modules():
         if not isinstance(layer, PlainLayer | LoopedLayer):
             continue
         if training.compile == "loop":
-            layer.run = _compiled(layer.run)
+            layer.run = _compiled(layer.one_loop)
         if training.activation_checkpointing == "loop":
-            layer.run = _recomputed(layer.run)
+            layer.recompute = _RECOMPUTE
 
 
 CrossEntropy = Callable[[Tensor, Tensor], Tensor]
@@ -290,7 +290,6 @@ def _compiled(run: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _recomputed(run: Callable[..., Any]) -> Callable[..., Any]:
-    # Non-reentrant only: reentrant recomputation of a reused layer breaks under ZeRO 2 and 3. The model draws no
-    # random numbers, so there is no generator state to keep.
-    return lambda *args: checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
+# Non-reentrant only: reentrant recomputation of a reused layer breaks under ZeRO 2 and 3. The model draws no random
+# numbers, so there is no generator state to keep.
+_RECOMPUTE = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)

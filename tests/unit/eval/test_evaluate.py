@@ -5,7 +5,9 @@ import pytest
 from loopmem_pretrain.errors import ConfigError
 from loopmem_pretrain.eval.opening import settings_of
 from loopmem_pretrain.eval.scoring import Setting
-from tests.unit.hf.conftest import model_config, native_model
+from loopmem_pretrain.hf.configuration_loopmem import LoopMemConfig
+from loopmem_pretrain.hf.modeling_loopmem import LoopMemForCausalLM
+from tests.unit.hf.conftest import SIZES, VARIANTS, model_config, native_model
 
 
 def settings(variant, *num_loops):
@@ -39,6 +41,16 @@ def test_thresholds_follow_all_loops():
     model = native_model(model_config("full"))
     early = Setting(3, exit_threshold=0.5, exit_rule="halting")
     assert settings_of(model, ["all"], [0.5]) == [*settings_of(model, ["all"]), early]
+
+
+def test_threshold_of_the_config():
+    """What the model does whoever calls it, unless told otherwise."""
+    exits = {"exit_threshold": 0.6, "exit_rule": "confidence"}
+    model = LoopMemForCausalLM(LoopMemConfig(**SIZES, **VARIANTS["full"], **exits))
+    assert settings_of(model, []) == [Setting(3, **exits)]
+    assert settings_of(model, ["2"]) == [Setting(2, **exits)]
+    assert settings_of(model, ["all"])[-1] == Setting(3, **exits)
+    assert settings_of(model, [], [1.0]) == [Setting(3, exit_threshold=1.0, exit_rule="halting")]
 
 
 def test_unknown_rule():

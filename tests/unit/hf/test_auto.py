@@ -7,9 +7,11 @@ import sys
 import pytest
 import torch
 
+from loopmem_pretrain.hf.configuration_loopmem import LoopMemConfig
 from loopmem_pretrain.hf.export import huggingface_config, write_settings, write_tokenizer
+from loopmem_pretrain.hf.modeling_loopmem import LoopMemForCausalLM
 from loopmem_pretrain.hf.weights import check_weights, write_weights
-from tests.unit.hf.conftest import TEXTS, model_config, native_model
+from tests.unit.hf.conftest import SIZES, TEXTS, model_config, native_model
 
 # Both ways of loading and saving; the package is importable in one of them only.
 PROGRAM = """
@@ -66,6 +68,29 @@ def folder(request, tmp_path_factory, tokenizer_path, tokenizer):
     write_weights(folder, weights, check_weights(model.config, weights), "float32", "100KB")
     write_settings(folder, huggingface_config(model.config, tokenizer, 64, "float32"))
     return folder
+
+
+# What a stranger can do with what the package has saved.
+STRANGER = """
+import sys
+sys.modules["loopmem_pretrain"] = None
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+torch.save(model(torch.arange(12)[None]).logits, sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_stranger_loads_what_the_package_saves(fresh, folder, tmp_path):
+    """A model that it loaded, and one that never was an export."""
+    model = LoopMemForCausalLM(LoopMemConfig(**SIZES)) if fresh else LoopMemForCausalLM.from_pretrained(folder)
+    model.eval().save_pretrained(tmp_path / "saved")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", STRANGER, str(tmp_path / "saved"), str(tmp_path / "logits")]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(torch.load(tmp_path / "logits"), model(torch.arange(12)[None]).logits)
 
 
 @pytest.mark.slow

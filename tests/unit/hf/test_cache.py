@@ -128,14 +128,15 @@ def test_a_copied_cache_is_another(looped):
         close(model(IDS[:, 5:], past_key_values=cache).logits, native(IDS).logits[:, 5:])
 
 
-def test_gradients_through_cached_values_alone(looped):
-    """In the first loop of the first layer keys need no gradient here, and values do."""
+@pytest.mark.parametrize("part", ["q_proj", "v_proj"])
+def test_gradients_of_one_projection_alone(looped, part):
+    """In the first loop of the first layer keys need no gradient here, and values, or queries, do."""
     model = copy.deepcopy(looped[1])
-    value = model.model.layers[0].self_attn.v_proj.weight
+    weight = model.model.layers[0].self_attn.get_submodule(part).weight
     for parameter in model.parameters():
-        parameter.requires_grad_(parameter is value)
-    (whole,) = torch.autograd.grad(model(IDS, use_cache=False).logits.square().mean(), value)
-    (cached,) = torch.autograd.grad(in_steps(model, IDS).square().mean(), value)
+        parameter.requires_grad_(parameter is weight)
+    (whole,) = torch.autograd.grad(model(IDS, use_cache=False).logits.square().mean(), weight)
+    (cached,) = torch.autograd.grad(in_steps(model, IDS).square().mean(), weight)
     close(cached, whole)
 
 
@@ -262,12 +263,19 @@ def test_conversation_goes_on_with_the_returned_cache(looped):
     assert torch.equal(on, model.generate(longer, max_new_tokens=4, do_sample=False))
 
 
-def test_guessed_tokens_that_are_refused_leave_every_slot(looped):
-    """Speculative decoding crops the cache."""
+@pytest.mark.parametrize("settings", [{}, {"num_loops": [1, 3]}], ids=str)
+def test_guessed_tokens_that_are_refused_leave_every_slot(looped, settings):
+    """Speculative decoding crops the cache, slots of loops that a layer does not run with it."""
     _, model = looped
     ids = IDS[:1].repeat(1, 2)
-    guessed = model.generate(ids, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3)
-    assert torch.equal(guessed, model.generate(ids, max_new_tokens=12, do_sample=False))
+    asked = {"max_new_tokens": 12, "do_sample": False, **settings}
+    exact = model.generate(ids, **asked)
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **asked), exact)
+    assert torch.equal(model.generate(ids, assistant_model=pair("loop")[1], **asked), exact)
+    cache = model(ids, **settings).past_key_values
+    for layer in cache.layers:
+        layer.crop(-3)
+    assert {layer.get_seq_length() for layer in cache.layers} <= {0, 21}
 
 
 def test_pipeline_and_streamer(tmp_path, tokenizer_path, tokenizer, capsys):
@@ -331,6 +339,21 @@ def test_cache_of_other_loops(looped):
     assert "holds 4 slots and this call needs 6" in refusal(model, IDS[:, :1], past_key_values=cache)
 
 
+def test_cache_of_another_batch(looped):
+    _, model = looped
+    static = StaticCache(config=model.config, max_cache_len=16)
+    for cache in (model(IDS).past_key_values, model(IDS, past_key_values=static).past_key_values):
+        said = refusal(model, IDS[:1, :1], past_key_values=cache)
+        assert "past_key_values holds 2 sequences and this call has 1" in said
+
+
+@pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
+def test_offloading_cache(looped, implementation):
+    _, model = looped
+    said = refusal(model.generate, IDS, max_new_tokens=2, cache_implementation=implementation)
+    assert "past_key_values is offloading" in said and "leave cache_implementation out" in said
+
+
 def test_cache_that_is_not_wanted(looped):
     _, model = looped
     said = refusal(model, IDS[:, :1], past_key_values=DynamicCache(), use_cache=False)
@@ -367,6 +390,20 @@ def test_what_a_static_cache_cannot_do(looped):
         model.generate, IDS, max_new_tokens=2, cache_implementation="static", exit_threshold=0.5
     )
     assert "labels with a StaticCache" in refusal(model, IDS, labels=IDS, past_key_values=static)
+
+
+@pytest.mark.parametrize("length", [2, 11, 13])
+def test_mask_of_another_length_with_a_static_cache(looped, length):
+    _, model = looped
+    mask = torch.ones(2, length, dtype=torch.long)
+    mask[0, 0] = 0  # transformers leaves a mask of ones out
+    static = StaticCache(config=model.config, max_cache_len=16)
+    assert f"[2, {length}] must be [2, 12]" in refusal(model, IDS, attention_mask=mask, past_key_values=static)
+    asked = {"max_new_tokens": 9, "cache_implementation": "static"}
+    assert f"[2, {length}] must be [2, 12]" in refusal(model.generate, IDS, attention_mask=mask, **asked)
+    model(IDS, attention_mask=torch.ones(2, 12), past_key_values=static)
+    model(IDS[:, :1], attention_mask=torch.ones(2, 13), past_key_values=static)
+    model(IDS[:, :1], attention_mask=torch.ones(2, 16), past_key_values=static)
 
 
 def test_mask_without_the_tokens_in_the_cache(looped):

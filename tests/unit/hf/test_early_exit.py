@@ -53,7 +53,8 @@ def reference(model, ids, exits, num_loops=None):
                 u = hidden + zeta * attention.o_proj(attended(query, torch.stack(keys), torch.stack(values)))
                 hidden = u + zeta * layer.mlp(layer.post_attention_layernorm(u))
                 tau = (min(n, layer.max_loops) - 1) / max(1, layer.max_loops - 1)
-                lam = torch.sigmoid(layer.halting(torch.cat((hidden, torch.tensor([tau]))))).item()
+                seen = torch.cat((hidden, torch.tensor([tau])))
+                lam = torch.sigmoid(layer.halting.weight[0] @ seen + layer.halting.bias).item()
                 rule, threshold = exits[position]
                 gone = (
                     1 - mass * (1 - lam) if rule == "halting" else 1 - float((hidden - before).norm() / hidden.norm())

@@ -88,6 +88,41 @@ def test_bfloat16(looped):
     assert abs(output.loss - model(IDS, labels=IDS).loss) < 0.1
 
 
+@pytest.mark.parametrize("settings", [{}, {"exit_threshold": 0.6}], ids=str)
+@pytest.mark.parametrize("variant", ["full", "plain"])
+def test_hidden_states(variant, settings):
+    """As transformers defines them: what each layer is given, then the output of the final norm."""
+    _, model = pair(variant)
+    settings = settings if variant == "full" else {}
+    body, mine = model.model, model(IDS, output_hidden_states=True, **settings)
+    assert len(mine.hidden_states) == 3 and model(IDS, **settings).hidden_states is None
+    assert torch.equal(mine.hidden_states[0], body.embed_tokens(IDS))
+    assert torch.equal(model.lm_head(mine.hidden_states[-1]), mine.logits)
+    given = []
+    hook = body.layers[1].register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    model.config.output_hidden_states = True
+    last = model(IDS, **settings).hidden_states
+    hook.remove()
+    assert torch.equal(given[0], mine.hidden_states[1]) and all(map(torch.equal, last, mine.hidden_states))
+    model.config.output_hidden_states = False
+    asked = {"max_new_tokens": 2, "do_sample": False, "output_hidden_states": True, "return_dict_in_generate": True}
+    written = model.generate(IDS, **asked, **settings).hidden_states
+    assert [states[1].shape for states in written] == [(2, 12, 32), (2, 1, 32)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"exit_threshold": 0.6}], ids=str)
+def test_embeddings_for_token_ids(looped, settings):
+    _, model = looped
+    embeds = model.get_input_embeddings()(IDS)
+    whole = model(inputs_embeds=embeds, labels=IDS, output_attentions=False, **settings)
+    expected = model(IDS, labels=IDS, inputs_embeds=None, output_attentions=None, **settings)
+    assert torch.equal(whole.logits, expected.logits) and torch.equal(whole.loss, expected.loss)
+    asked = {"max_new_tokens": 4, "do_sample": False, **settings}
+    mask = torch.ones_like(IDS)
+    written = model.generate(inputs_embeds=embeds, attention_mask=mask, **asked)
+    assert torch.equal(written, model.generate(IDS, attention_mask=mask, **asked)[:, 12:])
+
+
 # ------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -116,6 +151,21 @@ def test_loops_of_a_plain_model():
 
 def test_empty_input(looped):
     assert "at least one token" in refusal(looped[1], IDS[:, :0])
+
+
+def test_ids_and_embeddings(looped):
+    _, model = looped
+    for given in ({}, {"input_ids": IDS, "inputs_embeds": torch.zeros(2, 12, 32)}):
+        assert "either input_ids or inputs_embeds" in refusal(model, **given)
+    assert "[batch, tokens, 32]" in refusal(model, inputs_embeds=torch.zeros(2, 12, 31))
+
+
+def test_attention_weights(looped):
+    _, model = looped
+    assert "never made" in refusal(model, IDS, output_attentions=True)
+    assert "never made" in refusal(
+        model.generate, IDS, max_new_tokens=2, output_attentions=True, return_dict_in_generate=True
+    )
 
 
 def test_shifted_labels(looped):
@@ -174,6 +224,13 @@ def test_bfloat16_from_pretrained(tmp_path, looped):
     loaded = LoopMemForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     for name, parameter in loaded.named_parameters():
         assert torch.equal(parameter, dict(model.named_parameters())[name].to(torch.bfloat16)), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pickled_whole(variant, tmp_path):
+    _, model = pair(variant)
+    torch.save(model, tmp_path / "model.pt")
+    assert torch.equal(torch.load(tmp_path / "model.pt", weights_only=False)(IDS).logits, model(IDS).logits)
 
 
 def test_resized_vocabulary():

@@ -128,7 +128,7 @@ def test_bfloat16_keeps_halting_and_mixture_in_float32():
     seen = []
 
     def spy(layer):
-        run = layer.run
+        run = layer.one_loop
 
         def wrapped(state, zeta, *rest):
             new_state, report = run(state, zeta, *rest)
