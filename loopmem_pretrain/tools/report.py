@@ -21,7 +21,7 @@ from loopmem_pretrain.data.manifest import MANIFEST_NAME, Manifest, load_manifes
 from loopmem_pretrain.errors import DataError
 from loopmem_pretrain.metrics_file import METRICS_NAME, Metrics, Record, load_metrics
 from loopmem_pretrain.model.flops import forward_flops_per_token, parameter_counts, training_flops_per_token
-from loopmem_pretrain.tools.figures import FAINT, INK, training_loss
+from loopmem_pretrain.tools.figures import FAINT, INK, layer_series, series, training_loss
 from loopmem_pretrain.tools.plot import PLOTS, Plot, render
 from loopmem_pretrain.tools.report_style import PAGE
 
@@ -114,9 +114,10 @@ def _numbers(run: Run) -> str:
     if recent := _values(records, key)[-10:]:
         mean = sum(recent) / len(recent)
         rows.append((f"Training {name}, mean of the last {len(recent)} logged", f"{mean:.4f} nats a token"))
-    measured = [record for record in records if isinstance(record.get("validation_loss"), int | float)]
-    validated = [(record["validation_loss"], record["step"]) for record in measured]
-    if validated:
+    if broken := sum(key in record for record in records) - len(_values(records, key)):
+        rows.append((f"Logged lines without a finite {name}, not in its mean and figure", f"{broken:,}"))
+    steps, losses = series(records, "validation_loss")
+    if validated := list(zip(losses.tolist(), steps.astype(int).tolist(), strict=True)):
         (end, at), (best, best_at) = validated[-1], min(validated)
         rows.append(
             (f"Validation loss at step {at:,}", f"{end:.4f} nats a token (perplexity {exp(min(end, 700)):.2f})")
@@ -134,10 +135,9 @@ def _numbers(run: Run) -> str:
         ("local_gate", "Local gate at the end"),
         ("global_gate", "Global gate at the end"),
     ):
-        if found := [record[key] for record in records if record.get(key)]:
-            values = found[-1]
-            spread = f"{sum(values) / len(values):.3f} (layers {min(values):.3f} ... {max(values):.3f})"
-            rows.append((f"{label}, mean", spread))
+        if len(found := layer_series(records, key)[1]):
+            mean, least, most = found[-1].mean(), found[-1].min(), found[-1].max()
+            rows.append((f"{label}, mean", f"{mean:.3f} (layers {least:.3f} ... {most:.3f})"))
     return _table(rows)
 
 
@@ -273,4 +273,4 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, object]]:
 
 
 def _values(records: list[Record], key: str) -> list[float]:
-    return [record[key] for record in records if isinstance(record.get(key), int | float)]
+    return series(records, key)[1].tolist()

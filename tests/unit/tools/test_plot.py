@@ -142,6 +142,23 @@ def test_a_loss_that_is_not_finite_is_a_gap(tmp_path: Path) -> None:
     assert save_plots(tmp_path, tmp_path / "out")
 
 
+def test_a_run_that_diverged_shows_its_last_finite_values(make_run: MakeRun) -> None:
+    """Every number of the last lines is null, as JsonlLogger writes what is not finite."""
+
+    def nothing(value: object) -> object:
+        return list(map(nothing, value)) if isinstance(value, list) else None
+
+    records = read_metrics(make_run() / "metrics.jsonl")
+    end = {key: value if key in ("step", "tokens") else nothing(value) for key, value in records[-1].items()}
+    records += [end | {"step": 4010}, end | {"step": 4020}]
+    for plot in PLOTS:
+        assert render(plot, records, "svg"), plot.name
+        assert render(plot, records[-1:], "svg") is None, plot.name
+    figure = next(plot for plot in PLOTS if plot.name == "gates_end").draw(records)
+    assert figure is not None
+    assert figure.axes[0].get_ylabel() == "mean gate at step 4,000"
+
+
 def test_series_take_only_what_was_measured() -> None:
     records = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}, {"step": 3}, {"step": 4, "loss": 1}]
     steps, values = series(records, "loss")

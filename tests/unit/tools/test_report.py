@@ -243,3 +243,13 @@ def test_nothing_is_left_of_a_page_that_cannot_be_written(short_run: Path) -> No
     with pytest.raises(EnvironmentFault, match="cannot write"):
         write_report(short_run, short_run / "report.html")
     assert not [path for path in short_run.iterdir() if "tmp" in path.name]
+
+
+def test_a_run_that_diverged(short_run: Path) -> None:
+    gone = {"step": 4, "tokens": 4096, "loss": None, "expected_loops": [None, None], "local_gate": [None, None]}
+    with (short_run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(gone) + "\n")
+    page = _report(short_run)
+    assert page.rows["Training loss, mean of the last 3 logged"] == "9.0000 nats a token"
+    assert page.rows["Logged lines without a finite loss, not in its mean and figure"] == "1"
+    assert "Expected loops at the end, mean" not in page.rows
