@@ -4,6 +4,7 @@ Errors that users cause are printed without a traceback, with what to do; errors
 """
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -24,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     level = logging.INFO if rank == "0" else logging.ERROR
     logging.basicConfig(level=logging.WARNING, format="loopmem: %(message)s", stream=sys.stderr)
     logging.getLogger("loopmem_pretrain").setLevel(level)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows `?`, and the rest
     try:
         code = int(options.run(options))
         sys.stdout.flush()  # here, where a closed pipe is understood
@@ -92,16 +95,21 @@ def build_parser() -> argparse.ArgumentParser:
     generate_ = command("generate", generate, "Write text with a run or an exported Hugging Face folder.")
     generate_.add_argument("model", metavar="RUN_OR_HF", help="run folder or exported folder")
     generate_.add_argument("--prompt", required=True, help="text to continue")
-    generate_.add_argument("--max-new-tokens", type=int, default=100, metavar="N")
-    generate_.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
-    generate_.add_argument("--top-k", type=int, default=50, metavar="K")
-    generate_.add_argument("--seed", type=int, default=0)
+    help_ = "(default: 100, or as many as the context has room for)"
+    generate_.add_argument("--max-new-tokens", type=int, metavar="N", help=help_)
+    help_ = "0 takes the likeliest token each time (default: 0.8)"
+    generate_.add_argument("--temperature", type=float, default=0.8, metavar="T", help=help_)
+    help_ = "draw from the K likeliest tokens (default: 50)"
+    generate_.add_argument("--top-k", type=int, default=50, metavar="K", help=help_)
+    help_ = "of the drawing; the same seed gives the same text (default: 0)"
+    generate_.add_argument("--seed", type=int, default=0, metavar="S", help=help_)
     help_ = "apply every layer N times instead of max_loops; several numbers: one for each layer"
     generate_.add_argument("--num-loops", type=int, nargs="+", metavar="N", help=help_)
     help_ = "let tokens leave a layer early, 0 < T <= 1; 1 runs all loops (default: as the model's config says)"
     generate_.add_argument("--exit-threshold", type=float, metavar="T", help=help_)
     help_ = "halting (default): once a share T of its mass is out; confidence: once a loop changes less than 1 - T"
     generate_.add_argument("--exit-rule", choices=("halting", "confidence"), help=help_)
+    generate_.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda or cuda:N (default: cpu)")
     generate_.add_argument("--save", metavar="FILE", help="also write prompt and text to FILE")
     eval_ = command("eval", evaluate, "A run or an exported folder on held-out text (perplexity) and task suites.")
     eval_.add_argument("model", metavar="RUN_OR_HF", help="run folder, one of its checkpoints, or exported folder")
@@ -256,11 +264,16 @@ def reshape(options: Any) -> int:
 def generate(options: Any) -> int:
     from pathlib import Path
 
-    from loopmem_pretrain.data.files import write_file
+    from loopmem_pretrain.data.files import check_target, write_file
+    from loopmem_pretrain.hf.load import device_of
     from loopmem_pretrain.inference.command import open_model
-    from loopmem_pretrain.inference.generate import generate_text
+    from loopmem_pretrain.inference.generate import check_request, generate_text
 
     rule = _exit_rule(options)
+    check_request(options.prompt, options.max_new_tokens, options.temperature, options.top_k, options.seed)
+    device = device_of(options.device)
+    if options.save:
+        check_target(options.save)
     pieces: list[str] = []
 
     def show(piece: str) -> None:
@@ -269,7 +282,7 @@ def generate(options: Any) -> int:
 
     model, tokenizer, context = open_model(options.model)
     text = generate_text(
-        model,
+        model.to(device),
         tokenizer,
         options.prompt,
         options.max_new_tokens,
@@ -298,10 +311,13 @@ def _exit_rule(options: Any) -> str:
 def evaluate(options: Any) -> int:
     import shlex
 
+    from loopmem_pretrain.data.files import check_target
     from loopmem_pretrain.eval.evaluate import evaluate, write_evaluation
     from loopmem_pretrain.tools.evaluation import describe
     from loopmem_pretrain.tools.evaluation_card import check_card, write_card
 
+    if options.out:
+        check_target(options.out)
     if options.card:
         check_card(options.model)
     evaluation = evaluate(
@@ -360,8 +376,11 @@ def plot(options: Any) -> int:
 def report(options: Any) -> int:
     from pathlib import Path
 
+    from loopmem_pretrain.data.files import check_target
     from loopmem_pretrain.tools.report import write_report
 
+    if options.out:
+        check_target(options.out)
     print(write_report(options.run_dir, options.out or Path(options.run_dir) / "report.html"))
     return EXIT_DONE
 

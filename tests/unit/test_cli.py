@@ -1,5 +1,6 @@
 """The command line: bad usage ends with exit code 2, names what is wrong and shows no traceback."""
 
+import io
 import os
 import re
 import subprocess
@@ -112,6 +113,48 @@ def test_a_rule_without_a_threshold(refused, command):
 
 def test_generate_without_a_prompt(refused):
     assert "the following arguments are required: --prompt" in refused(2, "generate", "runs/demo")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--prompt", "a b\udcff", r"the prompt is not UTF-8 text: '\udcff' at character 4"),
+        ("--seed", str(2**64), f"seed {2**64} does not fit into 64 bits"),
+        ("--temperature", "1e300", "temperature 1e+300 is not valid"),
+        ("--top-k", "0", "top_k 0 is not valid"),
+        ("--max-new-tokens", "0", "max_new_tokens 0 is not valid"),
+        ("--device", "tpu7x", "device 'tpu7x' is not known"),
+        ("--save", ".", ". is a folder"),
+    ],
+)
+def test_generate_refuses_before_it_opens_a_model(refused, option, value, said):
+    assert said in refused(2, "generate", "nowhere", "--prompt", "a", option, value)
+
+
+def test_generate_says_its_defaults(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for words in ("(default: 100, or as many as", "(default: 0.8)", "(default: 50)", "(default: 0)", "(default: cpu)"):
+        assert words in said
+
+
+@pytest.mark.parametrize("command", [("eval", "nowhere"), ("report", "nowhere")])
+def test_a_place_to_write_to_is_looked_at_first(refused, tmp_path, command):
+    assert f"{tmp_path} is a folder" in refused(2, *command, "--out", str(tmp_path))
+    (tmp_path / "file").touch()
+    said = refused(6, *command, "--out", str(tmp_path / "file" / "out.json"))
+    assert f"cannot write {tmp_path / 'file'}" in said and "tmp-" not in said
+
+
+def test_a_terminal_that_lacks_a_character(tmp_path, monkeypatch):
+    run = tmp_path / "\u00fc"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    screen = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="ascii"))
+    assert main(["report", str(run)]) == 0
+    assert screen.getvalue().decode() == f"{tmp_path}/?/report.html\n"
 
 
 def test_convert_without_a_destination(refused):
