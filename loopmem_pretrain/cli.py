@@ -43,6 +43,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_DONE
 
 
+class Command(argparse.ArgumentParser):
+    """A subcommand: overrides may stand on both sides of its options, and a mistake shows its own usage."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As in argparse, which takes positional arguments at one place only and leaves the others over."""
+        options, others = super().parse_known_args(args, namespace)
+        if others and ("overrides" not in options or any(word.startswith("-") for word in others)):
+            self.error(f"unrecognized arguments: {' '.join(others)}")
+        if others:
+            options.overrides = [*options.overrides, *others]
+        return options, []
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All subcommands and their arguments; imports nothing heavy."""
     parser = argparse.ArgumentParser(
@@ -53,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"loopmem {__version__}")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher puts it before the command
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Command)
 
     def command(name: str, run: Callable[[Any], int], help: str, among: Any = commands) -> argparse.ArgumentParser:
         sub = among.add_parser(name, help=help, description=help, formatter_class=argparse.RawTextHelpFormatter)

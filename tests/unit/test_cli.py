@@ -51,6 +51,30 @@ def test_unknown_option(refused):
     assert "unrecognized arguments: --gpus" in refused(2, "train", "--config", RUN, "--gpus=2")
 
 
+def test_the_usage_is_of_the_subcommand(refused):
+    assert refused(2, "train", "--config", RUN, "a.b=1", "--gpus", "2").startswith("usage: loopmem train ")
+    said = refused(2, "slurm", "status", "runs/demo", "logging.interval_steps=2")
+    assert said.startswith("usage: loopmem slurm status ")
+    assert "unrecognized arguments: logging.interval_steps=2" in said
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("train", "a.b=1", "--config", RUN, "--ranks", "2", "c.d=2", "--trust", "e.f=3"),
+        ("estimate", "a.b=1", "--config", RUN, "--ranks=2", "c.d=2", "e.f=3"),
+        ("prepare-data", "a.b=1", "--config", RUN, "c.d=2", "e.f=3"),
+        ("train-tokenizer", "--config", RUN, "a.b=1", "c.d=2", "e.f=3"),
+        ("convert", "--from-hf", "dense", "my.yaml", "a.b=1", "--overwrite", "c.d=2", "e.f=3"),
+        ("slurm", "render", "a.b=1", "--nodes", "2", "c.d=2", "--config", RUN, "--cluster", "c.yaml", "e.f=3"),
+        ("slurm", "prepare", "a.b=1", "--config", RUN, "c.d=2", "--cluster", "c.yaml", "e.f=3"),
+    ],
+    ids=lambda command: " ".join(word for word in command[:2] if "=" not in word),
+)
+def test_overrides_on_both_sides_of_options(command):
+    assert build_parser().parse_args(command).overrides == ["a.b=1", "c.d=2", "e.f=3"]
+
+
 @pytest.mark.parametrize("command", ["train", "estimate", "prepare-data", "train-tokenizer"])
 def test_missing_config_option(refused, command):
     assert "the following arguments are required: --config" in refused(2, command)
