@@ -208,12 +208,14 @@ def prepare_data(options: Any) -> int:
     from loopmem_pretrain.config.prepare import PrepareConfig, prepare_problems
 
     config = load_config(PrepareConfig, options.config, options.overrides, prepare_problems)
-    from loopmem_pretrain.data.prepare import prepare
+    from loopmem_pretrain.data.prepare import prepare, validation_warning
 
     with stage_bars() as progress:
         manifest = prepare(config, progress)
     for name, split in manifest.splits.items():
         print(f"{config.output_dir} {name}: {split.documents:,} documents, {split.tokens:,} tokens")
+    if warning := validation_warning(manifest, config.validation_fraction):
+        print(f"loopmem: warning: {warning}", file=sys.stderr)
     return EXIT_DONE
 
 

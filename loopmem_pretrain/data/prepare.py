@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from loopmem_pretrain.config.prepare import PrepareConfig
-from loopmem_pretrain.data.corpus import Cursor, Tally, iter_documents
+from loopmem_pretrain.data.corpus import Cursor, Tally, iter_documents, quoted
 from loopmem_pretrain.data.files import Progress, silent
 from loopmem_pretrain.data.journal import Entry, Journal, folder_lock
 from loopmem_pretrain.data.manifest import (
@@ -42,6 +42,8 @@ from loopmem_pretrain.errors import DataError, EnvironmentFault
 _BATCH_BYTES = 1 << 20  # of text in a batch: large against a hand-over between processes, small against a shard
 _IN_FLIGHT = 3  # batches a process has waiting or finished, so that none stands idle behind a slow one
 _TOKENIZER_FOLDER = "tokenizer"
+USUAL_LENGTH = 4096
+"""Tokens of a sample in most recipes; a validation split must hold one sample at least."""
 _SPLITS: tuple[SplitName, ...] = ("train", "validation")
 
 
@@ -220,8 +222,9 @@ class _Run:
             raise DataError(
                 f"no document is left to train on: {last.documents_read:,} read, {last.empty_documents:,} empty, "
                 f"{last.filtered_documents:,} filtered, {last.broken_lines:,} broken lines, "
-                f"{kept:,} held out for validation",
-                f"check sources, filters and validation_fraction, then delete {self.folder} and run again",
+                f"{kept:,} held out for validation{quoted(last.broken_examples)}",
+                f"check sources, their text_field and filters, and validation_fraction, then delete {self.folder} and "
+                "run again",
             )
         assert self.journal.header is not None
         manifest = Manifest(
@@ -271,6 +274,23 @@ def _tokenizer_record(tokenizer: Tokenizer) -> TokenizerRecord:
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
         unk_id=tokenizer.unk_id,
+    )
+
+
+def validation_warning(manifest: Manifest, fraction: float) -> str:
+    """Why training with samples of usual lengths would refuse the validation split, and what to do; else empty."""
+    held_out, tokens = manifest.splits["validation"], sum(split.tokens for split in manifest.splits.values())
+    needed = USUAL_LENGTH + 1
+    if held_out.tokens >= needed:
+        return ""
+    said = f"the validation split has {held_out.tokens:,} tokens in {held_out.documents:,} documents"
+    if not held_out.documents:
+        said = f"validation_fraction {fraction:g} held no document out for validation"
+    wanted = 2 * needed / tokens  # a hash chooses the documents, so the share is about right only
+    advice = f"validation_fraction: {wanted:.1g} gives more" if wanted < 0.5 else "give it more text"
+    return (
+        f"{said}; training refuses it where a sample is longer, such as data.seq_length {USUAL_LENGTH:,}: {advice}, in "
+        "another output_dir"
     )
 
 

@@ -37,7 +37,7 @@ def text_domains(paths: Sequence[str]) -> list[Domain]:
     for path in map(Path, paths):
         if not path.is_file():
             problems.append(f"{path}: no such file")
-        elif not path.name.endswith(SUFFIXES):
+        elif not path.name.lower().endswith(SUFFIXES):
             problems.append(f"{path}: unknown type; read are {', '.join(SUFFIXES)}")
         elif path.stat().st_size == 0:
             problems.append(f"{path}: empty, 0 bytes")
