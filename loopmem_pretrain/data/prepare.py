@@ -32,8 +32,14 @@ from loopmem_pretrain.data.manifest import (
     verify_shards,
     write_manifest,
 )
-from loopmem_pretrain.data.recipe import begin_or_continue, check_complete, source_files, source_records
-from loopmem_pretrain.data.shards import ShardWriter, remove_unlisted, shard_files
+from loopmem_pretrain.data.recipe import (
+    begin_or_continue,
+    check_complete,
+    refuse_foreign_folder,
+    source_files,
+    source_records,
+)
+from loopmem_pretrain.data.shards import ShardWriter, remove_unlisted
 from loopmem_pretrain.data.tokenizer import JSON_NAME, MODEL_NAME, Tokenizer, copy_tokenizer
 from loopmem_pretrain.data.train_tokenizer import ensure_tokenizer
 from loopmem_pretrain.data.workers import Task, Tokens, start_pool, tokenize_batch
@@ -74,18 +80,13 @@ def prepare(config: PrepareConfig, progress: Progress = silent) -> Manifest:
         EnvironmentFault: disk full, no permission, the folder is in use, a worker process was killed.
     """
     folder = Path(config.output_dir).expanduser()
+    refuse_foreign_folder(folder, config.tokenizer.path)
     with folder_lock(folder):
         if (folder / MANIFEST_NAME).exists():
             return _complete(config, folder, progress)
         files = source_files(config)
         tokenizer = ensure_tokenizer(config, progress)
         journal = Journal(folder)
-        if journal.header is None and (strays := [path for path in shard_files(folder) if path.name[0] != "."]):
-            raise DataError(
-                f"{folder} holds {len(strays)} shard files, such as {strays[0].name}, but neither a manifest nor a "
-                "journal that says what they are",
-                "choose another output_dir, or delete these files",
-            )
         copy_tokenizer(tokenizer, folder / _TOKENIZER_FOLDER)
         task = Task(
             tokenizer_file=str(tokenizer.file.resolve()),
