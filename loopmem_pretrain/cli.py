@@ -129,6 +129,9 @@ def build_parser() -> argparse.ArgumentParser:
     held_out = eval_.add_mutually_exclusive_group()
     help_ = "text to score, a domain a file: .txt (one document), .jsonl, .parquet"
     held_out.add_argument("--text", nargs="+", default=[], metavar="FILE", help=help_)
+    eval_.add_argument(
+        "--text-field", metavar="NAME", help="of their lines or rows that holds the text (default: text)"
+    )
     help_ = "prepared data, whose validation splits are scored (default: the run's own, without --tasks)"
     held_out.add_argument("--data", nargs="+", default=[], metavar="PREPARED", help=help_)
     help_ = "suites (commonsense, math) and single tasks, a comma between them"
@@ -136,7 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
     help_ = "folder with their .jsonl files (default: the Hugging Face hub)"
     eval_.add_argument("--data-dir", metavar="DIR", help=help_)
     eval_.add_argument("--limit", type=int, metavar="N", help="items a task, drawn with --seed (default: all)")
-    eval_.add_argument("--seed", type=int, default=0, metavar="S", help="of the drawing of --limit (default: 0)")
+    eval_.add_argument("--seed", type=int, metavar="S", help="of the drawing of --limit (default: 0)")
     help_ = "apply every layer N times instead of max_loops, for each N; `all`: 1 to twice max_loops, and memory closed"
     eval_.add_argument("--num-loops", nargs="+", default=[], metavar="N", help=help_)
     help_ = "let tokens leave layers early, 0 < T <= 1, for each T (default: all loops run)"
@@ -338,6 +341,7 @@ def evaluate(options: Any) -> int:
     evaluation = evaluate(
         options.model,
         text=options.text,
+        text_field=options.text_field,
         data=options.data,
         tasks=options.tasks,
         data_dir=options.data_dir,

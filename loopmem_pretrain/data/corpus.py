@@ -292,7 +292,7 @@ def _parquet_rows(source: SourceConfig, path: Path, begin: Cursor) -> Generator[
             if missing:
                 raise DataError(
                     f"{path}: no column {', '.join(missing)}; columns: {', '.join(columns)}",
-                    "set text_field (and filters) of the source to columns of the file",
+                    "set text_field and filters of the source, or --text-field of eval, to columns of the file",
                 )
             groups, row = range(table.metadata.num_row_groups), 0
             for group in groups:

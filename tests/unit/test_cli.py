@@ -199,6 +199,18 @@ def test_eval_on_files_and_on_prepared_data(refused):
     assert "argument --data: not allowed with argument --text" in said
 
 
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (("--seed", "0"), "--seed: only tasks ask for that"),
+        (("--limit", "3", "--data-dir", "items"), "--data-dir, --limit: only tasks ask for that"),
+        (("--text-field", "body"), "--text-field is about the files of --text"),
+    ],
+)
+def test_eval_refuses_options_without_effect(refused, options, problem):
+    assert problem in refused(2, "eval", "nowhere", *options)
+
+
 def test_demo_outside_of_the_repository(refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = refused(2, "demo")

@@ -80,6 +80,12 @@ def test_stage_0_is_not_offered(files):
     assert "phantom optimizer step" in said and said.endswith("(got 0)")
 
 
+def test_tasks_that_nobody_knows(files):
+    said = said_about(files, "evaluation.tasks=[math,arc_esay,hellaswaq]")
+    assert "evaluation.tasks: arc_esay, hellaswaq not known; valid: arc_challenge, arc_easy, " in said
+    files.load(GOOD, "evaluation.tasks=[math,arc_easy]")
+
+
 def test_all_rules_at_once(files):
     said = files.problems(
         GOOD, "schedule.warmup_steps=50", "training.micro_batch_size=3", "model.num_attention_heads=6"
