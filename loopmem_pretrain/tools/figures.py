@@ -152,15 +152,15 @@ def _cut_off_start(axes: Axes, steps: Array, values: Array) -> None:
 
 
 def _token_axis(axes: Axes, records: list[Record]) -> None:
-    """A second x-axis in tokens, where a step always took the same number of them."""
+    """The tokens at each mark of the x-axis, on top, where a step always took the same number of them."""
     steps, tokens = series(records, "tokens")
     per_step = tokens[steps > 0] / steps[steps > 0]
     if len(per_step) and np.allclose(per_step, per_step[0], rtol=1e-6):
         rate = per_step[0]
-        top = axes.secondary_xaxis("top", functions=(lambda step: step * rate, lambda token: token / rate))
+        top = axes.secondary_xaxis("top")  # in steps as the other one, so that its marks stand on the grid
         top.set_xlabel("tokens")
-        top.xaxis.set_major_locator(MaxNLocator(6))
-        top.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        top.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        top.xaxis.set_major_formatter(FuncFormatter(lambda step, _: _short(step * rate)))
 
 
 def draw_layers(key: str, label: str) -> Draw:

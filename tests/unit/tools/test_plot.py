@@ -166,6 +166,17 @@ def test_series_take_only_what_was_measured() -> None:
     np.testing.assert_array_equal(values, [2.0, 1.0])
 
 
+def test_tokens_stand_on_the_marks_of_the_steps(make_run: MakeRun) -> None:
+    figure = PLOTS[0].draw(read_metrics(make_run() / "metrics.jsonl"))
+    assert figure is not None
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    (top,) = axes.child_axes
+    shown = {label.get_text() for label in top.get_xticklabels()}
+    assert list(top.get_xticks()) == list(axes.get_xticks())
+    assert "361 M" in shown  # at step 1,000 of 88 samples of 4,096 tokens
+
+
 def test_layers_that_change_in_number(tmp_path: Path) -> None:
     records = [{"step": 1, "expected_loops": [1.0]}, {"step": 2, "expected_loops": [1.0, 2.0]}]
     with pytest.raises(DataError, match="expected_loops changes its size: 1 at step 1, 2 at step 2"):

@@ -179,7 +179,7 @@ def test_what_is_absent_is_said(short_run: Path) -> None:
     (short_run / "config.yaml").unlink()
     text = _report(short_run).text
     assert "No status.json: how the run ended is not known." in text
-    assert "Not in the run folder, so not on this page: status.json, config.yaml, sample.txt, environment.json." in text
+    assert "Not in the run folder, so not on this page: status.json, config.yaml, environment.json." in text
 
 
 def test_lines_left_out_are_said(whole: Page) -> None:
@@ -253,3 +253,13 @@ def test_a_run_that_diverged(short_run: Path) -> None:
     assert page.rows["Training loss, mean of the last 3 logged"] == "9.0000 nats a token"
     assert page.rows["Logged lines without a finite loss, not in its mean and figure"] == "1"
     assert "Expected loops at the end, mean" not in page.rows
+
+
+def test_settings_stand_as_in_yaml_and_the_command_as_it_is_typed(short_run: Path) -> None:
+    environment = {"command": ["loopmem", "train", "--config", "my run.yaml"], "git_commit": None}
+    (short_run / "environment.json").write_text(json.dumps(environment))
+    rows = _report(short_run).rows
+    assert rows["command"] == "loopmem train --config 'my run.yaml'"
+    assert rows["git_commit"] == rows["evaluation.data_dir"] == "null"
+    assert (rows["checkpoint.asynchronous"], rows["logging.tensorboard"]) == ("true", "false")
+    assert rows["data.datasets"] == f"[{{path: {short_run.parent}/tokens, weight: 1.0}}]"
