@@ -4,6 +4,7 @@ Errors that users cause are printed without a traceback, with what to do; errors
 """
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -24,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     level = logging.INFO if rank == "0" else logging.ERROR
     logging.basicConfig(level=logging.WARNING, format="loopmem: %(message)s", stream=sys.stderr)
     logging.getLogger("loopmem_pretrain").setLevel(level)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows `?`, and the rest
     try:
         code = int(options.run(options))
         sys.stdout.flush()  # here, where a closed pipe is understood
@@ -40,6 +43,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_DONE
 
 
+class Command(argparse.ArgumentParser):
+    """A subcommand: overrides may stand on both sides of its options, and a mistake shows its own usage."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As in argparse, which takes positional arguments at one place only and leaves the others over."""
+        options, others = super().parse_known_args(args, namespace)
+        if others and ("overrides" not in options or any(word.startswith("-") for word in others)):
+            self.error(f"unrecognized arguments: {' '.join(others)}")
+        if others:
+            options.overrides = [*options.overrides, *others]
+        return options, []
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All subcommands and their arguments; imports nothing heavy."""
     parser = argparse.ArgumentParser(
@@ -50,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"loopmem {__version__}")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher puts it before the command
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Command)
 
     def command(name: str, run: Callable[[Any], int], help: str, among: Any = commands) -> argparse.ArgumentParser:
         sub = among.add_parser(name, help=help, description=help, formatter_class=argparse.RawTextHelpFormatter)
@@ -92,22 +108,30 @@ def build_parser() -> argparse.ArgumentParser:
     generate_ = command("generate", generate, "Write text with a run or an exported Hugging Face folder.")
     generate_.add_argument("model", metavar="RUN_OR_HF", help="run folder or exported folder")
     generate_.add_argument("--prompt", required=True, help="text to continue")
-    generate_.add_argument("--max-new-tokens", type=int, default=100, metavar="N")
-    generate_.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
-    generate_.add_argument("--top-k", type=int, default=50, metavar="K")
-    generate_.add_argument("--seed", type=int, default=0)
+    help_ = "(default: 100, or as many as the context has room for)"
+    generate_.add_argument("--max-new-tokens", type=int, metavar="N", help=help_)
+    help_ = "0 takes the likeliest token each time (default: 0.8)"
+    generate_.add_argument("--temperature", type=float, default=0.8, metavar="T", help=help_)
+    help_ = "draw from the K likeliest tokens (default: 50)"
+    generate_.add_argument("--top-k", type=int, default=50, metavar="K", help=help_)
+    help_ = "of the drawing; the same seed gives the same text (default: 0)"
+    generate_.add_argument("--seed", type=int, default=0, metavar="S", help=help_)
     help_ = "apply every layer N times instead of max_loops; several numbers: one for each layer"
     generate_.add_argument("--num-loops", type=int, nargs="+", metavar="N", help=help_)
     help_ = "let tokens leave a layer early, 0 < T <= 1; 1 runs all loops (default: as the model's config says)"
     generate_.add_argument("--exit-threshold", type=float, metavar="T", help=help_)
     help_ = "halting (default): once a share T of its mass is out; confidence: once a loop changes less than 1 - T"
     generate_.add_argument("--exit-rule", choices=("halting", "confidence"), help=help_)
+    generate_.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda or cuda:N (default: cpu)")
     generate_.add_argument("--save", metavar="FILE", help="also write prompt and text to FILE")
     eval_ = command("eval", evaluate, "A run or an exported folder on held-out text (perplexity) and task suites.")
     eval_.add_argument("model", metavar="RUN_OR_HF", help="run folder, one of its checkpoints, or exported folder")
     held_out = eval_.add_mutually_exclusive_group()
     help_ = "text to score, a domain a file: .txt (one document), .jsonl, .parquet"
     held_out.add_argument("--text", nargs="+", default=[], metavar="FILE", help=help_)
+    eval_.add_argument(
+        "--text-field", metavar="NAME", help="of their lines or rows that holds the text (default: text)"
+    )
     help_ = "prepared data, whose validation splits are scored (default: the run's own, without --tasks)"
     held_out.add_argument("--data", nargs="+", default=[], metavar="PREPARED", help=help_)
     help_ = "suites (commonsense, math) and single tasks, a comma between them"
@@ -115,7 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
     help_ = "folder with their .jsonl files (default: the Hugging Face hub)"
     eval_.add_argument("--data-dir", metavar="DIR", help=help_)
     eval_.add_argument("--limit", type=int, metavar="N", help="items a task, drawn with --seed (default: all)")
-    eval_.add_argument("--seed", type=int, default=0, metavar="S", help="of the drawing of --limit (default: 0)")
+    eval_.add_argument("--seed", type=int, metavar="S", help="of the drawing of --limit (default: 0)")
     help_ = "apply every layer N times instead of max_loops, for each N; `all`: 1 to twice max_loops, and memory closed"
     eval_.add_argument("--num-loops", nargs="+", default=[], metavar="N", help=help_)
     help_ = "let tokens leave layers early, 0 < T <= 1, for each T (default: as config.json says, else all loops run)"
@@ -187,12 +211,14 @@ def prepare_data(options: Any) -> int:
     from loopmem_pretrain.config.prepare import PrepareConfig, prepare_problems
 
     config = load_config(PrepareConfig, options.config, options.overrides, prepare_problems)
-    from loopmem_pretrain.data.prepare import prepare
+    from loopmem_pretrain.data.prepare import prepare, validation_warning
 
     with stage_bars() as progress:
         manifest = prepare(config, progress)
     for name, split in manifest.splits.items():
         print(f"{config.output_dir} {name}: {split.documents:,} documents, {split.tokens:,} tokens")
+    if warning := validation_warning(manifest, config.validation_fraction):
+        print(f"loopmem: warning: {warning}", file=sys.stderr)
     return EXIT_DONE
 
 
@@ -256,11 +282,16 @@ def reshape(options: Any) -> int:
 def generate(options: Any) -> int:
     from pathlib import Path
 
-    from loopmem_pretrain.data.files import write_file
+    from loopmem_pretrain.data.files import check_target, write_file
+    from loopmem_pretrain.hf.load import device_of
     from loopmem_pretrain.inference.command import open_model
-    from loopmem_pretrain.inference.generate import generate_text
+    from loopmem_pretrain.inference.generate import check_request, generate_text
 
     rule = _exit_rule(options)
+    check_request(options.prompt, options.max_new_tokens, options.temperature, options.top_k, options.seed)
+    device = device_of(options.device)
+    if options.save:
+        check_target(options.save)
     pieces: list[str] = []
 
     def show(piece: str) -> None:
@@ -269,7 +300,7 @@ def generate(options: Any) -> int:
 
     model, tokenizer, context = open_model(options.model)
     text = generate_text(
-        model,
+        model.to(device),
         tokenizer,
         options.prompt,
         options.max_new_tokens,
@@ -298,15 +329,19 @@ def _exit_rule(options: Any) -> str:
 def evaluate(options: Any) -> int:
     import shlex
 
+    from loopmem_pretrain.data.files import check_target
     from loopmem_pretrain.eval.evaluate import evaluate, write_evaluation
     from loopmem_pretrain.tools.evaluation import describe
     from loopmem_pretrain.tools.evaluation_card import check_card, write_card
 
+    if options.out:
+        check_target(options.out)
     if options.card:
         check_card(options.model)
     evaluation = evaluate(
         options.model,
         text=options.text,
+        text_field=options.text_field,
         data=options.data,
         tasks=options.tasks,
         data_dir=options.data_dir,
@@ -360,8 +395,11 @@ def plot(options: Any) -> int:
 def report(options: Any) -> int:
     from pathlib import Path
 
+    from loopmem_pretrain.data.files import check_target
     from loopmem_pretrain.tools.report import write_report
 
+    if options.out:
+        check_target(options.out)
     print(write_report(options.run_dir, options.out or Path(options.run_dir) / "report.html"))
     return EXIT_DONE
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from loopmem_pretrain.errors import EXIT_DONE, ConfigError
+from loopmem_pretrain.errors import EXIT_DONE, ConfigError, LoopMemError
 
 
 def add_slurm(command: Callable[..., Any], commands: Any, with_config: Callable[[Any], Any]) -> None:
@@ -20,7 +20,9 @@ def add_slurm(command: Callable[..., Any], commands: Any, with_config: Callable[
         verb.add_argument("--cluster", required=True, metavar="FILE", help="such as slurm/clusters/generic.yaml")
         verb.add_argument("--nodes", type=int, required=True, metavar="N", help="that train")
         verb.add_argument("--spare-nodes", type=int, default=0, metavar="N", help="that step in for broken ones")
-        verb.add_argument("--time", metavar="H:MM:SS", help="of a job (default: the cluster's)")
+        verb.add_argument(
+            "--time", metavar="H:MM:SS", help="of a job; also minutes, or D-HH:MM:SS (default: the cluster's)"
+        )
         verb.add_argument("--launcher", choices=("srun", "torchrun", "deepspeed"), default="srun")
         verb.add_argument("--continue", dest="mode", choices=("requeue", "chain", "no"), default="requeue")
         verb.add_argument("--health", choices=("none", "node", "full"), default="node", help="checks before training")
@@ -34,7 +36,9 @@ def add_slurm(command: Callable[..., Any], commands: Any, with_config: Callable[
     prepare_.add_argument("--cluster", required=True, metavar="FILE", help="such as slurm/clusters/generic.yaml")
     help_ = "a job for each input file, N of them at once, into output_dir/part-00001 and so on (default: one job)"
     prepare_.add_argument("--array", type=int, metavar="N", help=help_)
-    prepare_.add_argument("--render", action="store_true", help="print the batch scripts, submit nothing")
+    prepare_.add_argument(
+        "--render", action="store_true", help="print the batch scripts and what the checks found, submit nothing"
+    )
     for name, run, help_ in (
         ("status", status, "How a run stands: verdict, queue, every start, what it has cost."),
         ("logs", logs, "The end of a rank's log in the newest start."),
@@ -48,7 +52,7 @@ def add_slurm(command: Callable[..., Any], commands: Any, with_config: Callable[
             verb.add_argument("--follow", action="store_true", help="go on as it grows")
 
 
-def _plan(options: Any) -> Any:
+def _plan(options: Any, faults: list[LoopMemError] | None = None) -> Any:
     from loopmem_pretrain.cluster.submit import Request, plan
     from loopmem_pretrain.config.load import load_config
     from loopmem_pretrain.config.site import SiteConfig
@@ -60,7 +64,7 @@ def _plan(options: Any) -> Any:
             )
     site = load_config(SiteConfig, options.cluster)
     asked = {name: getattr(options, name) for name in Request._fields if name != "site"}
-    return plan(Request(site=site, **asked))
+    return plan(Request(site=site, **asked), faults)
 
 
 def submit(options: Any) -> int:
@@ -77,10 +81,18 @@ def submit(options: Any) -> int:
     return EXIT_DONE
 
 
+def _say(faults: list[LoopMemError]) -> None:
+    """What `submit` would refuse: told beside the scripts, which are only printed."""
+    for fault in faults:
+        print(f"loopmem: submit would refuse this: {fault}", file=sys.stderr)
+
+
 def render(options: Any) -> int:
-    ready = _plan(options)
+    faults = list[LoopMemError]()
+    ready = _plan(options, faults)
     for note in ready.notes:
         print(note, file=sys.stderr)
+    _say(faults)
     print("\n".join(ready.scripts.values()), end="")
     return EXIT_DONE
 
@@ -92,8 +104,10 @@ def prepare(options: Any) -> int:
 
     if options.array is not None and options.array < 1:
         raise ConfigError(f"--array {options.array} is not valid", "give 1 or more")
-    ready = plan(options.config, options.overrides, load_config(SiteConfig, options.cluster), options.array)
+    faults: list[LoopMemError] | None = [] if options.render else None
+    ready = plan(options.config, options.overrides, load_config(SiteConfig, options.cluster), options.array, faults)
     if options.render:
+        _say(faults or [])
         print("\n".join(ready.scripts.values()), end="")
         return EXIT_DONE
     jobs = submit_preparation(ready)

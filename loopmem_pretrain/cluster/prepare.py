@@ -12,7 +12,7 @@ from loopmem_pretrain.config.site import SiteConfig
 from loopmem_pretrain.data.corpus import find_files
 from loopmem_pretrain.data.files import write_file
 from loopmem_pretrain.data.tokenizer import find_tokenizer
-from loopmem_pretrain.errors import ConfigError
+from loopmem_pretrain.errors import ConfigError, LoopMemError
 
 
 class Preparation(NamedTuple):
@@ -33,13 +33,20 @@ class Preparation(NamedTuple):
         return parts or [self.config.output_dir]
 
 
-def plan(recipe: str, overrides: Sequence[str], site: SiteConfig, at_once: int | None) -> Preparation:
+def plan(
+    recipe: str,
+    overrides: Sequence[str],
+    site: SiteConfig,
+    at_once: int | None,
+    faults: list[LoopMemError] | None = None,
+) -> Preparation:
     """Check a recipe and render its scripts; changes nothing.
 
     Args:
         recipe: file like those in data_prep/.
         overrides: key=value.
         at_once: an array with an element for each input file, of which so many may run; None makes one job.
+        faults: takes what is wrong with output_dir, for scripts that are only looked at; None raises it.
 
     Raises:
         ConfigError: a wrong recipe, one that cannot be cut up by files, or other inputs than OUTPUT was begun with.
@@ -48,7 +55,8 @@ def plan(recipe: str, overrides: Sequence[str], site: SiteConfig, at_once: int |
     """
     config = _absolute(load_config(PrepareConfig, recipe, overrides, prepare_problems))
     output = Path(config.output_dir)
-    submit.check_shared(output, site, "output_dir")
+    with submit.noted(faults):
+        submit.check_shared(output, site, "output_dir")
     folder = output / "slurm"
     inputs = [] if at_once is None else _inputs(config, folder / "inputs.txt")
     code = submit.code_folder(folder)

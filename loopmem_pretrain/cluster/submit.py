@@ -1,16 +1,18 @@
 """`loopmem slurm submit` and `render`: everything that can be refused is refused before a job waits in the queue."""
 
+import contextlib
 import getpass
 import hashlib
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -28,9 +30,9 @@ from loopmem_pretrain.cluster.render import (
 from loopmem_pretrain.config.cluster import ClusterConfig
 from loopmem_pretrain.config.load import dump_config, load_config
 from loopmem_pretrain.config.run import RunConfig, run_problems
-from loopmem_pretrain.config.site import SiteConfig
+from loopmem_pretrain.config.site import TIME, SiteConfig
 from loopmem_pretrain.data.files import write_file
-from loopmem_pretrain.errors import ConfigError, EnvironmentFault
+from loopmem_pretrain.errors import ConfigError, EnvironmentFault, LoopMemError
 from loopmem_pretrain.tools.memory_plan import Layout, stage_memory
 from loopmem_pretrain.tools.plans import USABLE
 from loopmem_pretrain.tools.step_time import step_time
@@ -79,15 +81,58 @@ class Plan(NamedTuple):
     """What the checks found, for people."""
 
 
-def plan(request: Request) -> Plan:
+@contextlib.contextmanager
+def noted(faults: list[LoopMemError] | None) -> Iterator[None]:
+    """Keeps what a check refuses in the list and goes on behind the block; without a list the refusal stands."""
+    try:
+        yield
+    except LoopMemError as error:
+        if faults is None:
+            raise
+        faults.append(error)
+
+
+def plan(request: Request, faults: list[LoopMemError] | None = None) -> Plan:
     """Check the request and render its scripts; changes nothing.
+
+    Args:
+        request: what is asked for.
+        faults: takes what the checks refuse, for scripts that are only looked at; None raises the first.
 
     Raises:
         ConfigError: configuration, sizes, memory or the site do not fit each other.
         EnvironmentFault: the run folder is another run's, or only this machine sees it.
     """
     site, ranks = request.site, request.nodes * request.site.tasks_per_node
+    if request.time is not None and not re.fullmatch(TIME, request.time):
+        raise ConfigError(f"--time {request.time} is not a time", "write minutes, H:MM:SS or D-HH:MM:SS")
     config = load_config(RunConfig, request.config, request.overrides, run_problems)
+    run_dir, notes = Path(config.run_dir).absolute(), list[str]()
+    config = _absolute(config, run_dir)
+    with noted(faults):
+        _check_request(request)
+    with noted(faults):
+        notes += _estimate(config, site, ranks)
+    with noted(faults):
+        check_folder(run_dir, site)
+    with noted(faults):
+        _check_earlier(request, config, run_dir)
+    warning = warning_seconds(run_dir, site)
+    notes.append(f"warned {warning} s before the end of a job")
+    code = code_folder(run_dir / "slurm")
+    scripts = {
+        "pretrain": _script(request, run_dir, code, warning),
+        **after_training(request.then, run_dir, job_name(run_dir), code, config.training.device, site),
+    }
+    return Plan(request.after, run_dir, config, code, scripts, notes)
+
+
+def _check_request(request: Request) -> None:
+    """
+    Raises:
+        ConfigError: what is asked for does not go together, or the site does not give it.
+    """
+    site = request.site
     if site.max_nodes and request.nodes + request.spare_nodes > site.max_nodes:
         raise ConfigError(
             f"{request.nodes + request.spare_nodes} nodes, and {site.name} gives {site.max_nodes} at most",
@@ -103,10 +148,13 @@ def plan(request: Request) -> Plan:
             f"--then waits for one job, and with --continue {request.mode} its end need not be the end of the run",
             "use --continue requeue, or submit slurm/convert.sbatch and slurm/evaluate.sbatch when the run is done",
         )
-    notes = [*_estimate(config, site, ranks)]
-    run_dir = Path(config.run_dir).absolute()
-    check_folder(run_dir, site)
-    config = _absolute(config, run_dir)
+
+
+def _check_earlier(request: Request, config: RunConfig, run_dir: Path) -> None:
+    """
+    Raises:
+        ConfigError: the folder has another configuration, or an export where one is to be written.
+    """
     if (run_dir / "config.yaml").exists():
         from loopmem_pretrain.training.run_folder import refuse_other_configuration
 
@@ -115,14 +163,6 @@ def plan(request: Request) -> Plan:
         raise ConfigError(
             f"--then convert would write {run_dir / 'hf'}, which is there", "move it away, or leave --then convert out"
         )
-    warning = warning_seconds(run_dir, site)
-    notes.append(f"warned {warning} s before the end of a job")
-    code = code_folder(run_dir / "slurm")
-    scripts = {
-        "pretrain": _script(request, run_dir, code, warning),
-        **after_training(request.then, run_dir, job_name(run_dir), code, config.training.device, site),
-    }
-    return Plan(request.after, run_dir, config, code, scripts, notes)
 
 
 def _estimate(config: RunConfig, site: SiteConfig, ranks: int) -> list[str]:

@@ -30,7 +30,8 @@ class SourceConfig(Section):
     """Text files, or one data set of the Hugging Face hub."""
 
     kind: Literal["files", "hub"] = "files"
-    """`files` reads .jsonl, .jsonl.gz, .jsonl.zst, .parquet and .txt by suffix; `hub` streams through `datasets`."""
+    """`files` reads .jsonl, .jsonl.gz, .jsonl.zst, .parquet and .txt by suffix, in small or capital letters; `hub`
+    streams through `datasets`."""
     paths: tuple[str, ...] = ()
     """files: paths or glob patterns (** crosses folders), relative to the working directory; read in sorted order."""
     name: str | None = None

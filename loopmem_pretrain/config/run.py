@@ -1,5 +1,7 @@
 """A whole training run: its sections, the rules between them, and the batch arithmetic."""
 
+from pathlib import Path
+
 from pydantic import Field
 
 from loopmem_pretrain.config.base import Section
@@ -19,6 +21,9 @@ from loopmem_pretrain.config.training import (
     ValidationConfig,
 )
 from loopmem_pretrain.errors import ConfigError
+
+TASK_FILES = Path(__file__).parents[1] / "eval" / "tasks"
+"""A file for each suite and task, named as it is; those with `_` in front are parts of others."""
 
 
 class RunConfig(Section):
@@ -116,19 +121,24 @@ def _checkpoint_problems(config: RunConfig) -> list[Problem]:
 
 
 def _evaluation_problems(config: RunConfig) -> list[Problem]:
-    """Tasks need the logits of whole prompts on every rank."""
+    """Tasks are known by their files; scoring them needs the logits of whole prompts on every rank."""
+    problems: list[Problem] = []
+    known = sorted(path.stem for path in TASK_FILES.glob("[!_]*.yaml"))
+    if unknown := [name for name in config.evaluation.tasks if name not in known]:
+        problems.append((("evaluation", "tasks"), f"{', '.join(unknown)} not known; valid: {', '.join(known)}"))
     tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
     if not config.evaluation.tasks or tp == pp == 1:
-        return []
+        return problems
     name, size = ("tensor_model_parallel_size", tp) if tp > 1 else ("pipeline_model_parallel_size", pp)
     why = "no rank has all logits of a token" if tp > 1 else "only the last stage has logits"
-    return [
+    problems.append(
         (
             ("evaluation", "tasks"),
             f"cannot be scored while training with parallel.{name} {size}: {why}; leave them out and score "
             "checkpoints with `loopmem eval --tasks`, or use data parallelism alone",
         )
-    ]
+    )
+    return problems
 
 
 def gradient_accumulation_steps(training: TrainingConfig, data_parallel_size: int) -> int:
@@ -140,11 +150,14 @@ def gradient_accumulation_steps(training: TrainingConfig, data_parallel_size: in
     per_pass = training.micro_batch_size * data_parallel_size
     if training.global_batch_size % per_pass:
         below = max(per_pass, training.global_batch_size // per_pass * per_pass)
+        on_each, rest = divmod(training.global_batch_size, data_parallel_size)
+        smaller = [size for size in range(1, training.micro_batch_size) if not rest and on_each % size == 0]
+        instead = f"micro_batch_size to {smaller[-1]}, or change" if smaller else "change"
         raise ConfigError(
             f"training.global_batch_size {training.global_batch_size} is not a multiple of micro_batch_size "
             f"{training.micro_batch_size} x {data_parallel_size} data-parallel ranks = {per_pass}",
-            f"set training.global_batch_size to a multiple of {per_pass}, for example {below}, "
-            "or change micro_batch_size or the number of ranks",
+            f"set training.global_batch_size to a multiple of {per_pass}, for example {below}, or {instead} the number "
+            "of ranks",
         )
     return training.global_batch_size // per_pass
 

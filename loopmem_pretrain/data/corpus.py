@@ -6,7 +6,7 @@ nothing twice and nothing lost. Lines that are not JSON with a text are counted 
 
 import glob
 import json
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from loopmem_pretrain.data.lines import read_lines
 from loopmem_pretrain.errors import DataError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
+"""Of files that are read, in small or capital letters."""
 _SHOWN = 5  # broken lines quoted in messages
 _ROWS = 512  # parquet rows decoded at a time
 
@@ -65,12 +66,16 @@ class Tally:
         if len(self.broken_examples) < _SHOWN:
             self.broken_examples.append(f"{place}: {reason}")
         if self.broken_lines > self.max_broken_lines:
-            shown = "\n  ".join(self.broken_examples)
             raise DataError(
                 f"{self.broken_lines:,} broken lines, and max_broken_lines is {self.max_broken_lines:,}; "
-                f"the first of them:\n  {shown}",
+                f"the first of them:{quoted(self.broken_examples)}",
                 "mend the files or text_field, or raise max_broken_lines and run the same command again",
             )
+
+
+def quoted(broken_examples: Sequence[str]) -> str:
+    """Broken lines as the end of a message, one below the other."""
+    return "".join(f"\n  {example}" for example in broken_examples)
 
 
 def find_files(source: SourceConfig) -> list[Path]:
@@ -91,7 +96,7 @@ def find_files(source: SourceConfig) -> list[Path]:
             elif match.is_dir():
                 if pattern == str(match) or not glob.has_magic(pattern):
                     problems.append(f"{match}: is a folder; write a pattern such as {match}/*.jsonl")
-            elif not match.name.endswith(SUFFIXES):
+            elif not match.name.lower().endswith(SUFFIXES):
                 problems.append(f"{match}: unknown type; read are {', '.join(SUFFIXES)}")
             elif match.stat().st_size == 0:
                 problems.append(f"{match}: empty, 0 bytes")
@@ -205,9 +210,9 @@ def _file_rows(source: SourceConfig, tally: Tally, start: Cursor, files: list[Pa
     for index in range(start.file, len(files)):
         path, begin = files[index], start if index == start.file else Cursor(file=index)
         try:
-            if path.name.endswith(".parquet"):
+            if path.suffix.lower() == ".parquet":
                 yield from _parquet_rows(source, path, begin)
-            elif path.name.endswith(".txt"):
+            elif path.suffix.lower() == ".txt":
                 yield from _text_rows(source, path, begin)
             else:
                 yield from _json_rows(path, begin, tally)
@@ -287,7 +292,7 @@ def _parquet_rows(source: SourceConfig, path: Path, begin: Cursor) -> Generator[
             if missing:
                 raise DataError(
                     f"{path}: no column {', '.join(missing)}; columns: {', '.join(columns)}",
-                    "set text_field (and filters) of the source to columns of the file",
+                    "set text_field and filters of the source, or --text-field of eval, to columns of the file",
                 )
             groups, row = range(table.metadata.num_row_groups), 0
             for group in groups:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from loopmem_pretrain.errors import EnvironmentFault
+from loopmem_pretrain.errors import ConfigError, EnvironmentFault
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -77,8 +77,27 @@ def write_file(path: Path, content: bytes) -> None:
         try:
             temporary.write_bytes(content)
             replace_file(temporary, path)
+        except OSError as error:
+            error.filename = path  # nobody has named the temporary file
+            raise
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def check_target(path: str | Path) -> None:
+    """Refuse before the work what `write_file` would refuse after it, as far as it can be known; makes the folder.
+
+    Raises:
+        ConfigError: a folder has that name.
+        EnvironmentFault: no permission, or a folder that cannot be made.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise ConfigError(f"{target} is a folder", "give the name of a file to write")
+    with disk_faults(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(target.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), target.parent)
 
 
 def sha256_file(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> str:

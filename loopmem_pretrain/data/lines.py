@@ -39,9 +39,9 @@ def read_lines(path: Path, offset: int) -> Iterator[Lines]:
     """
     with path.open("rb", buffering=_CHUNK) as raw:
         stream: Any = raw
-        if path.name.endswith(".gz"):
+        if path.suffix.lower() == ".gz":
             stream = gzip.GzipFile(fileobj=raw, mode="rb")
-        elif path.name.endswith(".zst"):
+        elif path.suffix.lower() == ".zst":
             stream = io.BufferedReader(_Zstandard(raw, path), _CHUNK)
         try:
             if b"\0" in stream.peek(4096):

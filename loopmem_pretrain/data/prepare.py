@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from loopmem_pretrain.config.prepare import PrepareConfig
-from loopmem_pretrain.data.corpus import Cursor, Tally, iter_documents
+from loopmem_pretrain.data.corpus import Cursor, Tally, iter_documents, quoted
 from loopmem_pretrain.data.files import Progress, silent
 from loopmem_pretrain.data.journal import Entry, Journal, folder_lock
 from loopmem_pretrain.data.manifest import (
@@ -32,8 +32,14 @@ from loopmem_pretrain.data.manifest import (
     verify_shards,
     write_manifest,
 )
-from loopmem_pretrain.data.recipe import begin_or_continue, check_complete, source_files, source_records
-from loopmem_pretrain.data.shards import ShardWriter, remove_unlisted, shard_files
+from loopmem_pretrain.data.recipe import (
+    begin_or_continue,
+    check_complete,
+    refuse_foreign_folder,
+    source_files,
+    source_records,
+)
+from loopmem_pretrain.data.shards import ShardWriter, remove_unlisted
 from loopmem_pretrain.data.tokenizer import JSON_NAME, MODEL_NAME, Tokenizer, copy_tokenizer
 from loopmem_pretrain.data.train_tokenizer import ensure_tokenizer
 from loopmem_pretrain.data.workers import Task, Tokens, start_pool, tokenize_batch
@@ -42,6 +48,8 @@ from loopmem_pretrain.errors import DataError, EnvironmentFault
 _BATCH_BYTES = 1 << 20  # of text in a batch: large against a hand-over between processes, small against a shard
 _IN_FLIGHT = 3  # batches a process has waiting or finished, so that none stands idle behind a slow one
 _TOKENIZER_FOLDER = "tokenizer"
+USUAL_LENGTH = 4096
+"""Tokens of a sample in most recipes; a validation split must hold one sample at least."""
 _SPLITS: tuple[SplitName, ...] = ("train", "validation")
 
 
@@ -72,18 +80,13 @@ def prepare(config: PrepareConfig, progress: Progress = silent) -> Manifest:
         EnvironmentFault: disk full, no permission, the folder is in use, a worker process was killed.
     """
     folder = Path(config.output_dir).expanduser()
+    refuse_foreign_folder(folder, config.tokenizer.path)
     with folder_lock(folder):
         if (folder / MANIFEST_NAME).exists():
             return _complete(config, folder, progress)
         files = source_files(config)
         tokenizer = ensure_tokenizer(config, progress)
         journal = Journal(folder)
-        if journal.header is None and (strays := [path for path in shard_files(folder) if path.name[0] != "."]):
-            raise DataError(
-                f"{folder} holds {len(strays)} shard files, such as {strays[0].name}, but neither a manifest nor a "
-                "journal that says what they are",
-                "choose another output_dir, or delete these files",
-            )
         copy_tokenizer(tokenizer, folder / _TOKENIZER_FOLDER)
         task = Task(
             tokenizer_file=str(tokenizer.file.resolve()),
@@ -220,8 +223,9 @@ class _Run:
             raise DataError(
                 f"no document is left to train on: {last.documents_read:,} read, {last.empty_documents:,} empty, "
                 f"{last.filtered_documents:,} filtered, {last.broken_lines:,} broken lines, "
-                f"{kept:,} held out for validation",
-                f"check sources, filters and validation_fraction, then delete {self.folder} and run again",
+                f"{kept:,} held out for validation{quoted(last.broken_examples)}",
+                f"check sources, their text_field and filters, and validation_fraction, then delete {self.folder} and "
+                "run again",
             )
         assert self.journal.header is not None
         manifest = Manifest(
@@ -271,6 +275,23 @@ def _tokenizer_record(tokenizer: Tokenizer) -> TokenizerRecord:
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
         unk_id=tokenizer.unk_id,
+    )
+
+
+def validation_warning(manifest: Manifest, fraction: float) -> str:
+    """Why training with samples of usual lengths would refuse the validation split, and what to do; else empty."""
+    held_out, tokens = manifest.splits["validation"], sum(split.tokens for split in manifest.splits.values())
+    needed = USUAL_LENGTH + 1
+    if held_out.tokens >= needed:
+        return ""
+    said = f"the validation split has {held_out.tokens:,} tokens in {held_out.documents:,} documents"
+    if not held_out.documents:
+        said = f"validation_fraction {fraction:g} held no document out for validation"
+    wanted = 2 * needed / tokens  # a hash chooses the documents, so the share is about right only
+    advice = f"validation_fraction: {wanted:.1g} gives more" if wanted < 0.5 else "give it more text"
+    return (
+        f"{said}; training refuses it where a sample is longer, such as data.seq_length {USUAL_LENGTH:,}: {advice}, in "
+        "another output_dir"
     )
 
 

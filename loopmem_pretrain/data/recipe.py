@@ -7,8 +7,8 @@ from typing import Any
 from loopmem_pretrain.config.prepare import PrepareConfig
 from loopmem_pretrain.data.corpus import find_files
 from loopmem_pretrain.data.files import Progress, sha256_file
-from loopmem_pretrain.data.journal import Header, Journal, SourceFile
-from loopmem_pretrain.data.manifest import Manifest, Source
+from loopmem_pretrain.data.journal import JOURNAL_NAME, Header, Journal, SourceFile
+from loopmem_pretrain.data.manifest import MANIFEST_NAME, Manifest, Source
 from loopmem_pretrain.data.tokenizer import Tokenizer, find_tokenizer
 from loopmem_pretrain.errors import DataError
 
@@ -18,6 +18,28 @@ _FREE = ("num_processes", "max_broken_lines", "output_dir", "tokenizer")  # chan
 def source_files(config: PrepareConfig) -> list[list[Path]]:
     """Files of each source in reading order; none for a hub data set. Raises as `find_files`."""
     return [find_files(source) if source.kind == "files" else [] for source in config.sources]
+
+
+def refuse_foreign_folder(folder: Path, tokenizer: str) -> None:
+    """See that nothing is in the folder but what a preparation has put there.
+
+    Before its journal is written that is a tokenizer, and the folder of its jobs.
+
+    Raises:
+        DataError: other files, and neither a journal nor a manifest that says what they are.
+    """
+    if not folder.is_dir() or (folder / MANIFEST_NAME).exists() or (folder / JOURNAL_NAME).exists():
+        return
+    own = {"tokenizer", "slurm"}
+    if Path(tokenizer).expanduser().absolute().is_relative_to(folder.absolute()):
+        own.add(Path(tokenizer).expanduser().absolute().relative_to(folder.absolute()).parts[0])
+    others = sorted(path.name for path in folder.iterdir() if path.name not in own and not path.name.startswith("."))
+    if others:
+        raise DataError(
+            f"output_dir {folder} holds other things, such as {', '.join(others[:3])}, and neither a manifest nor a "
+            "journal of an earlier preparation",
+            "name a folder that is empty or not there yet, or delete these files",
+        )
 
 
 def begin_or_continue(

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from loopmem_pretrain.config.prepare import PrepareConfig, TrainTokenizerConfig
-from loopmem_pretrain.data.corpus import Tally, iter_documents
+from loopmem_pretrain.data.corpus import Tally, iter_documents, quoted
 from loopmem_pretrain.data.files import Progress, silent
 from loopmem_pretrain.data.recipe import source_files
 from loopmem_pretrain.data.tokenizer import (
@@ -62,6 +62,9 @@ def sample_texts(config: PrepareConfig, train: TrainTokenizerConfig, progress: P
     """Texts to train on: the head of every file, in proportion to its size; an equal share of each hub data set.
 
     Held-out documents are not among them.
+
+    Raises:
+        DataError: the sources cannot be read, or hold no text where the recipe looks for it.
     """
     files = source_files(config)
     stored = sum(path.stat().st_size for paths in files for path in paths)
@@ -81,6 +84,11 @@ def sample_texts(config: PrepareConfig, train: TrainTokenizerConfig, progress: P
                     taken += len(document.text)
                     progress(min(taken, total or taken), total, {"stage": "train tokenizer"})
                     yield document.text.decode("utf-8")
+    if not taken and tally.broken_lines:
+        raise DataError(
+            f"there is no text to train a tokenizer on; the first broken lines:{quoted(tally.broken_examples)}",
+            "set text_field of the source to the field that holds the text, or mend the files",
+        )
 
 
 def _check_trained(found: Path, train: TrainTokenizerConfig) -> None:

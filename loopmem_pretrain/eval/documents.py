@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from loopmem_pretrain.config.prepare import SourceConfig
-from loopmem_pretrain.data.corpus import SUFFIXES, iter_documents
+from loopmem_pretrain.data.corpus import SUFFIXES, Tally, iter_documents
 from loopmem_pretrain.data.indexed import TokenStream
 from loopmem_pretrain.data.tokenizer import load_tokenizer
 from loopmem_pretrain.errors import DataError
@@ -27,8 +27,9 @@ class Domain(NamedTuple):
     """Its documents, UTF-8; they can be read once. Reading raises DataError for a damaged file."""
 
 
-def text_domains(paths: Sequence[str]) -> list[Domain]:
-    """One domain a file. A .txt file is one document; others are read as `loopmem prepare-data` reads them.
+def text_domains(paths: Sequence[str], text_field: str = "text") -> list[Domain]:
+    """One domain a file. A .txt file is one document; others are read as `loopmem prepare-data` reads them,
+    from `text_field`, and no line may be broken.
 
     Raises:
         DataError: a file is missing, empty or of an unknown type; all such files at once.
@@ -37,13 +38,13 @@ def text_domains(paths: Sequence[str]) -> list[Domain]:
     for path in map(Path, paths):
         if not path.is_file():
             problems.append(f"{path}: no such file")
-        elif not path.name.endswith(SUFFIXES):
+        elif not path.name.lower().endswith(SUFFIXES):
             problems.append(f"{path}: unknown type; read are {', '.join(SUFFIXES)}")
         elif path.stat().st_size == 0:
             problems.append(f"{path}: empty, 0 bytes")
     if problems:
         raise DataError("cannot read the text\n  " + "\n  ".join(problems), "correct the paths after --text")
-    return [Domain(path, _read_file(Path(path))) for path in paths]
+    return [Domain(path, _read_file(Path(path), text_field)) for path in paths]
 
 
 def prepared_domains(folders: Sequence[str]) -> list[Domain]:
@@ -55,9 +56,16 @@ def prepared_domains(folders: Sequence[str]) -> list[Domain]:
     return [Domain(folder, _read_prepared(TokenStream(folder, "validation"))) for folder in folders]
 
 
-def _read_file(path: Path) -> Iterator[bytes]:
-    source = SourceConfig(paths=(str(path),), origin="evaluation", license="evaluation")
-    for document in iter_documents(source, files=[path]):
+class _NoneBroken(Tally):
+    """What is measured is all of the text, or the numbers would be of another."""
+
+    def broken(self, place: str, reason: str) -> None:
+        raise DataError(f"{place}: {reason}", "name the field that holds the text by --text-field, or mend the file")
+
+
+def _read_file(path: Path, text_field: str) -> Iterator[bytes]:
+    source = SourceConfig(paths=(str(path),), text_field=text_field, origin="evaluation", license="evaluation")
+    for document in iter_documents(source, _NoneBroken(0), files=[path]):
         yield document.text
 
 

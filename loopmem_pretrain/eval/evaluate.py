@@ -26,11 +26,12 @@ def evaluate(
     path: str | Path,
     *,
     text: Sequence[str] = (),
+    text_field: str | None = None,
     data: Sequence[str] = (),
     tasks: Sequence[str] = (),
     data_dir: str | None = None,
     limit: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     num_loops: Sequence[str] = (),
     exit_threshold: Sequence[float] = (),
     exit_rule: str = "halting",
@@ -44,11 +45,12 @@ def evaluate(
     Args:
         path: run folder (its newest checkpoint), one of its checkpoints, or an exported folder.
         text: files to score, one domain each.
+        text_field: of their lines or rows; None is `text`.
         data: folders of prepared data, whose validation splits are scored; without text, data and tasks, the run's own.
         tasks: task suites or single tasks.
         data_dir: folder with their items; None reads from the Hugging Face hub.
         limit: items a task, drawn with `seed`; None scores all.
-        seed: of the drawing.
+        seed: of the drawing; None is 0.
         num_loops: forced numbers of loops, or `all`; empty runs the model as it was trained.
         exit_threshold: early exit at each of these; empty as the model's config says, and all loops where it says none.
         exit_rule: when tokens leave, `halting` or `confidence`.
@@ -67,12 +69,15 @@ def evaluate(
     for name, value in (("--batch-size", batch_size), ("--max-documents", max_documents)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} {value} is not valid", "give 1 or more")
-    if not tasks and (data_dir is not None or limit is not None):
-        raise ConfigError("--data-dir and --limit are about tasks", "add --tasks, or leave them out")
+    about_tasks = {"--data-dir": data_dir, "--limit": limit, "--seed": seed}
+    if not tasks and (idle := [name for name, value in about_tasks.items() if value is not None]):
+        raise ConfigError(f"{', '.join(idle)}: only tasks ask for that", "add --tasks, or leave it out")
+    if text_field is not None and not text:
+        raise ConfigError("--text-field is about the files of --text", "add --text, or leave it out")
     prepare_imports("cpu")
     place = place_of(path)
-    requests = open_tasks(tasks, data_dir, limit, seed) if tasks else []
-    domains = _domains(place, text, data) if text or data or not tasks else []
+    requests = open_tasks(tasks, data_dir, limit, seed or 0) if tasks else []
+    domains = _domains(place, text, text_field or "text", data) if text or data or not tasks else []
     opened = open_scorer(place, batch_size, device)
     settings = settings_of(opened.model, num_loops, exit_threshold, exit_rule)
     codec = opened.codec
@@ -89,7 +94,7 @@ def evaluate(
         "device": device,
         "max_documents": max_documents,
         "limit": limit,
-        "seed": seed,
+        "seed": seed or 0,
         "max_loops": max_loops,
         "domains": [_plain(result, model_config, opened.context) for result in results],
         "lm_eval": metadata.version("lm_eval") if requests else None,
@@ -106,9 +111,9 @@ def write_evaluation(path: str | Path, evaluation: dict[str, Any]) -> None:
     write_file(Path(path), (json.dumps(evaluation, indent=1, allow_nan=False) + "\n").encode())
 
 
-def _domains(place: Path, text: Sequence[str], data: Sequence[str]) -> list[Domain]:
+def _domains(place: Path, text: Sequence[str], text_field: str, data: Sequence[str]) -> list[Domain]:
     if text:
-        return text_domains(text)
+        return text_domains(text, text_field)
     if data:
         return prepared_domains(data)
     if is_exported(place):

@@ -17,6 +17,11 @@ from loopmem_pretrain.model.loopmem import LoopMemLM, NumLoops, loops_of_layers
 
 OnText = Callable[[str], object]
 
+NEW_TOKENS = 100
+"""Of a text whose length nobody asked for; fewer where the context has no room for so many."""
+TEMPERATURES = (1e-5, 1e5)
+"""Between these, logits divided by a temperature are neither infinite nor all the same in float32."""
+
 
 class _Codec(Protocol):
     """What generation asks of a tokenizer, ours or transformers'."""
@@ -33,7 +38,7 @@ def generate_text(
     model: Any,
     tokenizer: Any,
     prompt: str,
-    max_new_tokens: int,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     seed: int = 0,
@@ -50,7 +55,7 @@ def generate_text(
         model: a LoopMemLM, or a LoopMemForCausalLM (of this package or of an exported folder).
         tokenizer: for a LoopMemLM the training tokenizer (`data.tokenizer.load_tokenizer`), else transformers'.
         prompt: the text to continue; an empty one starts a new document.
-        max_new_tokens: at most so many; an end-of-document token ends it sooner.
+        max_new_tokens: at most so many; an end-of-document token ends it sooner. None: `NEW_TOKENS`, or what fits.
         temperature: 0 takes the likeliest token each time, else tokens are drawn from softmax(logits / temperature).
         top_k: draw from the k likeliest tokens only.
         seed: of the draws; the same seed gives the same text.
@@ -64,11 +69,12 @@ def generate_text(
     Raises:
         ConfigError: a value that cannot be meant, or a prompt that does not fit the context.
     """
+    check_request(prompt, max_new_tokens, temperature, top_k, seed)
     codec = codec_of(model, tokenizer)
-    _check_values(model.config, max_new_tokens, temperature, top_k)
     _check_depth(model.config, num_loops, exit_threshold, exit_rule)
     ids = codec.encode(prompt) or [codec.eos_id]  # the end of one document is where the next begins
-    _check_length(len(ids), max_new_tokens, context_length or getattr(model.config, "max_position_embeddings", None))
+    context = context_length or getattr(model.config, "max_position_embeddings", None)
+    new_tokens = _new_tokens(len(ids), max_new_tokens, context)
     text = _GrowingText(codec, on_text)
     device = next(model.parameters()).device
     start = torch.tensor([ids], device=device)
@@ -76,7 +82,7 @@ def generate_text(
     depth = _Depth(num_loops, exit_threshold, exit_rule)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode():
         torch.manual_seed(seed)
-        generate(model, codec, start, max_new_tokens, temperature, top_k, depth, text)
+        generate(model, codec, start, new_tokens, temperature, top_k, depth, text)
     return text.finish()
 
 
@@ -235,15 +241,31 @@ class _SkipPrompt:
         """Part of the interface; `generate_text` finishes the text itself."""
 
 
-def _check_values(config: Any, max_new_tokens: int, temperature: float, top_k: int | None) -> None:
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens {max_new_tokens} is not valid", "ask for 1 or more")
-    if not math.isfinite(temperature) or temperature < 0:
+def check_request(prompt: str, max_new_tokens: int | None, temperature: float, top_k: int | None, seed: int) -> None:
+    """What `generate_text` refuses of its values for any model; a command asks before it loads one.
+
+    Raises:
+        ConfigError: a value that cannot be meant.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # Python keeps bytes of a command line that are not UTF-8 as half surrogates
         raise ConfigError(
-            f"temperature {temperature} is not valid", "use 0 for the likeliest tokens, or a number above it"
+            f"the prompt is not UTF-8 text: {prompt[error.start]!a} at character {error.start + 1}",
+            "give it in UTF-8",
+        ) from None
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens {max_new_tokens} is not valid", "ask for 1 or more")
+    least, most = TEMPERATURES
+    if temperature != 0 and not least <= temperature <= most:
+        raise ConfigError(
+            f"temperature {temperature} is not valid",
+            f"use 0 for the likeliest tokens, or a number from {least:g} to {most:,.0f}",
         )
     if top_k is not None and top_k < 1:
         raise ConfigError(f"top_k {top_k} is not valid", "use 1 or more, or leave it out")
+    if not -(2**63) <= seed < 2**64:
+        raise ConfigError(f"seed {seed} does not fit into 64 bits", f"use a number from 0 to {2**64 - 1}")
 
 
 def _check_depth(config: Any, num_loops: NumLoops, exit_threshold: float | None, exit_rule: str) -> None:
@@ -266,9 +288,10 @@ def _check_depth(config: Any, num_loops: NumLoops, exit_threshold: float | None,
         raise ConfigError(f"exit_rule {exit_rule!r} is not known", f"use one of {', '.join(EXIT_RULES)}")
 
 
-def _check_length(prompt: int, new: int, context: int | None) -> None:
-    if context is None or prompt + new <= context:
-        return
+def _new_tokens(prompt: int, new: int | None, context: int | None) -> int:
+    """How many to write after a prompt of so many tokens; `new` as asked for, None leaves it to the room there is."""
+    if context is None or prompt + (new or 1) <= context:
+        return new or (NEW_TOKENS if context is None else min(NEW_TOKENS, context - prompt))
     if prompt >= context:
         raise ConfigError(
             f"the prompt has {prompt:,} tokens, the model was trained on {context:,}", "shorten the prompt"

@@ -1,5 +1,7 @@
 """What a run costs, as text, without torch: parameters, FLOPs, memory and traffic of a rank, plans, step times."""
 
+import math
+
 from loopmem_pretrain.config.cluster import ClusterConfig
 from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.errors import ConfigError
@@ -27,22 +29,31 @@ def describe(
     `ranks` is the number of GPUs (default: the fewest that TP and PP need); `gpu_memory_gb` the memory of one in 1e9
     bytes (default: the cluster's, else 80).
 
+    Where the configuration cannot be spread over the `ranks` given, it says why and goes on to the plans that fit.
+
     Raises:
-        ConfigError: ranks, batch and parallel sizes do not fit together, or nothing could be meant by them.
+        ConfigError: batch and parallel sizes do not fit together, or nothing could be meant by a number.
     """
     if ranks is not None and ranks < 1:
         raise ConfigError(f"--ranks {ranks} is not valid", "give 1 or more")
-    if gpu_memory_gb is not None and gpu_memory_gb <= 0:
+    if gpu_memory_gb is not None and not 0 < gpu_memory_gb < math.inf:
         raise ConfigError(
             f"--gpu-memory {gpu_memory_gb:g} is not valid", "give the memory of one GPU in GB, such as 80"
         )
     parallel = config.parallel
     fewest = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    layout = Layout.of(config, ranks or fewest)
     gpu_bytes = 1e9 * (gpu_memory_gb or (cluster.gpu_memory_gb if cluster else 80.0))
-    parts = [_model(config), _memory(layout, gpu_bytes), _traffic(layout)]
-    if cluster:
-        parts.append(describe_cluster(layout, cluster))
+    parts = [_model(config)]
+    try:
+        layout = Layout.of(config, ranks or fewest)
+    except ConfigError as error:
+        if ranks is None:
+            raise
+        parts.append([f"This configuration does not fit {ranks:,} rank{'s' * (ranks > 1)}:", f"  {error}"])
+    else:
+        parts += [_memory(layout, gpu_bytes), _traffic(layout)]
+        if cluster:
+            parts.append(describe_cluster(layout, cluster))
     if ranks:
         parts.append(_plans(config, ranks, gpu_bytes, cluster))
     return "\n\n".join("\n".join(part) for part in parts)

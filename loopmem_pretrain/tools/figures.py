@@ -4,6 +4,7 @@ not measure what it shows (a plain model has no loops).
 Colours are of middling brightness, so that they read on white and, in the report, on black.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,19 +52,19 @@ POINTS = 240  # a line is averaged down to at most so many points
 
 
 def series(records: Sequence[Record], key: str) -> tuple[Array, Array]:
-    """Steps and values of one scalar key, where it was measured."""
-    found = [(record["step"], record[key]) for record in records if isinstance(record.get(key), int | float)]
+    """Steps and values of one scalar key, where it was measured and is finite."""
+    found = [(record["step"], record[key]) for record in records if _is_finite(record.get(key))]
     table = np.array(found, dtype=np.float64).reshape(-1, 2)
     return table[:, 0], table[:, 1]
 
 
 def layer_series(records: Sequence[Record], key: str) -> tuple[Array, Array]:
-    """Steps [R] and values [R, L] (or [R, L, N]) of one per-layer key, where it was measured.
+    """Steps [R] and values [R, L] (or [R, L, N]) of one per-layer key, where it was measured and all of it is finite.
 
     Raises:
         DataError: records disagree about the number of layers or loops.
     """
-    found = [record for record in records if record.get(key)]
+    found = [record for record in records if record.get(key) and _is_finite(record[key])]
     shapes = {np.shape(record[key]): record["step"] for record in found}
     if len(shapes) > 1:
         said = ", ".join(f"{'x'.join(map(str, shape))} at step {step}" for shape, step in shapes.items())
@@ -73,6 +74,13 @@ def layer_series(records: Sequence[Record], key: str) -> tuple[Array, Array]:
         )
     steps = np.array([record["step"] for record in found], dtype=np.float64)
     return steps, np.array([record[key] for record in found], dtype=np.float64)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a number, or each one of nested lists, is finite: metrics.jsonl has null where a run diverged."""
+    if isinstance(value, list):
+        return all(map(_is_finite, value))
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def training_loss(records: Sequence[Record]) -> tuple[str, str]:
@@ -109,8 +117,7 @@ def _thin(steps: Array, values: Array) -> tuple[Array, Array]:
 
 
 def _running_mean(steps: Array, values: Array) -> tuple[Array, Array]:
-    """Centred mean over 2 % of the finite values (fewer at the ends), at no more than POINTS places."""
-    steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
+    """Centred mean over 2 % of the values (fewer at the ends), at no more than POINTS places."""
     half = max(1, len(values) // 100)
     places = np.unique(np.linspace(0, len(values) - 1, min(POINTS, len(values))).astype(int))
     return steps[places], np.array([values[max(0, i - half) : i + half + 1].mean() for i in places])
@@ -138,22 +145,22 @@ def draw_loss(records: list[Record]) -> Figure | None:
 
 def _cut_off_start(axes: Axes, steps: Array, values: Array) -> None:
     """Frame the values after the first 3 % of the steps: those before would flatten everything else."""
-    later = values[np.isfinite(values) & (steps >= steps.min() + 0.03 * np.ptp(steps))]
+    later = values[steps >= steps.min() + 0.03 * np.ptp(steps)]
     if len(later) > 20:
         margin = 0.06 * np.ptp(later) + 1e-3
         axes.set_ylim(later.min() - margin, later.max() + margin)
 
 
 def _token_axis(axes: Axes, records: list[Record]) -> None:
-    """A second x-axis in tokens, where a step always took the same number of them."""
+    """The tokens at each mark of the x-axis, on top, where a step always took the same number of them."""
     steps, tokens = series(records, "tokens")
     per_step = tokens[steps > 0] / steps[steps > 0]
     if len(per_step) and np.allclose(per_step, per_step[0], rtol=1e-6):
         rate = per_step[0]
-        top = axes.secondary_xaxis("top", functions=(lambda step: step * rate, lambda token: token / rate))
+        top = axes.secondary_xaxis("top")  # in steps as the other one, so that its marks stand on the grid
         top.set_xlabel("tokens")
-        top.xaxis.set_major_locator(MaxNLocator(6))
-        top.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        top.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        top.xaxis.set_major_formatter(FuncFormatter(lambda step, _: _short(step * rate)))
 
 
 def draw_layers(key: str, label: str) -> Draw:
@@ -177,7 +184,7 @@ def draw_layers(key: str, label: str) -> Draw:
 
 
 def draw_loops_at_end(records: list[Record]) -> Figure | None:
-    """A bar a layer: the last expected loops."""
+    """A bar a layer: the last finite expected loops."""
     steps, values = layer_series(records, "expected_loops")
     if not len(steps):
         return None
@@ -193,14 +200,15 @@ def draw_loops_at_end(records: list[Record]) -> Figure | None:
 
 
 def draw_gates_at_end(records: list[Record]) -> Figure | None:
-    """Bars a layer: the last mean gates of both banks."""
-    found = {bank: layer_series(records, f"{bank}_gate")[1] for bank in ("local", "global")}
-    last = {bank: values[-1] for bank, values in found.items() if len(values)}
+    """Bars a layer: the last finite mean gates of both banks."""
+    found = {bank: layer_series(records, f"{bank}_gate") for bank in ("local", "global")}
+    last = {bank: values[-1] for bank, (_, values) in found.items() if len(values)}
     if not last:
         return None
+    end = max(steps[-1] for steps, _ in found.values() if len(steps))
     figure, (axes,) = _figure()
     _bars(axes, last, [GREEN, VIOLET] if len(last) == 2 else [GREEN if "local" in last else VIOLET])
-    axes.set_ylabel("mean gate at the end")
+    axes.set_ylabel(f"mean gate at step {end:,.0f}")
     axes.set_ylim(0, max(values.max() for values in last.values()) * 1.25 + 1e-3)
     axes.legend(loc="upper left", ncols=2)
     return figure
@@ -218,7 +226,7 @@ def _bars(axes: Axes, groups: dict[str, Array], colors: list[Any]) -> None:
 
 
 def draw_halting(records: list[Record]) -> Figure | None:
-    """A stacked bar a layer: the last halting probabilities of its loops."""
+    """A stacked bar a layer: the last finite halting probabilities of its loops."""
     steps, values = layer_series(records, "halting_probs")
     if not len(steps) or values.shape[2] < 2:
         return None

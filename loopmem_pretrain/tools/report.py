@@ -2,17 +2,21 @@
 
 Reads the run folder's metrics.jsonl and, where they exist, status.json (`status`, `reason`, other values), config.yaml
 (the resolved configuration), sample.txt (text by the model), environment.json (versions), and the manifests of the
-training data. What does not exist is named at the end of the page; what exists and is damaged is an error.
+training data. What does not exist is named at the end of the page (not sample.txt, which the demo writes); what exists
+and is damaged is an error.
 """
 
 import json
+import math
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from html import escape
-from math import exp, log
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
+
+import yaml
 
 from loopmem_pretrain.config.load import load_config
 from loopmem_pretrain.config.run import RunConfig
@@ -21,7 +25,7 @@ from loopmem_pretrain.data.manifest import MANIFEST_NAME, Manifest, load_manifes
 from loopmem_pretrain.errors import DataError
 from loopmem_pretrain.metrics_file import METRICS_NAME, Metrics, Record, load_metrics
 from loopmem_pretrain.model.flops import forward_flops_per_token, parameter_counts, training_flops_per_token
-from loopmem_pretrain.tools.figures import FAINT, INK, training_loss
+from loopmem_pretrain.tools.figures import FAINT, INK, layer_series, series, training_loss
 from loopmem_pretrain.tools.plot import PLOTS, Plot, render
 from loopmem_pretrain.tools.report_style import PAGE
 
@@ -114,12 +118,13 @@ def _numbers(run: Run) -> str:
     if recent := _values(records, key)[-10:]:
         mean = sum(recent) / len(recent)
         rows.append((f"Training {name}, mean of the last {len(recent)} logged", f"{mean:.4f} nats a token"))
-    measured = [record for record in records if isinstance(record.get("validation_loss"), int | float)]
-    validated = [(record["validation_loss"], record["step"]) for record in measured]
-    if validated:
+    if broken := sum(key in record for record in records) - len(_values(records, key)):
+        rows.append((f"Logged lines without a finite {name}, not in its mean and figure", f"{broken:,}"))
+    steps, losses = series(records, "validation_loss")
+    if validated := list(zip(losses.tolist(), steps.astype(int).tolist(), strict=True)):
         (end, at), (best, best_at) = validated[-1], min(validated)
         rows.append(
-            (f"Validation loss at step {at:,}", f"{end:.4f} nats a token (perplexity {exp(min(end, 700)):.2f})")
+            (f"Validation loss at step {at:,}", f"{end:.4f} nats a token (perplexity {math.exp(min(end, 700)):.2f})")
         )
         rows.append(("Best validation loss", f"{best:.4f} at step {best_at:,}"))
         rows += _bits_per_byte(run, end)
@@ -134,10 +139,9 @@ def _numbers(run: Run) -> str:
         ("local_gate", "Local gate at the end"),
         ("global_gate", "Global gate at the end"),
     ):
-        if found := [record[key] for record in records if record.get(key)]:
-            values = found[-1]
-            spread = f"{sum(values) / len(values):.3f} (layers {min(values):.3f} ... {max(values):.3f})"
-            rows.append((f"{label}, mean", spread))
+        if len(found := layer_series(records, key)[1]):
+            mean, least, most = found[-1].mean(), found[-1].min(), found[-1].max()
+            rows.append((f"{label}, mean", f"{mean:.3f} (layers {least:.3f} ... {most:.3f})"))
     return _table(rows)
 
 
@@ -148,7 +152,7 @@ def _bits_per_byte(run: Run, loss: float) -> list[Row]:
     if split is None or not split.text_bytes or not split.tokens:
         return []
     size = split.text_bytes / split.tokens
-    return [("Validation bits per byte", f"{loss / log(2) / size:.4f} (at the split's {size:.3f} bytes a token)")]
+    return [("Validation bits per byte", f"{loss / math.log(2) / size:.4f} (at the split's {size:.3f} bytes a token)")]
 
 
 def _figures(records: list[Record]) -> dict[str, str]:
@@ -193,7 +197,7 @@ def _model(run: Run) -> str:
     rows.append(("Training FLOPs a token (3 x forward, all loops, no recomputation)", f"{training:,}"))
     if "tokens" in (last := run.metrics.records[-1]):
         rows.append(("Training FLOPs of the run", f"{training * last['tokens']:.3e}"))
-    fields = _table(_flat(model.model_dump()))
+    fields = _table(_flat(model.model_dump(mode="json")))
     settings = _table(_flat(run.config.model_dump(mode="json", exclude={"model"})))
     whole = f"<details><summary>All other settings</summary>{settings}</details>"
     return _section("Model", f'<div class="pair">{fields}{_table(rows)}</div>{whole}')
@@ -242,8 +246,8 @@ def _notes(run: Run) -> str:
         )
     if unreadable:
         notes.append(f"{unreadable:,} lines of metrics.jsonl are left out: torn by a crash, not readable.")
-    expected = {"status.json": run.status, "config.yaml": run.config, "sample.txt": run.sample}
-    absent = [name for name, found in (expected | {"environment.json": run.environment}).items() if found is None]
+    expected = {"status.json": run.status, "config.yaml": run.config, "environment.json": run.environment}
+    absent = [name for name, found in expected.items() if found is None]  # sample.txt is the demo's
     if absent:
         notes.append(f"Not in the run folder, so not on this page: {', '.join(absent)}.")
     return _section("Notes", "".join(f"<p>{escape(note)}</p>" for note in notes)) if notes else ""
@@ -268,9 +272,18 @@ def _table(rows: Iterable[Row], head: Row = ()) -> str:
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = []
     for key, value in values.items():
-        rows += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+        rows += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", _plain(key, value))]
     return rows
 
 
+def _plain(key: str, value: object) -> object:
+    """A value as it stands in YAML, a command as it is typed."""
+    if key == "command" and isinstance(value, list):
+        return shlex.join(map(str, value))
+    if value is None or isinstance(value, bool | list):
+        return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf).splitlines()[0]
+    return value
+
+
 def _values(records: list[Record], key: str) -> list[float]:
-    return [record[key] for record in records if isinstance(record.get(key), int | float)]
+    return series(records, key)[1].tolist()

@@ -209,7 +209,7 @@ def test_text_and_tasks_together(exported, evaluate, tmp_path):
     ("code", "arguments", "problem"),
     [
         (2, ["--tasks", "hellaswack"], "unknown tasks: hellaswack"),
-        (2, ["--limit", "3"], "--data-dir and --limit are about tasks"),
+        (2, ["--limit", "3"], "--limit: only tasks ask for that"),
         (2, ["--text", "{tmp}/a.txt", "--device", "tpu9"], "device 'tpu9' is not known"),
         (6, ["--text", "{tmp}/a.txt", "--device", "cuda:99"], "device 'cuda:99' is not there"),
         (3, ["--tasks", "piqa", "--data-dir", "{tmp}"], "piqa.jsonl: no such file"),

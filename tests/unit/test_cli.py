@@ -1,5 +1,6 @@
 """The command line: bad usage ends with exit code 2, names what is wrong and shows no traceback."""
 
+import io
 import os
 import re
 import subprocess
@@ -48,6 +49,30 @@ def test_unknown_command(refused):
 
 def test_unknown_option(refused):
     assert "unrecognized arguments: --gpus" in refused(2, "train", "--config", RUN, "--gpus=2")
+
+
+def test_the_usage_is_of_the_subcommand(refused):
+    assert refused(2, "train", "--config", RUN, "a.b=1", "--gpus", "2").startswith("usage: loopmem train ")
+    said = refused(2, "slurm", "status", "runs/demo", "logging.interval_steps=2")
+    assert said.startswith("usage: loopmem slurm status ")
+    assert "unrecognized arguments: logging.interval_steps=2" in said
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("train", "a.b=1", "--config", RUN, "--ranks", "2", "c.d=2", "--trust", "e.f=3"),
+        ("estimate", "a.b=1", "--config", RUN, "--ranks=2", "c.d=2", "e.f=3"),
+        ("prepare-data", "a.b=1", "--config", RUN, "c.d=2", "e.f=3"),
+        ("train-tokenizer", "--config", RUN, "a.b=1", "c.d=2", "e.f=3"),
+        ("convert", "--from-hf", "dense", "my.yaml", "a.b=1", "--overwrite", "c.d=2", "e.f=3"),
+        ("slurm", "render", "a.b=1", "--nodes", "2", "c.d=2", "--config", RUN, "--cluster", "c.yaml", "e.f=3"),
+        ("slurm", "prepare", "a.b=1", "--config", RUN, "c.d=2", "--cluster", "c.yaml", "e.f=3"),
+    ],
+    ids=lambda command: " ".join(word for word in command[:2] if "=" not in word),
+)
+def test_overrides_on_both_sides_of_options(command):
+    assert build_parser().parse_args(command).overrides == ["a.b=1", "c.d=2", "e.f=3"]
 
 
 @pytest.mark.parametrize("command", ["train", "estimate", "prepare-data", "train-tokenizer"])
@@ -114,6 +139,48 @@ def test_generate_without_a_prompt(refused):
     assert "the following arguments are required: --prompt" in refused(2, "generate", "runs/demo")
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--prompt", "a b\udcff", r"the prompt is not UTF-8 text: '\udcff' at character 4"),
+        ("--seed", str(2**64), f"seed {2**64} does not fit into 64 bits"),
+        ("--temperature", "1e300", "temperature 1e+300 is not valid"),
+        ("--top-k", "0", "top_k 0 is not valid"),
+        ("--max-new-tokens", "0", "max_new_tokens 0 is not valid"),
+        ("--device", "tpu7x", "device 'tpu7x' is not known"),
+        ("--save", ".", ". is a folder"),
+    ],
+)
+def test_generate_refuses_before_it_opens_a_model(refused, option, value, said):
+    assert said in refused(2, "generate", "nowhere", "--prompt", "a", option, value)
+
+
+def test_generate_says_its_defaults(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for words in ("(default: 100, or as many as", "(default: 0.8)", "(default: 50)", "(default: 0)", "(default: cpu)"):
+        assert words in said
+
+
+@pytest.mark.parametrize("command", [("eval", "nowhere"), ("report", "nowhere")])
+def test_a_place_to_write_to_is_looked_at_first(refused, tmp_path, command):
+    assert f"{tmp_path} is a folder" in refused(2, *command, "--out", str(tmp_path))
+    (tmp_path / "file").touch()
+    said = refused(6, *command, "--out", str(tmp_path / "file" / "out.json"))
+    assert f"cannot write {tmp_path / 'file'}" in said and "tmp-" not in said
+
+
+def test_a_terminal_that_lacks_a_character(tmp_path, monkeypatch):
+    run = tmp_path / "\u00fc"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    screen = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="ascii"))
+    assert main(["report", str(run)]) == 0
+    assert screen.getvalue().decode() == f"{tmp_path}/?/report.html\n"
+
+
 def test_convert_without_a_destination(refused):
     assert "the following arguments are required: OUT" in refused(2, "convert", "runs/demo")
 
@@ -130,6 +197,18 @@ def test_run_that_is_not_there(refused, command):
 def test_eval_on_files_and_on_prepared_data(refused):
     said = refused(2, "eval", "runs/demo", "--text", "a.txt", "--data", "tokens")
     assert "argument --data: not allowed with argument --text" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (("--seed", "0"), "--seed: only tasks ask for that"),
+        (("--limit", "3", "--data-dir", "items"), "--data-dir, --limit: only tasks ask for that"),
+        (("--text-field", "body"), "--text-field is about the files of --text"),
+    ],
+)
+def test_eval_refuses_options_without_effect(refused, options, problem):
+    assert problem in refused(2, "eval", "nowhere", *options)
 
 
 def test_demo_outside_of_the_repository(refused, tmp_path, monkeypatch):

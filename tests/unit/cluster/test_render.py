@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from loopmem_pretrain.cli import main
 from loopmem_pretrain.cluster.render import (
     container_settings,
     gpu_options,
@@ -234,6 +235,50 @@ def test_a_foreign_folder_is_refused(tmp_path):
     (tmp_path / "run" / "thesis.tex").touch()
     with pytest.raises(EnvironmentFault, match=r"thesis\.tex"):
         plan(small(tmp_path))
+
+
+@pytest.mark.parametrize("time", ["abc", "1:2:3:4", "10m", "1 00:00:00", ""])
+def test_a_time_that_is_none(tmp_path, time):
+    with pytest.raises(ConfigError, match=f"--time {time} is not a time") as caught:
+        plan(small(tmp_path, time=time), faults=[])
+    assert caught.value.fix == "write minutes, H:MM:SS or D-HH:MM:SS"
+
+
+@pytest.mark.parametrize("time", ["90", "1:30:00", "2-00:00:00"])
+def test_times_as_sbatch_takes_them(tmp_path, time):
+    assert options_of(plan(small(tmp_path, time=time)).scripts["pretrain"])["time"] == time
+
+
+def command(capsys, *words):
+    """Exit code, stdout and stderr of `loopmem slurm`."""
+    return main(["slurm", *map(str, words)]), *capsys.readouterr()
+
+
+def test_render_prints_scripts_and_what_submit_would_refuse(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").touch()
+    of = tmp_path / "site.yaml"
+    of.write_text("{name: test, gpus_per_node: 8, cpus_per_node: 96, shared_folders: [/], gpu_memory_gb: 1.0e-6}")
+    words = ("--cluster", of, "--nodes", "1", "--config", request(tmp_path).config, "training.micro_batch_size=1")
+    code, scripts, said = command(capsys, "render", *words)
+    assert code == 0 and scripts.startswith("#!/bin/bash") and "#SBATCH --nodes=1" in scripts
+    assert said.count("loopmem: submit would refuse this: ") == 2
+    assert "the model does not fit" in said and "thesis.tex" in said and "what to do: choose another run_dir" in said
+    code, scripts, said = command(capsys, "submit", *words)
+    assert code == 2 and not scripts and "the model does not fit" in said
+
+
+def test_prepare_render_prints_scripts_and_what_is_wrong_with_the_folder(tmp_path, capsys):
+    of, recipe = tmp_path / "site.yaml", tmp_path / "recipe.yaml"
+    of.write_text("{name: test, gpus_per_node: 8, cpus_per_node: 96, shared_folders: [/scratch]}")
+    recipe.write_text(
+        f"output_dir: {tmp_path}/tokens\nsources: [{{paths: [{recipe}], origin: made, license: none}}]\n"
+        "tokenizer: {path: t}\n"
+    )
+    words = ("prepare", "--cluster", of, "--config", recipe)
+    code, scripts, said = command(capsys, *words, "--render")
+    assert code == 0 and scripts.startswith("#!/bin/bash") and "is not below /scratch" in said
+    assert command(capsys, *words)[:2] == (6, "")
 
 
 def test_the_folder_of_another_configuration_is_refused(tmp_path):

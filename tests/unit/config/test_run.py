@@ -80,6 +80,12 @@ def test_stage_0_is_not_offered(files):
     assert "phantom optimizer step" in said and said.endswith("(got 0)")
 
 
+def test_tasks_that_nobody_knows(files):
+    said = said_about(files, "evaluation.tasks=[math,arc_esay,hellaswaq]")
+    assert "evaluation.tasks: arc_esay, hellaswaq not known; valid: arc_challenge, arc_easy, " in said
+    files.load(GOOD, "evaluation.tasks=[math,arc_easy]")
+
+
 def test_all_rules_at_once(files):
     said = files.problems(
         GOOD, "schedule.warmup_steps=50", "training.micro_batch_size=3", "model.num_attention_heads=6"
@@ -99,7 +105,14 @@ def test_batch_that_is_no_whole_number_of_passes(files):
     assert caught.value.problem == (
         "training.global_batch_size 100 is not a multiple of micro_batch_size 4 x 3 data-parallel ranks = 12"
     )
-    assert "a multiple of 12, for example 96" in caught.value.fix
+    assert caught.value.fix.endswith("a multiple of 12, for example 96, or change the number of ranks")
+
+
+def test_micro_batches_that_would_fit_are_named(files):
+    training = files.load(GOOD, "training.global_batch_size=96", "training.micro_batch_size=32").training
+    with pytest.raises(ConfigError) as caught:
+        gradient_accumulation_steps(training, 4)
+    assert "or micro_batch_size to 24, or change the number of ranks" in caught.value.fix
 
 
 def test_more_ranks_than_samples(files):

@@ -10,6 +10,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from loopmem_pretrain.config.load import load_config
 from loopmem_pretrain.config.prepare import FilterConfig, PrepareConfig, SourceConfig, TokenizerConfig, prepare_problems
 from loopmem_pretrain.data.corpus import Tally, find_files, iter_documents
 from loopmem_pretrain.errors import DataError
@@ -73,6 +74,25 @@ def test_files_are_read_in_order_and_continued_across(tmp_path: Path) -> None:
     documents = list(iter_documents(config))
     assert [document.text.decode() for document in documents] == TEXTS[:9]
     assert texts(config, start=documents[4].after) == TEXTS[5:9]
+
+
+def test_the_recipe_of_a_local_folder_reads_every_kind_it_promises(tmp_path: Path, monkeypatch: Any) -> None:
+    """Also below folders, and with suffixes in capitals."""
+    recipe = Path("data_prep/local_folder.yaml").resolve()
+    monkeypatch.chdir(tmp_path)
+    below = tmp_path / "data" / "local" / "text" / "below"
+    below.mkdir(parents=True)
+    for config in make_files(tmp_path).values():
+        for path in map(Path, config.paths):
+            name, suffix = path.name.split(".", 1)
+            (below.parent / path.name).write_bytes(path.read_bytes())
+            (below / f"{name}.{suffix.upper()}").write_bytes(path.read_bytes())
+    write(below / "A.TXT", b"one\n\ntwo")
+    (local,) = load_config(PrepareConfig, recipe).sources
+    assert sorted(texts(local)) == sorted(["one\n\ntwo", *TEXTS * 8])
+    write(below / "notes.pdf", b"%PDF")
+    with pytest.raises(DataError, match=r"notes\.pdf: unknown type; read are \.jsonl"):
+        find_files(local)
 
 
 def test_a_txt_file_is_one_document(tmp_path: Path) -> None:

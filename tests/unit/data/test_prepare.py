@@ -19,7 +19,7 @@ import pytest
 from loopmem_pretrain.config.prepare import PrepareConfig, SourceConfig, TokenizerConfig, TrainTokenizerConfig
 from loopmem_pretrain.data import prepare as prepare_module
 from loopmem_pretrain.data.manifest import load_manifest, verify_shards
-from loopmem_pretrain.data.prepare import prepare
+from loopmem_pretrain.data.prepare import USUAL_LENGTH, prepare, validation_warning
 from loopmem_pretrain.data.tokenizer import load_tokenizer, train_sentencepiece
 from loopmem_pretrain.data.workers import is_validation
 from loopmem_pretrain.errors import DataError, EnvironmentFault
@@ -333,11 +333,12 @@ def test_a_complete_folder_with_a_lost_shard_is_not_complete(corpus: Path, tmp_p
         prepare(recipe(corpus, tmp_path))
 
 
-def test_foreign_shards_are_not_overwritten(corpus: Path, tmp_path: Path) -> None:
-    (tmp_path / "train-00000.bin").write_bytes(b"mine")
-    with pytest.raises(DataError, match=r"1 shard files, such as train-00000.bin"):
+@pytest.mark.parametrize("name", ["train-00000.bin", "thesis.tex"])
+def test_a_folder_of_other_things_is_left_alone(corpus: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"mine")
+    with pytest.raises(DataError, match=rf"holds other things, such as {name}, and neither a manifest nor a journal"):
         prepare(recipe(corpus, tmp_path))
-    assert (tmp_path / "train-00000.bin").read_bytes() == b"mine"
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(name, b"mine")]
 
 
 def test_a_folder_in_use_is_refused(corpus: Path, tmp_path: Path) -> None:
@@ -345,6 +346,33 @@ def test_a_folder_in_use_is_refused(corpus: Path, tmp_path: Path) -> None:
         fcntl.flock(stream, fcntl.LOCK_EX)
         with pytest.raises(EnvironmentFault, match="another process is preparing"):
             prepare(recipe(corpus, tmp_path))
+
+
+def test_a_wrong_text_field_is_shown_where_nothing_is_left(corpus: Path, tmp_path: Path) -> None:
+    source = SourceConfig(paths=(str(corpus / "0.jsonl"),), text_field="body", origin="test", license="CC0")
+    values = {"sources": (source,), "max_broken_lines": 1000}
+    with pytest.raises(DataError, match="no document is left to train on: 0 read") as caught:
+        prepare(recipe(corpus, tmp_path / "out", **values))
+    assert f"{corpus}/0.jsonl:1: no text in 'body'; fields: text" in caught.value.problem
+    assert "text_field" in caught.value.fix
+    tokenizer = TokenizerConfig(path=str(tmp_path / "new"), train=TrainTokenizerConfig(vocab_size=340))
+    with pytest.raises(DataError, match="there is no text to train a tokenizer on") as caught:
+        prepare(recipe(corpus, tmp_path / "other", tokenizer=tokenizer, **values))
+    assert f"{corpus}/0.jsonl:1: no text in 'body'; fields: text" in caught.value.problem
+
+
+def test_a_validation_split_that_training_would_refuse_is_told(corpus: Path, tmp_path: Path) -> None:
+    def told(fraction: float) -> tuple[int, str]:
+        manifest = prepare(recipe(corpus, tmp_path / f"{fraction}", validation_fraction=fraction))
+        return manifest.splits["validation"].tokens, validation_warning(manifest, fraction)
+
+    tokens, said = told(0.01)
+    assert 0 < tokens <= USUAL_LENGTH
+    assert said.startswith(f"the validation split has {tokens:,} tokens in")
+    advised = float(said.split("validation_fraction: ")[1].split()[0])
+    tokens, said = told(advised)
+    assert tokens > USUAL_LENGTH and not said
+    assert told(0.0)[1].startswith("validation_fraction 0 held no document out for validation; ")
 
 
 def test_no_document_is_left(corpus: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from loopmem_pretrain.config.load import load_config
 from loopmem_pretrain.config.prepare import PrepareConfig
 from loopmem_pretrain.data.prepare import prepare
 from loopmem_pretrain.data.workers import is_validation
+from loopmem_pretrain.errors import DataError
 from loopmem_pretrain.eval.documents import prepared_domains, text_domains
 
 TEXTS = ["the of and </s> to", "gro\u00df \U0001f98a\n\nthe end\n", " a  b "]
@@ -45,6 +46,24 @@ def test_bytes_that_the_tokenizer_loses(tmp_path, sentences, caplog):
     (domain,) = prepared_domains([prepared(tmp_path, sentences / "tokenizer", ["a\u2581b"])])
     assert list(domain.texts) == [b"a b"]
     assert "was made from 5 bytes of text and decodes to 3" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["b.jsonl", "b.parquet"])
+def test_a_field_of_another_name(tmp_path, name):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"body": text} for text in TEXTS]
+    if name == "b.jsonl":
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / name)
+    (domain,) = text_domains([str(tmp_path / name)], "body")
+    assert [text.decode() for text in domain.texts] == TEXTS
+    (domain,) = text_domains([str(tmp_path / name)])
+    with pytest.raises(DataError) as caught:
+        list(domain.texts)
+    assert "--text-field" in caught.value.fix and "max_broken_lines" not in str(caught.value)
 
 
 def test_files(tmp_path):

@@ -33,6 +33,16 @@ def spelled(score, context=CONTEXT):
     return WindowLM(scores, lambda text: list(text.encode()), 0, context)
 
 
+def test_a_configuration_knows_the_tasks_by_their_files():
+    """config/run.py refuses other names without the harness."""
+    from lm_eval.tasks import TaskManager
+
+    from loopmem_pretrain.config.run import TASK_FILES
+
+    known = TaskManager(include_path=str(TASK_FILES), include_defaults=False).all_tasks
+    assert sorted(known) == sorted(path.stem for path in TASK_FILES.glob("[!_]*.yaml"))
+
+
 def test_prompts(data):
     tasks = {task.name: task for task in open_tasks(["commonsense", "math"], data)}
     assert len(tasks) == 8 + 7

@@ -151,13 +151,30 @@ def test_given_context_length(forms):
     assert "do not fit the 8" in refusal(forms, "native", max_new_tokens=7, context_length=8)
 
 
+@pytest.mark.parametrize("form", ["native", "huggingface"])
+def test_without_a_number_the_context_is_filled(forms, form):
+    model, codec = forms[form]
+    text = generate_text(model, codec, "It was", context_length=16)
+    prompt = len(codec.encode("It was") if form == "native" else codec("It was", add_special_tokens=False)["input_ids"])
+    assert text == generate_text(model, codec, "It was", 16 - prompt, context_length=16)
+    assert "tokens, the model was trained on 2" in refusal(forms, form, max_new_tokens=None, context_length=2)
+
+
 def test_no_new_tokens(forms):
     assert "max_new_tokens 0" in refusal(forms, max_new_tokens=0)
 
 
-@pytest.mark.parametrize("temperature", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [-1.0, float("nan"), float("inf"), 1e300, 1e-300])
 def test_bad_temperature(forms, temperature):
     assert "temperature" in refusal(forms, temperature=temperature)
+
+
+def test_bad_seed(forms):
+    assert "does not fit into 64 bits" in refusal(forms, seed=2**64)
+
+
+def test_prompt_that_is_no_unicode(forms):
+    assert r"'\udcff' at character 3" in refusal(forms, prompt="a \udcff")
 
 
 def test_bad_top_k(forms):

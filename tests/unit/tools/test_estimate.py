@@ -78,6 +78,17 @@ def test_the_simplest_plan_that_fits():
     assert tight.training.activation_checkpointing == "loop" or tight.training.micro_batch_size < 32
 
 
+def test_a_layout_that_does_not_fit_the_ranks_is_said_before_the_plans_that_do(capsys):
+    said = printed(capsys, "--ranks", "16", "--cluster", CLUSTER)
+    assert re.search(r"^parameters +\d", said)
+    assert "This configuration does not fit 16 ranks:\n  training.global_batch_size 256 is not a multiple of" in said
+    assert "or micro_batch_size to 16, or change the number of ranks" in said
+    assert "Plans for 16 GPUs of 80.0 GB" in said and "training.micro_batch_size=16" in said
+    assert "DOES NOT FIT" not in said and "nothing here was measured" not in said
+    said = printed(capsys, "--ranks", "6", "parallel.pipeline_model_parallel_size=4")
+    assert "6 ranks are not a multiple of" in said and "Plans for 6 GPUs of 80.0 GB" in said
+
+
 def test_nothing_fits(capsys):
     said = printed(capsys, "--ranks", "1", "--gpu-memory", "0.5")
     assert "No plan fits 1 GPU of 500 MB with training.global_batch_size 256" in said
@@ -88,8 +99,8 @@ def test_nothing_fits(capsys):
     [
         (["--ranks", "0"], "--ranks 0 is not valid"),
         (["--gpu-memory", "-1"], "--gpu-memory -1 is not valid"),
-        (["--ranks", "3"], "training.global_batch_size 256 is not a multiple of"),
-        (["--ranks", "6", "parallel.pipeline_model_parallel_size=4"], "6 ranks are not a multiple of"),
+        (["--gpu-memory", "nan"], "--gpu-memory nan is not valid"),
+        (["--gpu-memory", "inf"], "--gpu-memory inf is not valid"),
         (["parallel.pipeline_model_parallel_size=7"], "7 stages for 6 layers"),
         (["parallel.tensor_model_parallel_size=3", "training.compile=none"], "3 does not divide"),
         (["--cluster", "nowhere.yaml"], "nowhere.yaml cannot be read"),

@@ -142,11 +142,39 @@ def test_a_loss_that_is_not_finite_is_a_gap(tmp_path: Path) -> None:
     assert save_plots(tmp_path, tmp_path / "out")
 
 
+def test_a_run_that_diverged_shows_its_last_finite_values(make_run: MakeRun) -> None:
+    """Every number of the last lines is null, as JsonlLogger writes what is not finite."""
+
+    def nothing(value: object) -> object:
+        return list(map(nothing, value)) if isinstance(value, list) else None
+
+    records = read_metrics(make_run() / "metrics.jsonl")
+    end = {key: value if key in ("step", "tokens") else nothing(value) for key, value in records[-1].items()}
+    records += [end | {"step": 4010}, end | {"step": 4020}]
+    for plot in PLOTS:
+        assert render(plot, records, "svg"), plot.name
+        assert render(plot, records[-1:], "svg") is None, plot.name
+    figure = next(plot for plot in PLOTS if plot.name == "gates_end").draw(records)
+    assert figure is not None
+    assert figure.axes[0].get_ylabel() == "mean gate at step 4,000"
+
+
 def test_series_take_only_what_was_measured() -> None:
     records = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}, {"step": 3}, {"step": 4, "loss": 1}]
     steps, values = series(records, "loss")
     np.testing.assert_array_equal(steps, [1, 4])
     np.testing.assert_array_equal(values, [2.0, 1.0])
+
+
+def test_tokens_stand_on_the_marks_of_the_steps(make_run: MakeRun) -> None:
+    figure = PLOTS[0].draw(read_metrics(make_run() / "metrics.jsonl"))
+    assert figure is not None
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    (top,) = axes.child_axes
+    shown = {label.get_text() for label in top.get_xticklabels()}
+    assert list(top.get_xticks()) == list(axes.get_xticks())
+    assert "288 M" in shown  # at step 800 of 88 samples of 4,096 tokens
 
 
 def test_layers_that_change_in_number(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_what_is_absent_is_said(short_run: Path) -> None:
     (short_run / "config.yaml").unlink()
     text = _report(short_run).text
     assert "No status.json: how the run ended is not known." in text
-    assert "Not in the run folder, so not on this page: status.json, config.yaml, sample.txt, environment.json." in text
+    assert "Not in the run folder, so not on this page: status.json, config.yaml, environment.json." in text
 
 
 def test_lines_left_out_are_said(whole: Page) -> None:
@@ -243,3 +243,23 @@ def test_nothing_is_left_of_a_page_that_cannot_be_written(short_run: Path) -> No
     with pytest.raises(EnvironmentFault, match="cannot write"):
         write_report(short_run, short_run / "report.html")
     assert not [path for path in short_run.iterdir() if "tmp" in path.name]
+
+
+def test_a_run_that_diverged(short_run: Path) -> None:
+    gone = {"step": 4, "tokens": 4096, "loss": None, "expected_loops": [None, None], "local_gate": [None, None]}
+    with (short_run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(gone) + "\n")
+    page = _report(short_run)
+    assert page.rows["Training loss, mean of the last 3 logged"] == "9.0000 nats a token"
+    assert page.rows["Logged lines without a finite loss, not in its mean and figure"] == "1"
+    assert "Expected loops at the end, mean" not in page.rows
+
+
+def test_settings_stand_as_in_yaml_and_the_command_as_it_is_typed(short_run: Path) -> None:
+    environment = {"command": ["loopmem", "train", "--config", "my run.yaml"], "git_commit": None}
+    (short_run / "environment.json").write_text(json.dumps(environment))
+    rows = _report(short_run).rows
+    assert rows["command"] == "loopmem train --config 'my run.yaml'"
+    assert rows["git_commit"] == rows["evaluation.data_dir"] == "null"
+    assert (rows["checkpoint.asynchronous"], rows["logging.tensorboard"]) == ("true", "false")
+    assert rows["data.datasets"] == f"[{{path: {short_run.parent}/tokens, weight: 1.0}}]"
