@@ -94,8 +94,8 @@ class LoopMemConfig(PretrainedConfig):
     """Tokens of a training sequence; nothing was learned about later positions."""
     bos_token_id: int | None = None
     """Beginning of sequence."""
-    eos_token_id: int | None = None
-    """End of a document; generation stops there."""
+    eos_token_id: int | list[int] | None = None
+    """End of a document; generation stops there, or at any of several."""
     pad_token_id: int | None = None
     """Fills finished sequences of a batch in generation."""
     use_cache: bool = True
@@ -182,8 +182,10 @@ def _value_problems(config: Any) -> list[str]:
         value = getattr(config, key)
         expect(value is None or (_is_int(value) and value > 0), key, "none, or above 0")
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        token, size = getattr(config, key), config.vocab_size
-        fits = token is None or (_is_int(token) and _is_int(size) and 0 <= token < size)
+        value, size = getattr(config, key), config.vocab_size
+        several = key == "eos_token_id" and isinstance(value, list) and value
+        tokens = value if several else [] if value is None else [value]
+        fits = all(_is_int(token) and _is_int(size) and 0 <= token < size for token in tokens)
         expect(fits, key, f"none, or a token id from 0 to vocab_size - 1 (vocab_size is {size!r})")
     return problems
 

@@ -112,7 +112,7 @@ def export(
             settings: Any = huggingface_config(model_config, tokenizer, seq_length, dtype)
             if unrolled is not None:
                 settings = dense_config(model_config, _common(tokenizer, seq_length, dtype))
-            write_settings(folder, settings)
+            write_settings(folder, settings, tokenizer.vocab_size)
         comparison = verify_folder(
             folder,
             model_config,
@@ -185,11 +185,17 @@ def _common(tokenizer: Tokenizer, seq_length: int, dtype: DType) -> dict[str, An
     }
 
 
-def write_settings(folder: Path, config: Any) -> None:
-    """Write config.json, generation_config.json and, of a LoopMemConfig, the two code files."""
+def write_settings(folder: Path, config: Any, tokens: int | None = None) -> None:
+    """Write config.json, generation_config.json and, of a LoopMemConfig, the two code files.
+
+    Of a vocabulary larger than the tokenizer's number of `tokens`, generation leaves the ids out that are no tokens.
+    """
     config.save_pretrained(folder)
     pad = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
     generation: Any = GenerationConfig  # untyped
-    generation(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=pad).save_pretrained(
-        folder
-    )
+    generation(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=pad,
+        suppress_tokens=list(range(tokens or config.vocab_size, config.vocab_size)) or None,
+    ).save_pretrained(folder)

@@ -145,6 +145,7 @@ def main(folder: str, request: dict[str, Any], out: BinaryIO) -> None:
     send([tokenizer(text)["input_ids"] for text in request["texts"]])
     if model.dtype != torch.float32:
         convert_by_parts(model, widen)
+    model.generation_config.suppress_tokens = None  # rows that pad the vocabulary are compared too
     send(greedy(model, request["prompt"], request["new_tokens"]))
     (watch_layers if request["layers_only"] else watch)(model, tell)
     with torch.inference_mode():

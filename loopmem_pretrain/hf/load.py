@@ -72,9 +72,9 @@ def _check_tokenizer(path: Path, config: LoopMemConfig, tokenizer: PreTrainedTok
     if len(tokenizer) > config.vocab_size:
         problems.append(f"it has {len(tokenizer):,} tokens, the model's vocab_size is {config.vocab_size:,}")
     for name in ("bos_token_id", "eos_token_id"):
-        ids = getattr(tokenizer, name), getattr(config, name)
-        if None not in ids and ids[0] != ids[1]:
-            problems.append(f"its {name} is {ids[0]}, the model's {ids[1]}")
+        its, ids = getattr(tokenizer, name), getattr(config, name)
+        if its is not None and ids is not None and its not in (ids if isinstance(ids, list) else [ids]):
+            problems.append(f"its {name} is {its}, the model's {ids}")
     if problems:
         raise ConversionError(
             f"{path}: the tokenizer is not the model's: {'; '.join(problems)}",

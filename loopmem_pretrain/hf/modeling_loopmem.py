@@ -9,6 +9,7 @@ The export replaces the imports of both by their text, so an exported model fold
 
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
@@ -178,9 +179,9 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
         states: list[Tensor] = []
         on_layer = states.append if output_hidden_states else None
         hidden, stats = (
-            self.model(inputs, num_loops, told, on_layer=on_layer)
+            self.model(inputs, loops, told, on_layer=on_layer)
             if early is None
-            else exit_forward(self.model, inputs, early, num_loops, told, on_layer)
+            else exit_forward(self.model, inputs, early, loops, told, on_layer)
         )
         if labels is not None:
             logits_to_keep = 0  # the loss needs them all
@@ -255,12 +256,12 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
         if not most:
             raise ValueError(f"num_loops={num_loops}: this model does not loop (max_loops 0); leave num_loops out")
         loops = loops_of_layers(num_loops, layers)
-        if len(loops) != layers or not all(type(n) is int and n >= 1 for n in loops):
+        if len(loops) != layers or not all(isinstance(n, Integral) and n is not True and n >= 1 for n in loops):
             raise ValueError(
                 f"num_loops={num_loops} is not valid; valid: 1 or above, or a list of such numbers, one for each of "
                 f"the {layers} layers"
             )
-        return [n for n in loops if n is not None]
+        return [int(n) for n in loops if n is not None]
 
     def _early_exit(self, threshold: float | None, rule: str | None) -> EarlyExit | None:
         """None where all loops run."""
@@ -270,8 +271,8 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
             return None
         if not self.config.max_loops:
             raise ValueError(f"exit_threshold={threshold}: this model does not loop (max_loops 0); leave it out")
-        if not 0 < threshold <= 1:
-            raise ValueError(f"exit_threshold={threshold} is not valid; valid: above 0, at most 1 (1 runs all loops)")
+        if not isinstance(threshold, Real) or not 0 < threshold <= 1:
+            raise ValueError(f"exit_threshold={threshold!r} is not valid; valid: above 0, at most 1 (1 runs all loops)")
         rule = self.config.exit_rule if rule is None else rule
         if rule not in EXIT_RULES:
             raise ValueError(f"exit_rule={rule!r} is not known; valid: {', '.join(EXIT_RULES)}")
@@ -381,6 +382,10 @@ class LoopMemModel(LoopMemForCausalLM):
     def can_generate(cls) -> bool:
         """No: it gives no logits."""
         return False
+
+    def get_output_embeddings(self) -> None:
+        """None: there is no head to resize with the embedding."""
+        return
 
     def forward(  # type: ignore[override]  # another output, and no labels
         self,

@@ -49,7 +49,10 @@ BAD_HERE_ONLY = [
     ({"use_cache": 1}, "use_cache: 1 is not valid; valid: true or false"),
     ({"max_position_embeddings": 0}, "max_position_embeddings: 0"),
     ({"eos_token_id": 512}, "eos_token_id: 512 is not valid; valid: none, or a token id from 0 to vocab_size - 1"),
+    ({"eos_token_id": [2, 512]}, "eos_token_id: [2, 512] is not valid"),
+    ({"eos_token_id": []}, "eos_token_id: [] is not valid"),
     ({"pad_token_id": -1}, "pad_token_id: -1"),
+    ({"pad_token_id": [1]}, "pad_token_id: [1] is not valid"),
 ]
 BAD_PLAIN = [
     ({"residual_scale": "learned"}, "'learned' needs max_loops of 1 or above; valid: 'one', 'inverse_depth'"),
@@ -97,6 +100,11 @@ def test_what_training_accepts_is_valid_here(variant):
     config = LoopMemConfig(**fields)
     for key, value in ModelConfig(**fields).model_dump().items():
         assert getattr(config, key) == value
+
+
+def test_several_ends(tmp_path):
+    LoopMemConfig(**GOOD, eos_token_id=[2, 5]).save_pretrained(tmp_path)
+    assert LoopMemConfig.from_pretrained(tmp_path).eos_token_id == [2, 5]
 
 
 def test_defaults_are_valid():

@@ -356,7 +356,7 @@ def test_gradients_flow(looped):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("threshold", [0, -0.1, 1.01, math.nan, math.inf])
+@pytest.mark.parametrize("threshold", [0, -0.1, 1.01, math.nan, math.inf, "0.5"])
 def test_thresholds_outside(looped, threshold):
     _, model = looped
     assert "valid: above 0, at most 1" in refusal(model, IDS, exit_threshold=threshold)

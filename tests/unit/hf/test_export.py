@@ -140,6 +140,12 @@ def test_config_spells_out_every_field(full):
     assert values["eos_token_id"] == 2 and values["dtype"] == "float32"
 
 
+def test_generation_leaves_out_what_pads_the_vocabulary(full, tokenizer):
+    folder, _, model = full
+    suppressed = json.loads((folder / "generation_config.json").read_text())["suppress_tokens"]
+    assert suppressed == list(range(tokenizer.vocab_size, model.config.vocab_size)) != []
+
+
 def test_weights_are_the_parameters(full):
     folder, _, model = full
     tensors = stored(folder)
@@ -161,7 +167,8 @@ def test_stranger_loads_it_with_torch_and_transformers_alone(full, tmp_path, tok
     assert said["early"] == pytest.approx(model.lm_head(hidden)[0, -1, :5].tolist(), rel=1e-4, abs=1e-5)
     assert said["ran"] == [layer.loops.float().mean().item() for layer in stats] != [3.0, 3.0]
     for _ in range(8):
-        ids = torch.cat((ids, model(ids).logits[:, -1:].argmax(-1)), dim=1)
+        tokens = model(ids).logits[:, -1:, : tokenizer.vocab_size]  # what pads the vocabulary is never written
+        ids = torch.cat((ids, tokens.argmax(-1)), dim=1)
     assert said["tokens"] == ids[0].tolist()
 
 

@@ -3,11 +3,12 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
 from loopmem_pretrain.hf.configuration_loopmem import LoopMemConfig
-from loopmem_pretrain.hf.modeling_loopmem import LoopMemForCausalLM
+from loopmem_pretrain.hf.modeling_loopmem import LoopMemForCausalLM, LoopMemModel
 from loopmem_pretrain.model.backend import TorchBackend
 from loopmem_pretrain.model.init import initialize
 from loopmem_pretrain.model.loopmem import LoopMemLM
@@ -58,6 +59,7 @@ def test_forced_loops(looped, num_loops):
     output = model(IDS, num_loops=num_loops, output_loop_stats=True)
     torch.testing.assert_close(output.logits, native(IDS, num_loops=num_loops).logits)
     assert [stats.halting_probs.shape for stats in output.loop_stats] == [(2, 12, num_loops)] * 2
+    assert torch.equal(model(IDS, num_loops=np.int64(num_loops)).logits, output.logits)
 
 
 def test_loop_stats_only_when_asked(looped):
@@ -231,6 +233,17 @@ def test_pickled_whole(variant, tmp_path):
     _, model = pair(variant)
     torch.save(model, tmp_path / "model.pt")
     assert torch.equal(torch.load(tmp_path / "model.pt", weights_only=False)(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("variant", ["full", "tied"])
+def test_resized_vocabulary_without_a_head(variant, tmp_path):
+    _, model = pair(variant)
+    model.save_pretrained(tmp_path)
+    base = LoopMemModel.from_pretrained(tmp_path)
+    before = base(IDS).last_hidden_state
+    base.resize_token_embeddings(520, mean_resizing=False)
+    assert base.config.vocab_size == 520 and base.get_input_embeddings().weight.shape == (520, 32)
+    assert torch.equal(base(IDS).last_hidden_state, before)
 
 
 def test_resized_vocabulary():
