@@ -40,7 +40,7 @@ def reshape(path: str | Path, out: str | Path | None = None) -> Path:
         return checkpoint
     run_dir = Path(out)
     if (run_dir / "config.yaml").exists() or CheckpointStore(run_dir).latest() is not None:
-        raise ConfigError(f"{run_dir} is a run folder already", "give --out another folder, or leave it away")
+        raise ConfigError(f"{run_dir} is a run folder already", "give --out another folder, or leave it out")
     run_dir.mkdir(parents=True, exist_ok=True)
     with not_in_training(run_dir):
         return _into(run_dir, checkpoint)
