@@ -7,14 +7,16 @@ import argparse
 import io
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from loopmem_pretrain import __version__
 from loopmem_pretrain.cluster.command import add_slurm
-from loopmem_pretrain.errors import EXIT_DONE, EXIT_INTERRUPTED, ConfigError, LoopMemError
+from loopmem_pretrain.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_TERMINATED, ConfigError, LoopMemError
 from loopmem_pretrain.progress import stage_bars
+from loopmem_pretrain.words import counted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,12 +37,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         speaker = "loopmem" if rank == "0" else f"loopmem (rank {rank})"
         print(f"{speaker}: error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("loopmem: interrupted; the same command continues where it can", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        by_signal = isinstance(interrupt, Terminated)
+        said = "ended by SIGTERM" if by_signal else "interrupted"
+        print(f"loopmem: {said}; the same command continues where it can", file=sys.stderr)
+        return EXIT_TERMINATED if by_signal else EXIT_INTERRUPTED
     except BrokenPipeError:  # `loopmem ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM in a command that has no other use for it: all is put away as after Ctrl-C."""
+
+
+def _end_on_sigterm() -> None:
+    def end(number: int, frame: object) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, end)
 
 
 class Command(argparse.ArgumentParser):
@@ -62,7 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="loopmem",
         description="Pretrain transformers whose layers loop adaptively and read gated memory banks.",
         epilog="exit codes: 0 done or stopped cleanly, 1 bug, 2 config or usage, 3 data, 4 checkpoint, "
-        "5 conversion mismatch, 6 environment, 7 training gave up, 8 hang, 130 interrupted from the keyboard",
+        "5 conversion mismatch, 6 environment, 7 training gave up, 8 hang, "
+        "130 interrupted from the keyboard, 143 by SIGTERM",
     )
     parser.add_argument("--version", action="version", version=f"loopmem {__version__}")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher puts it before the command
@@ -200,6 +216,7 @@ def train_tokenizer(options: Any) -> int:
     from loopmem_pretrain.data.tokenizer import load_tokenizer
     from loopmem_pretrain.data.train_tokenizer import train_tokenizer as train_tokenizer_of
 
+    _end_on_sigterm()
     with stage_bars() as progress:
         file = train_tokenizer_of(config, progress)
     print(f"{file}: {load_tokenizer(file).vocab_size:,} tokens")
@@ -213,10 +230,11 @@ def prepare_data(options: Any) -> int:
     config = load_config(PrepareConfig, options.config, options.overrides, prepare_problems)
     from loopmem_pretrain.data.prepare import prepare, validation_warning
 
+    _end_on_sigterm()
     with stage_bars() as progress:
         manifest = prepare(config, progress)
     for name, split in manifest.splits.items():
-        print(f"{config.output_dir} {name}: {split.documents:,} documents, {split.tokens:,} tokens")
+        print(f"{config.output_dir} {name}: {counted(split.documents, 'document')}, {counted(split.tokens, 'token')}")
     if warning := validation_warning(manifest, config.validation_fraction):
         print(f"loopmem: warning: {warning}", file=sys.stderr)
     return EXIT_DONE

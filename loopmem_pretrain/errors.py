@@ -7,12 +7,14 @@ and exits with its code; anything else that escapes is a bug and keeps its trace
     1 a bug in this package                   6 environment: device, lost rank, disk, permissions
     2 config, usage, too little memory        7 training gave up: non-finite loss, spikes, drifting replicas
     3 data                                    8 hang
-    4 checkpoint                              130 interrupted from the keyboard (training stops cleanly instead: 0)
+    4 checkpoint                              130 interrupted from the keyboard, 143 by SIGTERM
+    Training ends cleanly on both instead: 0.
 """
 
 EXIT_DONE = 0
 EXIT_BUG = 1
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 
 class LoopMemError(Exception):

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from loopmem_pretrain.words import counted
+
 LINE_SECONDS = 2.0
 """A plain line so often is enough for a log."""
 
@@ -50,8 +52,9 @@ class ProgressBar:
 
     def _amount(self, done: int) -> str:
         if self.unit == "B":
-            return f"{done / 1e6:,.1f}/{self.total / 1e6:,.1f} MB" if self.total else f"{done / 1e6:,.1f} MB"
-        return f"{done:,}/{self.total:,} {self.unit}s" if self.total else f"{done:,} {self.unit}s"
+            size, unit = (1e6, "MB") if max(done, self.total) >= 1e6 else (1e3, "kB")
+            return f"{done / size:,.1f}/{self.total / size:,.1f} {unit}" if self.total else f"{done / size:,.1f} {unit}"
+        return f"{done:,}/{counted(self.total, self.unit)}" if self.total else counted(done, self.unit)
 
     def _left(self, done: int) -> str:
         elapsed, advanced = time.monotonic() - self.started, done - self.start
@@ -79,7 +82,8 @@ def stage_bars(unit: str = "B") -> Iterator[Progress]:
             for bar in bars.values():
                 bar.close()
             bars[stage] = ProgressBar(stage, total or 0, unit=unit)
-        facts = (f"{value:,} {key}" for key, value in info.items() if isinstance(value, int) and value)
+        numbers = {key: value for key, value in info.items() if isinstance(value, int) and value}
+        facts = (counted(value, key.removesuffix("s").replace("_", " ")) for key, value in numbers.items())
         bars[stage].update(done, ", ".join(facts))
         for example in info.get("broken_examples", ()) if stage == "complete" else ():
             print(f"broken line left out: {example}", file=sys.stderr)

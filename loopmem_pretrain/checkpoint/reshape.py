@@ -11,7 +11,7 @@ from loopmem_pretrain.checkpoint.manifest import MANIFEST, encode_manifest, read
 from loopmem_pretrain.checkpoint.safe_load import check_pickles, pickles
 from loopmem_pretrain.checkpoint.store import RUN_ID, CheckpointStore, checkpoint_at, hash_files, list_files, verify
 from loopmem_pretrain.checkpoint.universal import MERGED, is_merged, merge
-from loopmem_pretrain.data.files import sync_folder, write_file
+from loopmem_pretrain.data.files import disk_faults, sync_folder, write_file
 from loopmem_pretrain.errors import ConfigError
 from loopmem_pretrain.lock import take_lock
 
@@ -30,18 +30,19 @@ def reshape(path: str | Path, out: str | Path | None = None) -> Path:
         EnvironmentFault: a run is training in the folder that would be written, or there is too little space.
     """
     checkpoint = checkpoint_at(path).resolve()
+    if out is None and checkpoint.parent.name != "checkpoints":
+        raise ConfigError(f"{checkpoint} is in no run folder", "give --out a new run folder")
+    if out is not None and ((Path(out) / "config.yaml").exists() or CheckpointStore(out).latest() is not None):
+        raise ConfigError(f"{out} is a run folder already", "give --out another folder, or leave it out")
     verify(checkpoint)
     check_pickles(pickles(checkpoint))
     if out is None:
-        if checkpoint.parent.name != "checkpoints":
-            raise ConfigError(f"{checkpoint} is in no run folder", "give --out a new run folder")
         with not_in_training(checkpoint.parent.parent):
             _in_place(checkpoint)
         return checkpoint
     run_dir = Path(out)
-    if (run_dir / "config.yaml").exists() or CheckpointStore(run_dir).latest() is not None:
-        raise ConfigError(f"{run_dir} is a run folder already", "give --out another folder, or leave it away")
-    run_dir.mkdir(parents=True, exist_ok=True)
+    with disk_faults(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
     with not_in_training(run_dir):
         return _into(run_dir, checkpoint)
 

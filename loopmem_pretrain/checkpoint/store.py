@@ -247,8 +247,10 @@ def checkpoint_at(path: str | Path) -> Path:
     else:
         checkpoint = CheckpointStore(folder).latest()
     if checkpoint is None:
+        what = " but an exported model" if (folder / "config.json").exists() else ""
         raise CheckpointError(
-            f"{folder} holds no checkpoint", "give a run folder (with checkpoints/ in it) or one checkpoint folder"
+            f"{folder} holds no checkpoint{what}",
+            "give a run folder (with checkpoints/ in it) or one checkpoint folder",
         )
     return checkpoint
 

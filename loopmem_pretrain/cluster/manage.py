@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,12 +14,13 @@ from loopmem_pretrain.cluster.other_jobs import FOLLOWERS
 from loopmem_pretrain.cluster.submit import job_name
 from loopmem_pretrain.errors import ConfigError, EnvironmentFault
 from loopmem_pretrain.tools.tables import table
+from loopmem_pretrain.words import counted
 
 
 def status(run_dir: str) -> str:
     """How the run stands, its jobs in the queue, a line a start, and what all have cost, by sacct where it knows."""
     folder = _run(run_dir)
-    lines = records.read(folder)
+    submitted, lines = records.starts_file(folder).exists(), records.read(folder)
     verdict = records.read_json(folder / "status.json")
     beat = records.read_json(folder / "heartbeat.json")
     said = [f"{folder}: {verdict.get('status', 'not started')}, {verdict.get('reason', 'no status.json yet')}"]
@@ -26,6 +28,8 @@ def status(run_dir: str) -> str:
         said.append(f"now: {beat.get('phase', 'training')}, step {beat['step']}, said {beat.get('time', '')}")
     asked = [name for name in (control.STOP, control.PAUSE, control.SAVE) if (folder / name).exists()]
     said += [f"asked for by file: {', '.join(asked)}"] if asked else []
+    if not submitted:
+        return "\n".join([*said, NOT_SUBMITTED])
     try:
         said += [f"job {job}: {row}" for job, row in _jobs(folder).items()] or ["no job in the queue"]
     except EnvironmentFault as fault:  # on a machine without SLURM the records are still worth reading
@@ -47,10 +51,23 @@ def _accounted(starts: list[dict[str, Any]]) -> list[str]:
     return ["by sacct:", *accounting.rows(found), "", f"hours by sacct: {accounting.hours(found)}"]
 
 
+NOT_SUBMITTED = "not started by SLURM: no job of it is known"
+
+
 def _run(run_dir: str) -> Path:
     folder = Path(run_dir).absolute()
+    if not records.starts_file(folder).exists() and not (folder / "config.yaml").exists():
+        raise ConfigError(f"{folder} is no run folder: it has neither config.yaml nor slurm/", "give a run folder")
+    return folder
+
+
+def _submitted(run_dir: str) -> Path:
+    folder = _run(run_dir)
     if not records.starts_file(folder).exists():
-        raise ConfigError(f"{folder} has no {records.starts_file(folder).relative_to(folder)}", "give a run folder")
+        raise ConfigError(
+            f"{folder} was {NOT_SUBMITTED}",
+            f"see where it was started; `loopmem slurm stop {shlex.quote(str(folder))}` asks it to save and end",
+        )
     return folder
 
 
@@ -115,11 +132,12 @@ def _summary(folder: Path, starts: list[dict[str, Any]], lines: list[dict[str, A
     causes = Counter(ends[start["start"]]["verdict"] if start["start"] in ends else "no end" for start in starts)
     nodes = Counter(node for start in starts for node in start["nodes"])
     bad = sorted({node for end in ends.values() for node in end.get("bad_nodes", [])})
+    share = useful / held if held else 0
     return [
-        f"{len(starts)} starts, {rank_hours:,.2f} rank hours, {useful / held if held else 0:.0%} of them in steps that "
-        f"count; {lost:,} steps trained again",
+        f"{counted(len(starts), 'start')}, {rank_hours:,.2f} rank hours, {share:.0%} of them in steps that count; "
+        f"{counted(lost, 'step')} trained again",
         "ends: " + ", ".join(f"{count} {name}" for name, count in causes.most_common()),
-        f"{len(nodes)} nodes used" + (f"; left out: {', '.join(bad)}" if bad else ""),
+        f"{counted(len(nodes), 'node')} used" + (f"; left out: {', '.join(bad)}" if bad else ""),
     ]
 
 
@@ -129,7 +147,7 @@ def log_path(run_dir: str, number: int) -> Path:
     Raises:
         ConfigError: no start has got so far; names the log of the job.
     """
-    folder = _run(run_dir)
+    folder = _submitted(run_dir)
     starts = [line["start"] for line in records.read(folder) if line["event"] == "start"]
     for start in reversed(starts):
         path = rank.log_file(folder / "logs" / start, number)
@@ -148,7 +166,7 @@ def show_log(run_dir: str, number: int, follow: bool) -> None:
 
 def cancel(run_dir: str) -> str:
     """End all jobs of the run now; ranks have what SLURM's KillWait grants them to save."""
-    folder = _run(run_dir)
+    folder = _submitted(run_dir)
     jobs = _jobs(folder)
     if not jobs:
         return f"no job of {folder} is in the queue"
@@ -159,7 +177,7 @@ def cancel(run_dir: str) -> str:
 
 
 def stop(run_dir: str) -> str:
-    """Ask the run to save, end, and stay ended."""
+    """Ask the run to save, end, and stay ended, whatever has started it."""
     path = _run(run_dir) / control.STOP
     path.touch()
     return f"{path}: the run saves at its next line of metrics.jsonl and ends; remove the file to let it start again"

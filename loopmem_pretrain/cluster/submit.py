@@ -37,6 +37,7 @@ from loopmem_pretrain.tools.memory_plan import Layout, stage_memory
 from loopmem_pretrain.tools.plans import USABLE
 from loopmem_pretrain.tools.step_time import step_time
 from loopmem_pretrain.tools.tables import human_bytes, human_seconds
+from loopmem_pretrain.words import counted
 
 Launcher = Literal["srun", "torchrun", "deepspeed"]
 Mode = Literal["requeue", "chain", "no"]
@@ -169,7 +170,7 @@ def _estimate(config: RunConfig, site: SiteConfig, ranks: int) -> list[str]:
     """Sizes, memory and, where the site's numbers are known, time."""
     layout = Layout.of(config, ranks)
     notes = [
-        f"{ranks:,} ranks = TP {config.parallel.tensor_model_parallel_size} x "
+        f"{counted(ranks, 'rank')} = TP {config.parallel.tensor_model_parallel_size} x "
         f"PP {config.parallel.pipeline_model_parallel_size} x DP {layout.data_ranks:,}; "
         f"{layout.micro_batches} micro-batch{'es' * (layout.micro_batches > 1)} a step"
     ]

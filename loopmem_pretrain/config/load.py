@@ -8,6 +8,7 @@ field has failed, so rules between fields are plain functions that return a list
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -78,16 +79,18 @@ def dump_config(config: Section) -> str:
 
 
 def differences(old: Section, new: Section) -> list[str]:
-    """Leaves in which two configurations differ, as `key: old -> new`."""
+    """Leaves in which two configurations differ, as `key: old -> new`; of lists of sections, what both have."""
     left, right = _leaves(old.model_dump(mode="json")), _leaves(new.model_dump(mode="json"))
     return [
         f"{key}: {left.get(key, 'unset')} -> {right.get(key, 'unset')}"
         for key in dict.fromkeys([*left, *right])
-        if left.get(key) != right.get(key)
+        if left.get(key) != right.get(key) and ((key in left and key in right) or not re.search(r"\.\d+\.", key))
     ]
 
 
 def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        value = {"number": len(value), **{str(index): inner for index, inner in enumerate(value)}}
     if not isinstance(value, dict):
         return {prefix: value}
     return {k: v for key, inner in value.items() for k, v in _leaves(inner, f"{prefix}.{key}".lstrip(".")).items()}

@@ -1,6 +1,7 @@
 """Rows of a Hugging Face data set, streamed through `datasets`, resumable at any row."""
 
 import json
+import logging
 from collections.abc import Generator
 from typing import Any
 
@@ -20,6 +21,7 @@ def hub_rows(source: SourceConfig, start: Cursor) -> Generator[Row]:
     import httpx
     import pyarrow
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each retry twice; the error says it once
     label = "/".join(part for part in (source.name, source.config, source.split) if part)
     failures = (
         OSError,

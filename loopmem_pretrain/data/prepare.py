@@ -44,6 +44,7 @@ from loopmem_pretrain.data.tokenizer import JSON_NAME, MODEL_NAME, Tokenizer, co
 from loopmem_pretrain.data.train_tokenizer import ensure_tokenizer
 from loopmem_pretrain.data.workers import Task, Tokens, start_pool, tokenize_batch
 from loopmem_pretrain.errors import DataError, EnvironmentFault
+from loopmem_pretrain.words import counted
 
 _BATCH_BYTES = 1 << 20  # of text in a batch: large against a hand-over between processes, small against a shard
 _IN_FLIGHT = 3  # batches a process has waiting or finished, so that none stands idle behind a slow one
@@ -284,7 +285,7 @@ def validation_warning(manifest: Manifest, fraction: float) -> str:
     needed = USUAL_LENGTH + 1
     if held_out.tokens >= needed:
         return ""
-    said = f"the validation split has {held_out.tokens:,} tokens in {held_out.documents:,} documents"
+    said = f"the validation split has {counted(held_out.tokens, 'token')} in {counted(held_out.documents, 'document')}"
     if not held_out.documents:
         said = f"validation_fraction {fraction:g} held no document out for validation"
     wanted = 2 * needed / tokens  # a hash chooses the documents, so the share is about right only

@@ -84,6 +84,8 @@ def sample_texts(config: PrepareConfig, train: TrainTokenizerConfig, progress: P
                     taken += len(document.text)
                     progress(min(taken, total or taken), total, {"stage": "train tokenizer"})
                     yield document.text.decode("utf-8")
+    if taken and total:  # the lines of a file hold more than its texts
+        progress(total, total, {"stage": "train tokenizer"})
     if not taken and tally.broken_lines:
         raise DataError(
             f"there is no text to train a tokenizer on; the first broken lines:{quoted(tally.broken_examples)}",

@@ -20,6 +20,7 @@ from loopmem_pretrain.eval.suites import Mean, TaskRequests, TaskScores, measure
 from loopmem_pretrain.model.flops import forward_flops_at
 from loopmem_pretrain.progress import ProgressBar
 from loopmem_pretrain.quiet import prepare_imports
+from loopmem_pretrain.words import counted
 
 
 def evaluate(
@@ -129,7 +130,7 @@ def _with_bar(scorer: Scorer, domain: Domain, settings: list[Setting], max_docum
     bar = ProgressBar(f"eval {domain.name}", 0, unit="window")
 
     def show(windows: int, documents: int) -> None:
-        bar.update(windows, f"{documents:,} documents")
+        bar.update(windows, counted(documents, "document"))
 
     try:
         return measure(scorer, domain, settings, max_documents, show)
@@ -160,7 +161,7 @@ def _score(opened: Opened, task: TaskRequests, settings: list[Setting]) -> list[
     def show(windows: int) -> None:
         nonlocal done
         done += windows
-        bar.update(done, f"{len(task.items):,} items")
+        bar.update(done, counted(len(task.items), "item"))
 
     try:
         scores = []

@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from loopmem_pretrain.config.parallel import ParallelConfig
+from loopmem_pretrain.words import counted
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Topology:
     def describe(self) -> str:
         """For the log: "8 ranks = 2 tensor x 2 data x 2 pipeline"."""
         parts = f"{self.tensor_size} tensor x {self.data_size} data x {self.pipeline_size} pipeline"
-        return f"{self.world_size} ranks = {parts}"
+        return f"{counted(self.world_size, 'rank')} = {parts}"
 
     # What DeepSpeed asks its `mpu`; in the plain engine model parallelism is tensor parallelism.
 

@@ -29,7 +29,7 @@ def list_checkpoints(run_dir: str | Path, hashes: bool = False) -> str:
         ConfigError: RUN/config.yaml, which says what is kept, is there and cannot be read.
     """
     store = _store_of(run_dir)
-    recorded = Path(run_dir) / "config.yaml"
+    recorded = store.folder.parent / "config.yaml"
     reasons = store.kept(load_config(RunConfig, recorded).checkpoint) if recorded.exists() else {}
     candidates = store.candidates()
     newest = candidates.paths[0] if candidates.paths and not candidates.doubt else None
@@ -103,7 +103,7 @@ def verify_checkpoints(path: str | Path) -> str:
         CheckpointError: there is no checkpoint, or a file may not be read.
     """
     folder = Path(path)
-    if (folder / "checkpoints").is_dir():
+    if (folder / "checkpoints").is_dir() or folder.absolute().name == "checkpoints":
         store = _store_of(folder)
         store.candidates()  # complains where all are gone
         checkpoints = [store.folder / store.name(step) for step in store.steps()]
@@ -121,7 +121,10 @@ def verify_checkpoints(path: str | Path) -> str:
 
 
 def _store_of(run_dir: str | Path) -> CheckpointStore:
+    """Of a run folder, or of the checkpoints/ in it."""
     store = CheckpointStore(run_dir)
+    if not store.folder.is_dir() and Path(run_dir).absolute().name == store.folder.name:
+        store = CheckpointStore(Path(run_dir).absolute().parent)
     if not store.folder.is_dir():
         raise CheckpointError(f"{run_dir} has no checkpoints/", "give a run folder")
     return store

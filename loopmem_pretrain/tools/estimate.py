@@ -13,6 +13,7 @@ from loopmem_pretrain.tools.plans import USABLE, best_of_each_cut, plans
 from loopmem_pretrain.tools.scaling import describe_cluster
 from loopmem_pretrain.tools.step_time import mfu
 from loopmem_pretrain.tools.tables import human_bytes, human_seconds, table
+from loopmem_pretrain.words import counted
 
 STAGES_SHOWN = 5
 PLANS_SHOWN = 5
@@ -49,7 +50,7 @@ def describe(
     except ConfigError as error:
         if ranks is None:
             raise
-        parts.append([f"This configuration does not fit {ranks:,} rank{'s' * (ranks > 1)}:", f"  {error}"])
+        parts.append([f"This configuration does not fit {counted(ranks, 'rank')}:", f"  {error}"])
     else:
         parts += [_memory(layout, gpu_bytes), _traffic(layout)]
         if cluster:
@@ -141,7 +142,7 @@ def _layers(layout: Layout, stage: int) -> str:
 def _ranks(layout: Layout) -> str:
     parallel = layout.config.parallel
     cut = f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size}"
-    ranks = "1 rank" if layout.ranks == 1 else f"{layout.ranks:,} ranks"
+    ranks = counted(layout.ranks, "rank")
     return f"{ranks} = {cut} x DP {layout.data_ranks:,}"
 
 
@@ -170,7 +171,7 @@ def _traffic(layout: Layout) -> list[str]:
 
 def _plans(config: RunConfig, ranks: int, gpu_bytes: float, cluster: ClusterConfig | None) -> list[str]:
     found = plans(config, ranks, gpu_bytes, cluster)
-    gpus = f"{ranks:,} GPU{'s' * (ranks > 1)} of {human_bytes(gpu_bytes)}"
+    gpus = f"{counted(ranks, 'GPU')} of {human_bytes(gpu_bytes)}"
     if not found:
         return [
             f"No plan fits {gpus} with training.global_batch_size {config.training.global_batch_size}:",

@@ -28,6 +28,7 @@ from loopmem_pretrain.model.flops import forward_flops_per_token, parameter_coun
 from loopmem_pretrain.tools.figures import FAINT, INK, layer_series, series, training_loss
 from loopmem_pretrain.tools.plot import PLOTS, Plot, render
 from loopmem_pretrain.tools.report_style import PAGE
+from loopmem_pretrain.words import counted
 
 SAMPLE_CHARACTERS = 8000
 TONES = {"done": "good", "failed": "bad"}  # of a status; any other is neither
@@ -242,10 +243,10 @@ def _notes(run: Run) -> str:
     notes = []
     if superseded:
         notes.append(
-            f"{superseded:,} lines of metrics.jsonl are left out: their steps were trained again after a resume."
+            f"Left out of metrics.jsonl: {counted(superseded, 'line')} of steps that were trained again after a resume."
         )
     if unreadable:
-        notes.append(f"{unreadable:,} lines of metrics.jsonl are left out: torn by a crash, not readable.")
+        notes.append(f"Left out of metrics.jsonl: {counted(unreadable, 'line')} torn by a crash, not readable.")
     expected = {"status.json": run.status, "config.yaml": run.config, "environment.json": run.environment}
     absent = [name for name, found in expected.items() if found is None]  # sample.txt is the demo's
     if absent:

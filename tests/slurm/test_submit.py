@@ -202,7 +202,7 @@ def test_a_run_from_submit_to_its_summary(shell):
     assert f"'{shell.run_dir}'" in (frozen / "pretrain.sbatch").read_text(), "a blank in the name"
     assert shell.cluster.wait(job, seconds=240) == "COMPLETED", shell("status", shell.run_dir)
     status = shell("status", shell.run_dir)
-    assert "done, all steps trained" in status and "1 starts" in status and "1 done" in status
+    assert "done, all steps trained" in status and "1 start, " in status and "1 done" in status
     assert "step" in shell("logs", shell.run_dir) and "rank-00003" in str(list(shell.run_dir.glob("logs/*/*")))
     assert exact(shell.run_dir)[-1]["step"] == 20
     environment = json.loads((shell.run_dir / "logs" / f"{job}.0" / "environment.json").read_text())

@@ -20,19 +20,20 @@ FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 # What each package may import of ours. Downhill: errors, config, model and data, parallel, checkpoint, then hf, then
 # inference and eval, then training and tools, then cli.
 BASIC = {"errors", "config", "model", "data", "parallel", "checkpoint", "lock", "progress", "quiet", PACKAGE}
-BASIC |= {"metrics_file", "control"}
+BASIC |= {"metrics_file", "control", "words"}
 MAY_IMPORT: dict[str, set[str]] = {
     PACKAGE: set(),
     "errors": set(),
     "quiet": set(),
     "lock": {"errors"},
     "control": {"errors"},
-    "progress": set(),
+    "words": set(),
+    "progress": {"words"},
     "metrics_file": {"errors"},
     "config": {"errors"},
     "model": {"errors", "config"},
-    "data": {"errors", "config", "lock"},
-    "parallel": {"errors", "config", "model"},
+    "data": {"errors", "config", "lock", "words"},
+    "parallel": {"errors", "config", "model", "words"},
     "checkpoint": {"errors", "config", "model", "data", "parallel", "lock", "control"},
     "training": BASIC | {"eval"},
     "hf": BASIC,

@@ -10,7 +10,7 @@ from loopmem_pretrain.cluster import accounting, burn_in, chain, health, manage,
 from loopmem_pretrain.cluster.job import Heartbeat, what_ranks_said
 from loopmem_pretrain.cluster.rank import node_command, place
 from loopmem_pretrain.cluster.slurm import job_fields, was_cancelled
-from loopmem_pretrain.errors import EnvironmentFault
+from loopmem_pretrain.errors import ConfigError, EnvironmentFault
 
 TASK = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "LOOPMEM_RANKS_PER_NODE": "4"}
 
@@ -284,3 +284,21 @@ def test_the_summary_of_a_run(tmp_path):
     assert "ends: 1 crashed, 1 done" in said
     assert "hours by the run's own records, as there is no accounting: " in said
     assert "crashed" in said.splitlines()[-7]
+
+
+def test_a_run_that_slurm_did_not_start(tmp_path):
+    """It has a verdict, and can be stopped; jobs and logs it has none."""
+    with pytest.raises(ConfigError, match="is no run folder"):
+        manage.stop(str(tmp_path))
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "status.json").write_text('{"status": "done", "reason": "all steps trained"}')
+    assert manage.status(str(tmp_path)).splitlines() == [
+        f"{tmp_path}: done, all steps trained",
+        "not started by SLURM: no job of it is known",
+    ]
+    for ask in (lambda: manage.cancel(str(tmp_path)), lambda: manage.log_path(str(tmp_path), 0)):
+        with pytest.raises(ConfigError, match="was not started by SLURM") as caught:
+            ask()
+        assert f"loopmem slurm stop {tmp_path}" in caught.value.fix
+    assert str(tmp_path / "STOP") in manage.stop(str(tmp_path))
+    assert (tmp_path / "STOP").exists()

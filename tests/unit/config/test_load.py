@@ -98,6 +98,15 @@ def test_dump_and_load_are_inverse(files, name):
     assert files.load(dump_config(config)) == config
 
 
+def test_differences_of_the_data(files):
+    old, more = files.load(GOOD), "data.datasets=[{path: tokens, weight: 2.0}, {path: third}]"
+    assert differences(old, files.load(GOOD, "data.datasets.0.path=other")) == ["data.datasets.0.path: tokens -> other"]
+    assert differences(old, files.load(GOOD, more)) == [
+        "data.datasets.number: 1 -> 2",
+        "data.datasets.0.weight: 1.0 -> 2.0",
+    ]
+
+
 def test_differences_name_the_leaves(files):
     old, new = files.load(GOOD), files.load(GOOD, "model.max_loops=5", "run_dir=elsewhere")
     assert differences(old, new) == ["run_dir: runs/test -> elsewhere", "model.max_loops: 3 -> 5"]

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,11 @@ def test_reads_and_continues_after_any_document(tmp_path: Path, kind: str) -> No
     assert [document.text.decode() for document in documents] == TEXTS
     for stop in (0, 1, 499, 500, 700, 1199):
         assert texts(config, start=documents[stop].after) == TEXTS[stop + 1 :]
+
+
+def test_retries_of_the_hub_are_not_told_twice_each(tmp_path: Path) -> None:
+    assert texts(make_files(tmp_path)["hub"]) == TEXTS
+    assert not logging.getLogger("huggingface_hub.utils").isEnabledFor(logging.WARNING)
 
 
 def test_files_are_read_in_order_and_continued_across(tmp_path: Path) -> None:

@@ -226,6 +226,28 @@ def test_killed_from_outside_leaves_no_process_and_continues(
     assert content(tmp_path) == undisturbed
 
 
+@pytest.mark.parametrize("kill", [os.kill, os.killpg], ids=["the process", "its group"])
+def test_sigterm_ends_the_command_as_ctrl_c_does(
+    corpus: Path, tmp_path: Path, kill: Callable[[int, int], None]
+) -> None:
+    out = tmp_path / "out"
+    large = tmp_path / "large.jsonl"
+    large.write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS) * 100)
+    config = recipe(corpus, out, sources=(SourceConfig(paths=(str(large),), origin="test", license="CC0"),))
+    (tmp_path / "recipe.json").write_text(config.model_dump_json())
+    command = [sys.executable, "-m", "loopmem_pretrain", "prepare-data", "--config", str(tmp_path / "recipe.json")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (out / ".journal.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    kill(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143, said
+    assert said.endswith("loopmem: ended by SIGTERM; the same command continues where it can\n")
+    assert "Traceback" not in said and not (out / "manifest.json").exists()
+    assert group_is_gone(process.pid)
+
+
 def interrupt(corpus: Path, out: Path, **values: Any) -> None:
     """Leave a begun folder with a few shards."""
 

@@ -44,6 +44,12 @@ def test_list(run_dir, capsys):
     assert beside == "beside them: damaged-step_00000700 (0 B)"
 
 
+def test_the_folder_of_the_checkpoints_is_as_good(run_dir, capsys):
+    for verb in ("list", "verify"):
+        there = said(capsys, 0, verb, run_dir / "checkpoints").out
+        assert there == said(capsys, 0, verb, run_dir).out != ""
+
+
 def test_list_and_verify_name_what_is_damaged(run_dir, capsys):
     folder = run_dir / "checkpoints"
     (folder / "step_00001500" / "weights.pt").write_bytes(b"w" * 99 + b"v")
@@ -62,7 +68,7 @@ def test_list_and_verify_name_what_is_damaged(run_dir, capsys):
 def test_verify_one_or_all(run_dir, capsys):
     output = said(capsys, 0, "verify", run_dir)
     assert output.out.count(": whole, 150 B") == 3
-    assert "verify: 0.0/0.0 MB" in output.err
+    assert "verify: 0.5/0.5 kB" in output.err
     assert said(capsys, 0, "verify", run_dir / "checkpoints" / "step_00000500").out.count("whole") == 1
 
 

@@ -184,8 +184,8 @@ def test_what_is_absent_is_said(short_run: Path) -> None:
 
 def test_lines_left_out_are_said(whole: Page) -> None:
     text = whole.text
-    assert "9 lines of metrics.jsonl are left out: their steps were trained again after a resume." in text
-    assert "1 lines of metrics.jsonl are left out: torn by a crash" in text
+    assert "Left out of metrics.jsonl: 9 lines of steps that were trained again after a resume." in text
+    assert "Left out of metrics.jsonl: 1 line torn by a crash" in text
 
 
 def test_text_by_the_model_is_escaped_and_bounded(short_run: Path) -> None:

@@ -1,0 +1,32 @@
+"""Numbers in messages and on plain progress lines."""
+
+import pytest
+
+from loopmem_pretrain.progress import ProgressBar, stage_bars
+from loopmem_pretrain.words import counted
+
+
+def test_one_is_singular():
+    assert [counted(n, "rank") for n in (0, 1, 2048)] == ["0 ranks", "1 rank", "2,048 ranks"]
+
+
+@pytest.mark.parametrize(
+    ("total", "unit", "lines"),
+    [
+        (2500, "B", ["eval: 0.9/2.5 kB", "eval: 2.5/2.5 kB"]),
+        (25_000_000, "B", ["eval: 0.0/25.0 MB", "eval: 25.0/25.0 MB"]),
+        (1000, "step", ["eval: 900/1,000 steps", "eval: 1,000/1,000 steps"]),
+    ],
+)
+def test_a_plain_line_shows_small_sizes_too(capsys, total, unit, lines):
+    bar = ProgressBar("eval", total, unit=unit)
+    bar.update(900)
+    bar.update(total)
+    bar.close()
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_facts_of_a_stage(capsys):
+    with stage_bars() as progress:
+        progress(5, 5, {"stage": "tokenize", "documents": 1, "tokens": 7, "shards": 1, "broken_lines": 2})
+    assert capsys.readouterr().err == "tokenize: 0.0/0.0 kB  1 document, 7 tokens, 1 shard, 2 broken lines\n"
