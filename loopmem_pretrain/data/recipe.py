@@ -38,7 +38,7 @@ def refuse_foreign_folder(folder: Path, tokenizer: str) -> None:
         raise DataError(
             f"output_dir {folder} holds other things, such as {', '.join(others[:3])}, and neither a manifest nor a "
             "journal of an earlier preparation",
-            "name a folder that is empty or not there yet, or delete these files",
+            "name a folder that is empty or not there yet",
         )
 
 
