@@ -102,7 +102,7 @@ def convert_run(
     if unrolled is not None:
         check_unrolled(source.config.model, unrolled)  # before a long merge
     tokenizer = load_tokenizer(source.tokenizer_path)
-    log.info("reading %s; what several ranks wrote is merged first", source.checkpoint)
+    log.info("reading %s", source.checkpoint)
     with mapped_weights(source.checkpoint) as weights:
         bar = LateBar(len(weights))
         report = export(

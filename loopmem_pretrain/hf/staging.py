@@ -45,9 +45,10 @@ def check_destination(out_dir: str | Path, overwrite: bool) -> Path:
     if not found:
         return target
     if not overwrite:
-        raise ConfigError(
-            f"{target} is not empty: {_some(found)}", "name a new folder, or ask to overwrite an earlier export"
-        )
+        what, fix = "is not empty", "name a new folder"
+        if _is_export(target):
+            what, fix = "holds an exported model", "name a new folder, or replace it with --overwrite"
+        raise ConfigError(f"{target} {what}: {_some(found)}", fix)
     if not _is_export(target):
         raise ConfigError(
             f"{target} is no exported loopmem model (its config.json does not say so): {_some(found)}",

@@ -81,7 +81,11 @@ def refusal(*args) -> ConfigError:
 
 def test_not_empty(tmp_path):
     make_export(tmp_path / "out")
-    assert "is not empty: config.json, model.safetensors" in refusal(tmp_path / "out", False).problem
+    said = refusal(tmp_path / "out", False)
+    assert "holds an exported model: config.json, model.safetensors" in said.problem and "--overwrite" in said.fix
+    (tmp_path / "out" / "config.json").unlink()
+    said = refusal(tmp_path / "out", False)
+    assert "is not empty: model.safetensors" in said.problem and "--overwrite" not in said.fix
 
 
 def test_a_file(tmp_path):
