@@ -181,7 +181,7 @@ def test_one_loop_compiles_whole_and_once_for_all_layers(kind):
 
     counter = CompileCounterWithBackend("aot_eager")
     for layer in model.model.layers:
-        layer.run = torch.compile(layer.run, fullgraph=True, dynamic=False, backend=counter)
+        layer.run = torch.compile(layer.one_loop, fullgraph=True, dynamic=False, backend=counter)
     for each in (model, eager):
         each(ids(), labels=ids()).loss.backward()
     assert counter.frame_count == 2  # the first loop, and the others
