@@ -36,6 +36,18 @@ def allowed_classes() -> list[Any]:
     return [getattr(import_module(module), name) for module, name in ALLOWED.items()]
 
 
+def _allowed() -> list[Any]:
+    """What torch's reader may call. Python 3.11.2 pickles a member of an enumeration as getattr(class, name)."""
+    return [*allowed_classes(), (_member, "builtins.getattr")]
+
+
+def _member(of: Any, name: str) -> object:
+    """What stands in for getattr: a member of an allowed enumeration, nothing else."""
+    if not (of in allowed_classes() and name in getattr(of, "__members__", ())):
+        raise pickle.UnpicklingError(f"getattr of {name!r}, which is no member of an enumeration")
+    return of[name]
+
+
 @contextlib.contextmanager
 def weights_only(checkpoint: Path) -> Iterator[None]:
     """Inside, every torch.load, DeepSpeed's too, is a weights-only one.
@@ -46,7 +58,7 @@ def weights_only(checkpoint: Path) -> Iterator[None]:
     before = {name: os.environ.pop(name, None) for name in (_FORCE, _FORCE_NOT)}
     os.environ[_FORCE] = "1"
     try:
-        with safe_globals(allowed_classes()):
+        with safe_globals(_allowed()):
             yield
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"a file of {checkpoint} is not only weights: {error}", _FIX) from error
@@ -68,7 +80,7 @@ def check_pickles(paths: Iterable[Path]) -> None:
     Raises:
         CheckpointError: with every other class or function that a file names.
     """
-    with safe_globals(allowed_classes()):
+    with safe_globals(_allowed()):
         for path in paths:
             try:
                 foreign = get_unsafe_globals_in_checkpoint(path)

@@ -1,6 +1,7 @@
 """States as they are at one moment: nested containers of tensors, copied to host memory or made fit to be written."""
 
 import copy
+import enum
 from collections.abc import Callable
 from typing import Any
 
@@ -54,7 +55,11 @@ def compact(state: Any) -> Any:
 
 
 def map_tensors(state: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of nested dicts, lists and tuples with `function` of each tensor; one found twice is done once."""
+    """A copy of nested dicts, lists and tuples with `function` of each tensor; one found twice is done once.
+
+    A number of an enumeration becomes a plain one: how an enumeration is pickled depends on the version of Python, and
+    that of 3.11.2 is a call (checkpoint/safe_load.py).
+    """
     done: dict[int, Tensor] = {}
 
     def walk(value: Any) -> Any:
@@ -62,6 +67,8 @@ def map_tensors(state: Any, function: Callable[[Tensor], Tensor]) -> Any:
             if id(value) not in done:
                 done[id(value)] = function(value)
             return done[id(value)]
+        if isinstance(value, int) and isinstance(value, enum.Enum):
+            return int(value)
         if isinstance(value, dict):
             copied = copy.copy(value)  # with what subclasses carry, such as the _metadata of a state_dict
             copied.update((key, walk(item)) for key, item in value.items())

@@ -11,6 +11,7 @@ from loopmem_pretrain.errors import LoopMemError
 
 CODES = {
     "ConfigError": 2,
+    "OutOfMemory": 2,
     "DataError": 3,
     "CheckpointError": 4,
     "ConversionError": 5,
@@ -25,7 +26,7 @@ def named_errors() -> dict[str, type[LoopMemError]]:
     return {kind.__name__: kind for kind in kinds if kind is not LoopMemError}
 
 
-def test_every_error_has_a_code_of_its_own():
+def test_every_error_has_its_code():
     assert {name: kind.exit_code for name, kind in named_errors().items()} == CODES
 
 

@@ -49,6 +49,30 @@ def test_a_payload_does_not_run(tmp_path, write):
     assert mark.exists()  # it would have run
 
 
+class Named:
+    """Pickled as Python 3.11.2 does a member of an enumeration: by getattr."""
+
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __reduce__(self):
+        return getattr, self.arguments
+
+
+def test_an_enumeration_by_name_is_read_and_no_other_attribute(tmp_path):
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    path = tmp_path / "file.pt"
+    zipped(path, {"zero_stage": Named(ZeroStageEnum, "weights")})
+    check_pickles([path])
+    with weights_only(path):
+        assert torch.load(path, weights_only=False) == {"zero_stage": ZeroStageEnum.weights}
+    for of, name in ((ZeroStageEnum, "__class__"), (ZeroStageEnum, "mro"), (torch.Tensor, "weights")):
+        zipped(path, {"x": Named(of, name)})
+        with pytest.raises(CheckpointError), weights_only(path):
+            torch.load(path, weights_only=False)
+
+
 def test_a_class_is_named(tmp_path):
     torch.save({"x": Foreign()}, tmp_path / "file.pt")
     with pytest.raises(CheckpointError, match=r"file\.pt names tests\.unit\.checkpoint\.test_safe_load\.Foreign"):

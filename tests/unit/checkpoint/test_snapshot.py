@@ -53,3 +53,12 @@ def test_a_part_is_not_written_with_its_whole():
         assert len(written.getvalue()) < 2500
     kept = torch.zeros(5)
     assert compact([kept])[0].data_ptr() == kept.data_ptr()  # nothing is copied that need not be
+
+
+def test_enumerations_are_written_as_their_numbers():
+    """Python 3.11.2 would pickle them as a call of getattr."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    state = compact({"optimizer_state_dict": {"zero_stage": ZeroStageEnum.weights, "paddings": [True, 1]}})
+    assert type(state["optimizer_state_dict"]["zero_stage"]) is int
+    assert state == {"optimizer_state_dict": {"zero_stage": 3, "paddings": [True, 1]}}

@@ -284,6 +284,7 @@ def test_prepare_render_prints_scripts_and_what_is_wrong_with_the_folder(tmp_pat
 def test_the_folder_of_another_configuration_is_refused(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(dump_config(tiny_run(tmp_path / "run", optimizer={"lr": 0.5})))
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(ConfigError, match=r"optimizer\.lr"):
         plan(small(tmp_path))
 
