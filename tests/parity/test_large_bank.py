@@ -38,8 +38,8 @@ def test_a_million_slots(tmp_path, retrieval):
     training = {"global_batch_size": 2, "micro_batch_size": 2}
     results = {}
     for ranks, parallel in ((1, {}), (2, {"tensor_model_parallel_size": 2, "memory_placement": "sharded"})):
-        # With eps 1e-8 Adam would turn rounding noise, the gradients of slots that hardly any token reads, into steps of
-        # the learning rate's size: on some processors the second loss then differs by 3e-5.
+        # With eps 1e-8 Adam would turn rounding noise, the gradients of slots that hardly any token reads, into steps
+        # of the learning rate's size: on some processors the second loss then differs by 3e-5.
         optimizer = {"lr": 1e-2, "eps": 1e-5}
         config = tiny_run(model=model, training=training, parallel=parallel, optimizer=optimizer)
         folder = tmp_path / str(ranks)
