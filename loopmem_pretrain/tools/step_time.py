@@ -81,9 +81,10 @@ def stage_flops(layout: Layout, stage: int) -> float:
     search = forward.slot_search * (s.tokens / s.tensor_ranks if s.sharded else s.stream)
     everywhere = (forward.routers + reads - cut_reads) * s.stream
     of_layers = (forward.blocks + cut_reads) * s.tokens / s.tensor_ranks + everywhere
-    of_layers += model.num_hidden_layers * projections
     head = 3 * forward.head * s.tokens / s.tensor_ranks if stage == layout.stages - 1 else 0.0
-    return layers / model.num_hidden_layers * (passes * of_layers + (passes - 2) * search) + head
+    of_layers = passes * of_layers + (passes - 2) * search
+    # Slots are projected once a visit, outside of what is recomputed.
+    return layers * (of_layers / model.num_hidden_layers + 3 * projections) + head
 
 
 def step_time(layout: Layout, cluster: ClusterConfig) -> StepTime:

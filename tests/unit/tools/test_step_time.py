@@ -55,7 +55,7 @@ def test_flops_of_one_rank_are_those_of_the_model():
     forward = forward_flops_per_token(config.model, config.data.seq_length, tokens=tokens)
     assert stage_flops(Layout.of(config, 1), 0) == pytest.approx(3 * forward.total * tokens)
     again = tiny_run(training={"activation_checkpointing": "loop"})
-    recomputed = (forward.total - forward.head) * tokens
+    recomputed = (forward.total - forward.head - forward.projections) * tokens  # slots are projected once a visit
     assert stage_flops(Layout.of(again, 1), 0) == pytest.approx(3 * forward.total * tokens + recomputed)
 
 
