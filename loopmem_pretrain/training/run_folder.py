@@ -163,13 +163,14 @@ def write_failure(
 ) -> None:
     """Record that this start failed, on any rank; `complain` is told what keeps it from being written.
 
-    Not for wrong usage, nor in a folder that is no run's, whose run is done or in which another start trains.
+    Not for wrong usage, nor in a folder that is no run's, whose run is done or in which another start trains. `step` is
+    that of a training under way, which whatever ends it is recorded of.
 
     `is_cause`: false where the failure only follows from another, which stays recorded. None: false for a rank that
     noticed that another is gone.
     """
     fault = named(error)
-    if isinstance(fault, ConfigError) or not (run_dir / "config.yaml").exists():
+    if (step is None and isinstance(fault, ConfigError)) or not (run_dir / "config.yaml").exists():
         return
     if is_cause is None:
         is_cause = isinstance(error, LoopMemError) or lost_rank(error) is None

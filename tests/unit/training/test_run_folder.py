@@ -52,6 +52,14 @@ def test_a_run_that_trains_is_not_called_failed_by_a_start_that_was_refused(tmp_
         other.stdin.close()
 
 
+def test_wrong_usage_is_recorded_of_a_training_under_way_only(tmp_path):
+    run_dir = folder(tmp_path)
+    write_failure(run_dir, ConfigError("a wrong value"))
+    assert read_status(run_dir)["status"] == "running"
+    write_failure(run_dir, ConfigError("a wrong value"), step=8)
+    assert (read_status(run_dir)["status"], read_status(run_dir)["step"]) == ("failed", 8)
+
+
 def test_what_cannot_be_written_does_not_hide_the_failure(tmp_path, monkeypatch):
     run_dir, said = folder(tmp_path), []
 
