@@ -163,8 +163,8 @@ def write_failure(
 ) -> None:
     """Record that this start failed, on any rank; `complain` is told what keeps it from being written.
 
-    Not for wrong usage, nor in a folder that is no run's, whose run is done or in which another start trains. `step` is
-    that of a training under way, which whatever ends it is recorded of.
+    Not for wrong usage, nor in a folder that is no run's, whose run is done or in which another start trains. With
+    `step`, that of a training under way, wrong usage is recorded too.
 
     `is_cause`: false where the failure only follows from another, which stays recorded. None: false for a rank that
     noticed that another is gone.
