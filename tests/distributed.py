@@ -92,6 +92,24 @@ def run_command(
     return subprocess.CompletedProcess(command.words, code, command.stdout, command.stderr)
 
 
+class HeldPort:
+    """A free port where ranks meet. Until the end of the block only who asks for it by number gets it.
+
+    A port that is merely found free may be anyone's by the time rank 0 listens there. This one stays bound, without
+    listening and with SO_REUSEADDR as torch's stores have it: the store may listen, while the kernel gives the port
+    neither to connections nor to those who bind to port 0.
+    """
+
+    def __enter__(self) -> int:
+        self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._socket.bind(("127.0.0.1", 0))
+        return int(self._socket.getsockname()[1])
+
+    def __exit__(self, *exception: object) -> None:
+        self._socket.close()
+
+
 def _ask(action: Any, *args: Any) -> Any:
     """What `action(*args)` returns in the helper, which is started where there is none."""
     global _helper
@@ -144,10 +162,12 @@ def _serve(pipe: Connection) -> None:
 
 def _run(function: str, world_size: int, args: tuple[Any, ...], timeout: float) -> list[bytes]:
     importlib.import_module(function.partition(":")[0])  # once here, not in every rank
+    with HeldPort() as port:
+        return _fork_ranks(function, world_size, args, timeout, port)
+
+
+def _fork_ranks(function: str, world_size: int, args: tuple[Any, ...], timeout: float, port: int) -> list[bytes]:
     fork = get_context("fork")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     ranks = []
     for rank in range(world_size):
         here, there = fork.Pipe(duplex=False)

@@ -3,10 +3,10 @@
 The ranks are processes of their own, as under a scheduler that does not end the others when one fails.
 """
 
+import contextlib
 import json
 import os
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import pytest
 
 from loopmem_pretrain.config.load import dump_config
 from tests.configs import tiny_run
-from tests.distributed import Command, run_command
+from tests.distributed import Command, HeldPort, run_command
 
 BOUND = 60
 """Seconds after which a rank counts as hanging. What is measured is a few seconds; the machine may be busy."""
@@ -23,15 +23,14 @@ BOUND = 60
 class Ranks:
     """`loopmem train` once for each of `started` (rank numbers), without a launcher."""
 
-    def __init__(self, run_dir: Path, config_file: Path, world_size: int, started: list[int], *overrides: str) -> None:
+    def __init__(
+        self, run_dir: Path, config_file: Path, world_size: int, started: list[int], port: int, *overrides: str
+    ) -> None:
         self.run_dir = run_dir
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
         self.processes = {}
         for rank in started:
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-            environment = {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment = {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             self.processes[rank] = Command("train", "--config", config_file, *overrides, env=environment)
 
     def wait_for_steps(self) -> None:
@@ -70,12 +69,14 @@ def ranks(tmp_path, sentences):
         model = {"vocab_size": 320}
         config = tiny_run(tmp_path / "run", sentences, model=model, training=training, logging=logging, **sections)
         (tmp_path / "config.yaml").write_text(dump_config(config))
-        all_ranks.append(Ranks(tmp_path / "run", tmp_path / "config.yaml", world_size, started, *overrides))
+        port = ports.enter_context(HeldPort())
+        all_ranks.append(Ranks(tmp_path / "run", tmp_path / "config.yaml", world_size, started, port, *overrides))
         return all_ranks[-1]
 
-    yield start
-    for process in (process for each in all_ranks for process in each.processes.values()):
-        process.kill()
+    with contextlib.ExitStack() as ports:
+        yield start
+        for process in (process for each in all_ranks for process in each.processes.values()):
+            process.kill()
 
 
 SIZES = {"data": {}, "tensor": {"tensor_model_parallel_size": 2}, "pipeline": {"pipeline_model_parallel_size": 2}}

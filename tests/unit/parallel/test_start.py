@@ -9,7 +9,7 @@ import pytest
 
 from loopmem_pretrain.errors import EnvironmentFault
 from loopmem_pretrain.parallel.start import place_from_environment, ranks_in_words
-from tests.distributed import run_ranks
+from tests.distributed import HeldPort, run_ranks
 
 HERE = "tests.unit.parallel.test_start"
 
@@ -24,10 +24,6 @@ def join_on_rank(rank, world_size, absent=(), seconds=2, late=(), environment=No
 
     os.environ.update(environment or {})
     if rank in absent:
-        if rank == 0:  # hold the port, deaf, or a store of another test might come to listen there meanwhile
-            with socket.socket() as deaf, contextlib.suppress(OSError):  # unless an agent's store listens there
-                deaf.bind(("127.0.0.1", int(os.environ["MASTER_PORT"])))
-                time.sleep(seconds + 2)
         return None
     if rank in late:
         time.sleep(1)
@@ -93,6 +89,17 @@ def test_a_port_in_use():
         error, _ = run_ranks(f"{HERE}:join_on_rank", 1, [], 3, [], environment)[0]
     assert error.problem.startswith("rank 0 cannot open the store where the ranks meet at 127.0.0.1:")
     assert "MASTER_PORT" in error.fix
+
+
+def test_a_port_held_for_ranks_is_nobody_elses():
+    """A hundred others who ask for any port do not get it, the ranks do."""
+    with HeldPort() as port, contextlib.ExitStack() as others:
+        for _ in range(100):
+            other = others.enter_context(socket.create_server(("127.0.0.1", 0)))
+            assert other.getsockname()[1] != port
+            caller = others.enter_context(socket.create_connection(other.getsockname()))
+            assert caller.getsockname()[1] != port
+        assert run_ranks(f"{HERE}:join_on_rank", 2, [], 30, [], {"MASTER_PORT": str(port)})[0][0] == 1.0
 
 
 @pytest.mark.parametrize("environment", [{"MASTER_ADDR": ""}, {"MASTER_PORT": "http"}, {"MASTER_PORT": "70000"}])
