@@ -93,8 +93,7 @@ def _memory(layout: Layout, gpu_bytes: float) -> list[str]:
     each = [stage_memory(layout, stage) for stage in range(layout.stages)]
     order = sorted(range(layout.stages), key=lambda stage: -each[stage].total)
     shown, worst = order[:STAGES_SHOWN], each[order[0]]
-    parts = [name for name in RankMemory._fields if name != "at_start"]
-    items = sorted(parts, key=lambda name: -getattr(worst, name))
+    items = sorted(RankMemory._fields, key=lambda name: -getattr(worst, name))
     items = [name for name in items if any(getattr(memory, name) for memory in each)]
     heads = [f"stage {stage}" + (" (worst)" if stage == order[0] else "") for stage in shown]
     rows = [["", *(heads if layout.stages > 1 else ["every rank"])]]
@@ -102,8 +101,6 @@ def _memory(layout: Layout, gpu_bytes: float) -> list[str]:
     rows.append(["parameters", *(f"{layout.parameters(stage):,}" for stage in shown)])
     rows.append(["peak memory", *(human_bytes(each[stage].total) for stage in shown)])
     rows += [[f"  {LABELS[name]}", *(_bytes(getattr(each[stage], name)) for stage in shown)] for name in items]
-    if any(each[stage].at_start for stage in shown):
-        rows.append(["at the start, before ZeRO 3", *(human_bytes(each[stage].at_start) for stage in shown)])
     if any(bank_bytes(layout, stage) for stage in shown):
         rows.append(["states of memory banks", *(human_bytes(bank_bytes(layout, stage)) for stage in shown)])
     verdict = "fits" if worst.total <= USABLE * gpu_bytes else "DOES NOT FIT"

@@ -17,7 +17,7 @@ from loopmem_pretrain.tools.activations import (
     stage_keys_bytes,
     visit_bytes,
 )
-from loopmem_pretrain.tools.weights import Weight, local_numel, stage_weights
+from loopmem_pretrain.tools.weights import Weight, local_numel, shared_weights, stage_weights
 
 BUCKET = 500_000_000  # elements; training/ds_config.py asks for it where the model has as many
 ZERO3_LIVE = 1_000_000_000  # parameters that DeepSpeed's ZeRO 3 keeps gathered at most, by default
@@ -81,7 +81,7 @@ class RankMemory(NamedTuple):
     zero_buckets: int
     """flat buffers that gradients are reduced in (ZeRO 2 and 3)"""
     zero3_gathered: int
-    """parameters that ZeRO 3 has gathered"""
+    """parameters that ZeRO 3 has gathered, and the copies in which layers read the shared memory"""
     activations: int
     """kept from forward to backward, all micro-batches in flight"""
     logits: int
@@ -89,12 +89,9 @@ class RankMemory(NamedTuple):
     backward: int
     """what the backward pass adds where the sum is greatest: gradients of logits, or a loop that is recomputed"""
 
-    at_start: int
-    """not part of the sum: the float32 model before ZeRO 3 has cut it, a peak of its own"""
-
     @property
     def total(self) -> int:
-        return max(sum(self) - self.at_start, self.at_start)
+        return sum(self)
 
 
 def model_states(config: RunConfig, elements: int, data_ranks: int) -> dict[str, int]:
@@ -106,6 +103,8 @@ def model_states(config: RunConfig, elements: int, data_ranks: int) -> dict[str,
     size, stage = 2 if config.training.precision == "bf16" else WIDE, config.parallel.zero_stage
     own = math.ceil(elements / data_ranks)
     bucket = min(BUCKET, parameter_counts(config.model).total)
+    shared = sum(local_numel(weight, parallel) for weight in shared_weights(config.model))
+    gathered = min(max(ZERO3_LIVE, shared), elements) + shared
     # ZeRO 1: bf16 keeps whole float32 sums and the micro-batch's gradients; fp32 sums up in .grad, then cuts.
     gradients = elements * (WIDE + size) if size < WIDE else WIDE * (elements + own)
     return {
@@ -113,7 +112,7 @@ def model_states(config: RunConfig, elements: int, data_ranks: int) -> dict[str,
         "gradients": gradients if stage == 1 else WIDE * own,
         "optimizer": 0 if parallel.offload_optimizer == "cpu" else 3 * WIDE * own,
         "zero_buckets": size * bucket if stage > 1 else 0,
-        "zero3_gathered": size * min(ZERO3_LIVE, elements) if stage == 3 else 0,
+        "zero3_gathered": size * gathered if stage == 3 else 0,
     }
 
 
@@ -134,8 +133,7 @@ def stage_memory(layout: Layout, stage: int, fused_norms: bool = True) -> RankMe
     # The loss's backward pass comes first and frees what it kept; then come the layers.
     backward = max(in_head, in_layer - (logits - logits_alone))
     states = model_states(config, layout.parameters(stage), layout.data_ranks)
-    at_start = WIDE * layout.parameters(stage) if config.parallel.zero_stage == 3 else 0
-    return RankMemory(**states, activations=kept, logits=logits, backward=backward, at_start=at_start)
+    return RankMemory(**states, activations=kept, logits=logits, backward=backward)
 
 
 def bank_bytes(layout: Layout, stage: int) -> int:

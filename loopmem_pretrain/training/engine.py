@@ -86,17 +86,22 @@ class TrainingEngine:
             for row in table.values()
         }
         self.bounds = stage_bounds(model, config.data.seq_length, topology.pipeline_size)
+        self.ds_config = deepspeed_config(config, self.accumulation_steps)
+        self.mpu = None if self.uses_pipeline or topology.tensor_size == 1 else topology
+        arguments = (model, backend, self.first_loss.cross_entropy, self.step_context)
         with deepspeed_chatter_held_back():
             if self.uses_pipeline:
-                arguments = (model, backend, self.first_loss.cross_entropy, self.step_context)
                 module: Any = pipeline.PipelineStage(*arguments, topology, self.bounds)
+            elif parallel.zero_stage == 3:
+                module = pipeline.WholeModel(*arguments, self._fill_and_cut)
             else:
-                module = pipeline.WholeModel(model, backend, self.first_loss.cross_entropy, self.step_context)
+                module = pipeline.WholeModel(*arguments)
         module.universal_checkpoint_info = pipeline.universal_checkpoint_info(table, model, parallel)
         named = [(self.public_names[name], parameter) for name, parameter in module.named_parameters()]
-        initialize(named, model, config.training.seed, self._part_of)
+        if parallel.zero_stage < 3:
+            initialize(named, model, config.training.seed, self._part_of)
+            module.to(device)
         pipeline.wrap_loops(module, config.training)
-        module.to(device)
         prepare_parameters(module, self.public_names, parallel, topology.groups["tensor"])
         if parallel.zero_stage == 3:
             _prepare_for_zero3(module)
@@ -104,12 +109,20 @@ class TrainingEngine:
             self.engine, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=self._make_optimizer(named),
-                config=deepspeed_config(config, self.accumulation_steps),
-                mpu=None if self.uses_pipeline or topology.tensor_size == 1 else topology,
+                config=self.ds_config,
+                mpu=self.mpu,
             )
 
         self.engine.checkpoint_engine = StateCollector()
         self.engine._copy_recovery_script = lambda folder: None  # they cannot read the pipeline engine's files
+
+    def _fill_and_cut(self, entry: pipeline.Entry, module: torch.nn.Module) -> None:
+        """ZeRO 3: draw the weights of one entry of the list and leave each rank its share, before the next is made."""
+        named = [(entry.public_prefix + name, parameter) for name, parameter in module.named_parameters()]
+        initialize(named, self.config.model, self.config.training.seed, self._part_of)
+        module.to(self.device, torch.bfloat16 if self.config.training.precision == "bf16" else None)
+        group = None if self.mpu is None else self.mpu.get_data_parallel_group()
+        deepspeed.zero.Init(module, data_parallel_group=group, config_dict_or_path=self.ds_config, mpu=self.mpu)
 
     def _part_of(self, public_name: str, parameter: Tensor) -> Part | None:
         config = self.config
@@ -123,14 +136,14 @@ class TrainingEngine:
         That is the moment to give step scales and routers their float32 values back: in bf16 a raw step scale near -7
         would move in steps of 0.03, and halting is decided in float32. ZeRO 3 holds one dtype only.
         """
-        if self.config.parallel.zero_stage == 3 and self.config.training.precision == "bf16":
+        originals = {}
+        if self.config.parallel.zero_stage < 3:
+            originals = {name: parameter.detach().clone() for name, parameter in named if keeps_float32(name)}
+        elif self.config.training.precision == "bf16":
             log.warning(
                 "zero_stage 3 holds step scales and routers in bf16 between steps (their master copies are float32); "
                 "zero_stage 1 and 2 hold them in float32"
             )
-            originals = {}
-        else:
-            originals = {name: parameter.detach().clone() for name, parameter in named if keeps_float32(name)}
 
         def make(parameters: Any) -> torch.optim.Optimizer:
             for name, parameter in named:

@@ -199,20 +199,32 @@ def _spec(entry: Entry) -> LayerSpec:
 
 
 class WholeModel(nn.Module):
-    """The whole list on every rank, for DeepSpeed's plain engine (ZeRO 2 and 3); names as in PipelineStage."""
+    """The whole list on every rank, for DeepSpeed's plain engine (ZeRO 2 and 3); names as in PipelineStage.
 
-    def __init__(self, model: ModelConfig, backend: Backend, loss_fn: Callable[..., Tensor], step: StepContext) -> None:
+    `on_made` is given each module when it is made, before the next one is.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        backend: Backend,
+        loss_fn: Callable[..., Tensor],
+        step: StepContext,
+        on_made: Callable[[Entry, nn.Module], object] = lambda entry, module: None,
+    ) -> None:
         super().__init__()
         self.tied_modules = nn.ModuleDict()
         self.functions: list[Callable[..., Any]] = []
         for position, entry in enumerate(layer_list(model, backend)):
-            if entry.tied_key is None:
-                module = entry.make()
-                self.add_module(str(position), module)
-            elif entry.tied_key in self.tied_modules:
+            if entry.tied_key is not None and entry.tied_key in self.tied_modules:
                 module = self.tied_modules[entry.tied_key]
             else:
-                module = self.tied_modules[entry.tied_key] = entry.make()
+                module = entry.make()
+                on_made(entry, module)
+                if entry.tied_key is None:
+                    self.add_module(str(position), module)
+                else:
+                    self.tied_modules[entry.tied_key] = module
             self.functions.append(partial(entry.forward, module) if entry.forward else module)
         self.loss_fn = loss_fn
         self.step_context = step

@@ -103,6 +103,36 @@ def test_offloading_changes_nothing(parallel):
     check(tiny_run(parallel=parallel), 2)
 
 
+def whole_weights_on_rank(rank, world_size, config):
+    """The most elements of parameters that this rank holds when it has made a module of the model."""
+    from loopmem_pretrain.training import pipeline
+
+    made, held, original = [], [], pipeline.layer_list
+
+    def watched(entry):
+        def make():
+            made.append(entry.make())
+            parameters = [parameter for module in made for parameter in module.parameters()]
+            held.append(sum(parameter.numel() for parameter in parameters if not parameter.is_meta))
+            return made[-1]
+
+        return entry._replace(make=make)
+
+    pipeline.layer_list = lambda *arguments: [watched(entry) for entry in original(*arguments)]
+    make_engine(config)
+    return max(held)
+
+
+@pytest.mark.parametrize("parallel", [{}, {"tensor_model_parallel_size": 2, "memory_placement": "sharded"}])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_zero_3_starts_without_the_whole_model(parallel, precision):
+    config = tiny_run(parallel={"zero_stage": 3, **parallel}, training={"precision": precision})
+    whole = parameter_counts(config.model).total
+    layer = parameter_counts(config.model.model_copy(update={"num_hidden_layers": 1})).total
+    for most in run_ranks("tests.parity.test_engines:whole_weights_on_rank", 2, config):
+        assert 0 < most <= layer < whole
+
+
 @pytest.mark.parametrize("zero_stage", [1, 3])
 @pytest.mark.parametrize(
     "model",
