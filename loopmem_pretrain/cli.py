@@ -254,8 +254,13 @@ def train(options: Any) -> int:
             "--max-restarts needs --ranks: a process cannot restart itself",
             "add --ranks N, or let torchrun (its own --max-restarts) or the scheduler restart",
         )
-    if options.ranks is None or "RANK" in os.environ:
+    if options.ranks is None:
         return train_here(options.config, options.overrides, options.stop_at_step, options.trust)
+    if "RANK" in os.environ:
+        raise ConfigError(
+            f"--ranks {options.ranks} starts ranks, and RANK={os.environ['RANK']} says that this process is one itself",
+            "leave out --ranks under a launcher (torchrun, deepspeed, SLURM), or unset RANK",
+        )
     if options.ranks < 1:
         raise ConfigError(f"--ranks {options.ranks} is not valid", "give 1 or more")
     config = load_config(RunConfig, options.config, options.overrides, run_problems)  # complain once, not on every rank

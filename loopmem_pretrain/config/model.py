@@ -125,6 +125,8 @@ def _retrieval_problems(model: ModelConfig) -> list[tuple[tuple[str, ...], str]]
             f"{slots} is no square, and product_keys makes the keys of n x n slots from 2 x n half-keys; "
             f"nearest valid: {side**2} or {(side + 1) ** 2}"
         )
+    elif model.retrieval == "product_keys" and model.hidden_size % 2:
+        key, message = "hidden_size", f"{model.hidden_size} is odd, and product_keys compares halves of it"
     elif model.retrieval == "product_keys" and k > side:
         key = "retrieval_topk"
         message = f"{k} is more than the {side} half-keys of a side of {slots} slots; valid: 1 to {side}"
