@@ -112,7 +112,9 @@ def prepare(options: Any) -> int:
         return EXIT_DONE
     jobs = submit_preparation(ready)
     print(", then ".join(f"{name}, job {job}" for name, job in jobs.items()))
-    print(f"logs: {ready.config.output_dir}/slurm; what a run's data.datasets is to name:", *ready.parts, sep="\n  ")
+    print(f"logs: {ready.config.output_dir}/slurm; for the configuration of a run:\ndata:\n  datasets:")
+    weight = ", weight: tokens" if len(ready.parts) > 1 else ""
+    print(*(f"    - {{path: {part}{weight}}}" for part in ready.parts), sep="\n")
     print(f"training after it: loopmem slurm submit --after {jobs['prepare_data']} ...")
     return EXIT_DONE
 

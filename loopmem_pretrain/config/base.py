@@ -1,6 +1,15 @@
 """The base class of every configuration section."""
 
-from pydantic import BaseModel, ConfigDict
+import os
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+FilePath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+"""A file or folder; `~` at its beginning is the home folder, as in a shell."""
+
+Problem = tuple[tuple[str, ...], str]
+"""Of a rule between fields: path of the key to change, what is wrong and what is valid."""
 
 
 class Section(BaseModel):

@@ -134,7 +134,9 @@ def _describe(schema: type[Section], key: Key, detail: Any, place: str) -> str:
         return "must not be empty"
     if kind == "too_short":
         return "must not be an empty list"
-    message = f"must be {_WANTED[kind]}" if kind in _WANTED else detail["msg"].replace("Input should be", "must be")
+    message = detail["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
+    if kind in _WANTED:
+        message = f"must be {_WANTED[kind]}"
     if got is None:
         where = "write keys below it or remove the line" if kind == "model_type" else "give one or remove the line"
         return f"has no value; {where} ({message})"

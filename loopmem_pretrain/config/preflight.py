@@ -6,12 +6,11 @@ depends on the number of ranks is `config/run.py:check_topology`.
 
 import math
 
+from loopmem_pretrain.config.base import Problem
 from loopmem_pretrain.config.data import DataConfig
 from loopmem_pretrain.config.model import ModelConfig
 from loopmem_pretrain.config.parallel import ParallelConfig
 from loopmem_pretrain.config.training import OptimizerConfig, TrainingConfig
-
-Problem = tuple[tuple[str, ...], str]
 
 
 def parallel_problems(

@@ -8,9 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from loopmem_pretrain.config.base import Section
-
-Problem = tuple[tuple[str, ...], str]
+from loopmem_pretrain.config.base import Problem, Section
 
 SPECIAL_PIECES = 4 + 256  # <unk> <s> </s> <pad> and one piece for each byte value
 

@@ -7,7 +7,7 @@ import json
 import re
 import types
 from collections.abc import Iterator
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -70,11 +70,15 @@ def _section_in(annotation: Any) -> type[Section] | None:
 
 
 def _type(field: FieldInfo) -> str:
-    annotation, optional = field.annotation, ""
-    if get_origin(annotation) in (Union, types.UnionType):
-        annotation = next(kind for kind in get_args(annotation) if kind is not types.NoneType)
-        optional = " or `null`"
-    return _name(annotation) + _limits(field) + optional
+    annotation, rules = field.annotation, [*field.metadata]
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    words = []
+    for kind in kinds:
+        if get_origin(kind) is Annotated:
+            kind, *own = get_args(kind)
+            rules += [rule for part in own for rule in getattr(part, "metadata", [part])]
+        words.append("`null`" if kind is types.NoneType else _name(kind))
+    return " or ".join([words[0] + _limits(rules), *words[1:]])
 
 
 def _name(annotation: Any) -> str:
@@ -86,16 +90,13 @@ def _name(annotation: Any) -> str:
     return "section" if issubclass(annotation, Section) else _WORDS[annotation]
 
 
-def _limits(field: FieldInfo) -> str:
+def _limits(rules: list[Any]) -> str:
     """Bounds as a reader writes them: >= 0, < 1."""
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     limits = [
-        f"{sign} {getattr(rule, name):g}"
-        for rule in field.metadata
-        for name, sign in signs.items()
-        if hasattr(rule, name)
+        f"{sign} {getattr(rule, name):g}" for rule in rules for name, sign in signs.items() if hasattr(rule, name)
     ]
-    least = max((getattr(rule, "min_length", 0) for rule in field.metadata), default=0)
+    least = max((getattr(rule, "min_length", 0) for rule in rules), default=0)
     return (f", {', '.join(limits)}" if limits else "") + (", not empty" if least else "")
 
 

@@ -2,13 +2,11 @@
 
 from pathlib import Path
 
-from pydantic import Field
-
-from loopmem_pretrain.config.base import Section
-from loopmem_pretrain.config.data import DataConfig
+from loopmem_pretrain.config.base import FilePath, Problem, Section
+from loopmem_pretrain.config.data import DataConfig, data_problems
 from loopmem_pretrain.config.model import ModelConfig, model_problems
 from loopmem_pretrain.config.parallel import ParallelConfig
-from loopmem_pretrain.config.preflight import Problem, parallel_problems, tensor_parallel_sizes
+from loopmem_pretrain.config.preflight import parallel_problems, tensor_parallel_sizes
 from loopmem_pretrain.config.training import (
     AlarmConfig,
     CheckpointConfig,
@@ -29,7 +27,7 @@ TASK_FILES = Path(__file__).parents[1] / "eval" / "tasks"
 class RunConfig(Section):
     """Everything `loopmem train` needs to know."""
 
-    run_dir: str = Field(min_length=1)
+    run_dir: FilePath
     """Folder of the run: checkpoints, metrics, status; the same folder resumes."""
     model: ModelConfig
     """The model."""
@@ -59,7 +57,7 @@ class RunConfig(Section):
 
 def run_problems(config: RunConfig) -> list[Problem]:
     """All rules between fields; each problem is (path of the key to change, what is wrong and what is valid)."""
-    problems = model_problems(config.model)
+    problems = model_problems(config.model) + data_problems(config.data)
     schedule, training, optimizer = config.schedule, config.training, config.optimizer
     steps = training.train_steps
     if schedule.warmup_steps >= steps:

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from loopmem_pretrain.config.base import Section
+from loopmem_pretrain.config.base import FilePath, Section
 
 
 class TrainingConfig(Section):
@@ -86,7 +86,7 @@ class EvaluationConfig(Section):
 
     tasks: tuple[str, ...] = ()
     """Suites (commonsense, math) and single tasks, as in `loopmem eval --tasks`."""
-    data_dir: str | None = None
+    data_dir: FilePath | None = None
     """Folder with their .jsonl files; unset reads them from the Hugging Face hub at every start."""
     interval_steps: int = Field(default=1000, gt=0)
     """Steps between evaluations; the last step evaluates too."""

@@ -165,7 +165,7 @@ def open_training(data: DataConfig, seed: int, model_vocab_size: int) -> Blended
     """
     manifests = _load_manifests(data)
     check_vocabulary(manifests, model_vocab_size)
-    return BlendedDataset(_open(data, "train", manifests), [d.weight for d in data.datasets], seed)
+    return BlendedDataset(_open(data, "train", manifests), _weights(data, manifests), seed)
 
 
 def open_validation(data: DataConfig, num_samples: int) -> ValidationDataset:
@@ -174,8 +174,8 @@ def open_validation(data: DataConfig, num_samples: int) -> ValidationDataset:
     Raises:
         DataError: as `open_training`, or there are too few validation samples.
     """
-    datasets = _open(data, "validation", _load_manifests(data))
-    return ValidationDataset(datasets, [d.weight for d in data.datasets], num_samples)
+    manifests = _load_manifests(data)
+    return ValidationDataset(_open(data, "validation", manifests), _weights(data, manifests), num_samples)
 
 
 def check_same_tokenizer(manifests: Mapping[str, Manifest]) -> None:
@@ -191,6 +191,12 @@ def check_same_tokenizer(manifests: Mapping[str, Manifest]) -> None:
                 f"{first} and {folder} were made with different tokenizers (sha256 {one.tokenizer.sha256[:12]}... "
                 f"and {other.tokenizer.sha256[:12]}...): the same id means another text in each",
                 f"prepare one of them again with the other's tokenizer, {first}/{one.tokenizer.file}",
+            )
+        if other.tokenizer.eos_id != one.tokenizer.eos_id:
+            raise DataError(
+                f"documents end with id {one.tokenizer.eos_id} in {first} and with id {other.tokenizer.eos_id} in "
+                f"{folder}: one of them would never be the end of a document to the model",
+                "prepare one of them again with the other's tokenizer.eos_token",
             )
 
 
@@ -232,6 +238,13 @@ def _load_manifests(data: DataConfig) -> dict[str, Manifest]:
     manifests = {dataset.path: load_manifest(dataset.path) for dataset in data.datasets}
     check_same_tokenizer(manifests)
     return manifests
+
+
+def _weights(data: DataConfig, manifests: Mapping[str, Manifest]) -> list[float]:
+    """Of each folder, in training and validation; `tokens` are those of its training split."""
+    return [
+        float(manifests[d.path].splits["train"].tokens if d.weight == "tokens" else d.weight) for d in data.datasets
+    ]
 
 
 def _open(data: DataConfig, split: SplitName, manifests: Mapping[str, Manifest]) -> list[PackedDataset]:

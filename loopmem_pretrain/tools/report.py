@@ -217,7 +217,7 @@ def _data(run: Run) -> str:
         parts.append(
             _table(
                 [
-                    ("Weight", f"{dataset.weight:g}"),
+                    ("Weight", dataset.weight if dataset.weight == "tokens" else f"{dataset.weight:g}"),
                     *((f"Tokens, {name}", f"{split.tokens:,}") for name, split in manifest.splits.items()),
                     *((f"Documents, {name}", f"{split.documents:,}") for name, split in manifest.splits.items()),
                     ("Tokenizer", f"{manifest.tokenizer.kind}, {manifest.tokenizer.vocab_size:,} pieces"),

@@ -182,6 +182,14 @@ class Trainer:
             f"{self.position.step:,}",
             f"{training.train_steps:,}",
         )
+        passes = self.dataset.epochs(training.train_steps * training.global_batch_size)
+        for dataset, times in zip(self.dataset.datasets, passes, strict=True):
+            log.info(
+                "all steps read %s %s times (%s tokens)",
+                dataset.stream.folder,
+                f"{times:,.2f}",
+                f"{len(dataset.stream):,}",
+            )
         if self.position.step >= self.stop_at_step:
             log.info("nothing left to train: this start ends at step %s", f"{self.stop_at_step:,}")
 

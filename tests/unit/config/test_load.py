@@ -1,6 +1,7 @@
 """Loading: composition, overrides, every problem at once with its place, and what YAML means here."""
 
 import copy
+import os
 import random
 import re
 
@@ -95,7 +96,14 @@ def test_dump_and_load_are_inverse(files, name):
     text = GOOD.replace("run_dir: runs/test", f"run_dir: {yaml.dump('x' + name).split(chr(10))[0]}")
     config = files.load(text)
     config = config.model_copy(update={"run_dir": name or "x"})
-    assert files.load(dump_config(config)) == config
+    loaded = config.model_copy(update={"run_dir": os.path.expanduser(config.run_dir)})  # `~` is no null, but home
+    assert files.load(dump_config(config)) == loaded
+
+
+def test_home_is_written_as_in_a_shell(files, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = files.load(GOOD, "run_dir=~/runs/a", "data.datasets.0.path=~/tokens")
+    assert (config.run_dir, config.data.datasets[0].path) == ("/home/me/runs/a", "/home/me/tokens")
 
 
 def test_differences_of_the_data(files):

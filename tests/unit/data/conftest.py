@@ -51,6 +51,7 @@ def write_folder(tmp_path: Path) -> WriteFolder:
         validation: Sequence[Documents] = (),
         vocab_size: int = 1000,
         tokenizer: str = "pieces",
+        eos_id: int = 0,
     ) -> Path:
         folder = tmp_path / name
         (folder / "tokenizer").mkdir(parents=True)
@@ -73,7 +74,7 @@ def write_folder(tmp_path: Path) -> WriteFolder:
             sha256=sha256_file(folder / "tokenizer" / "tokenizer.model"),
             vocab_size=vocab_size,
             bos_id=None,
-            eos_id=0,
+            eos_id=eos_id,
             pad_id=None,
             unk_id=None,
         )

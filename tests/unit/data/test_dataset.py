@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loopmem_pretrain.config.data import DataConfig, DatasetConfig
+from loopmem_pretrain.config.data import DataConfig, DatasetConfig, data_problems
 from loopmem_pretrain.data.dataset import (
     BlendedDataset,
     PackedDataset,
@@ -216,6 +216,24 @@ def test_another_weight_seed_or_folder_is_a_difference(two: tuple[Path, Path]) -
     assert any("manifest_sha256" in line for line in changed(_config(two[1], two[0])))
     assert changed(_config(two[0])) == ["number of data sets: 2 -> 1"]
     assert "data seq_length: 4 -> 2" in changed(_config(*two, seq_length=2))
+
+
+def test_weights_by_tokens(write_folder: WriteFolder) -> None:
+    """Parts of one corpus are read as often as each other, however large they are."""
+    folders = [write_folder(name, train=_shards(T * samples + 1)) for name, samples in (("a", 300), ("b", 10))]
+    data = DataConfig(datasets=tuple(DatasetConfig(path=str(f), weight="tokens") for f in folders), seq_length=T)
+    blend = open_training(data, seed=5, model_vocab_size=1000)
+    assert blend.epochs(3100) == pytest.approx([10, 10], rel=0.02)
+    assert data_problems(data) == []
+    mixed = (data.datasets[0], DatasetConfig(path="b"))
+    ((key, message),) = data_problems(data.model_copy(update={"datasets": mixed}))
+    assert key == ("data", "datasets", "1", "weight") and "`tokens` for all" in message
+
+
+def test_documents_that_end_differently(write_folder: WriteFolder) -> None:
+    a, b = (write_folder(name, train=_shards(20), eos_id=eos) for name, eos in (("a", 2), ("b", 3)))
+    with pytest.raises(DataError, match=r"documents end with id 2 in .* and with id 3"):
+        open_training(_config(a, b), seed=5, model_vocab_size=1000)
 
 
 def test_different_tokenizers(write_folder: WriteFolder) -> None:
