@@ -4,6 +4,7 @@ Every document comes with the `Cursor` behind it: reading on from that cursor co
 nothing twice and nothing lost. Lines that are not JSON with a text are counted and shown, up to a bound.
 """
 
+import codecs
 import glob
 import json
 from collections.abc import Generator, Iterator, Sequence
@@ -87,7 +88,8 @@ def find_files(source: SourceConfig) -> list[Path]:
     files: dict[Path, None] = {}
     problems: list[str] = []
     for pattern in source.paths:
-        matches = sorted(Path(match) for match in glob.glob(str(Path(pattern).expanduser()), recursive=True))
+        path = Path(pattern).expanduser()  # a file may have brackets in its name
+        matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
         if not matches:
             problems.append(f"{pattern}: no such file (looked from {Path.cwd()})")
         for match in matches:
@@ -100,6 +102,8 @@ def find_files(source: SourceConfig) -> list[Path]:
                 problems.append(f"{match}: unknown type; read are {', '.join(SUFFIXES)}")
             elif match.stat().st_size == 0:
                 problems.append(f"{match}: empty, 0 bytes")
+            elif source.filters and match.name.lower().endswith(".txt"):
+                problems.append(f"{match}: filters compare fields of a record, and a .txt has none")
             else:
                 files[match] = None
     if not files and not problems:
@@ -228,7 +232,7 @@ def _json_rows(path: Path, begin: Cursor, tally: Tally) -> Generator[Row]:
         for line in stream:
             offset, number = offset + len(line), number + 1
             if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
+                line = line.removeprefix(codecs.BOM_UTF8)
             if line.isspace():
                 continue
             place = f"{path}:{number}"
@@ -251,6 +255,8 @@ def _text_rows(source: SourceConfig, path: Path, begin: Cursor) -> Generator[Row
         first, block = number + 1, []
         for line in stream:
             offset, number = offset + len(line), number + 1
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if source.document_separator == "file" or not line.isspace():
                 block.append(line)
                 continue

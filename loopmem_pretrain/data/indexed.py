@@ -20,14 +20,20 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loopmem_pretrain.data.manifest import MANIFEST_NAME, Manifest, Shard, SplitName, load_manifest, verify_shards
+from loopmem_pretrain.data.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    Shard,
+    SplitName,
+    again,
+    load_manifest,
+    verify_shards,
+)
 from loopmem_pretrain.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-_AGAIN = "prepare the folder again with `loopmem prepare-data`, or copy it again if it was copied"
 
 
 class TokenStream:
@@ -116,7 +122,7 @@ class TokenStream:
             pointers = index.sequence_pointers
             gapless = not pointers[0] and np.array_equal(pointers[1:], ends[:-1] * self._item_size)
         except (AssertionError, ValueError, IndexError, OverflowError, OSError, struct.error) as error:
-            raise DataError(f"{prefix}.idx is not a readable Megatron index: {error}", _AGAIN) from error
+            raise DataError(f"{prefix}.idx is not a readable Megatron index: {error}", again(self.folder)) from error
         for what, expected, found in (
             ("token dtype", self.manifest.dtype, np.dtype(index.dtype).name),
             ("tokens", shard.tokens, int(ends[-1])),
@@ -124,7 +130,8 @@ class TokenStream:
             ("documents without gaps", True, gapless and int(lengths.min()) >= 0),
         ):
             if expected != found:
-                raise DataError(f"{prefix}.idx: {what}: expected {expected} (manifest), found {found}", _AGAIN)
+                problem = f"{prefix}.idx: {what}: expected {expected} (manifest), found {found}"
+                raise DataError(problem, again(self.folder))
 
 
 class _File:
@@ -144,5 +151,6 @@ class _File:
         while rest:
             count = os.preadv(self.descriptor, [rest], position)
             if not count:
-                raise DataError(f"{self.path} ends at byte {position}: it was cut short after it was opened", _AGAIN)
+                problem = f"{self.path} ends at byte {position}: it was cut short after it was opened"
+                raise DataError(problem, again(self.path.parent))
             rest, position = rest[count:], position + count

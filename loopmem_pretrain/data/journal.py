@@ -41,6 +41,8 @@ class Header(Section):
     """Resolved configuration."""
     tokenizer_sha256: str
     """Hash of the tokenizer's file."""
+    eos_id: int | None = None
+    """Id that ends a document; unset in journals from before it was written down."""
     files: tuple[tuple[SourceFile, ...], ...]
     """Files of each source, in reading order."""
 

@@ -5,6 +5,7 @@ reader checks the shards against; `docs/` describes the format for readers outsi
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final, Literal
 
@@ -24,7 +25,10 @@ Prefix = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 SplitName = Literal["train", "validation"]
 DTypeName = Literal["uint16", "int32"]
 
-_AGAIN = "prepare the folder again with `loopmem prepare-data`, or copy it again if it was copied"
+
+def again(folder: str | Path) -> str:
+    """What to do about a folder that is damaged."""
+    return f"delete {folder} and prepare it again with `loopmem prepare-data`, or copy it again if it was copied"
 
 
 def token_dtype(vocab_size: int) -> DTypeName:
@@ -186,17 +190,17 @@ def load_manifest(folder: str | Path) -> Manifest:
             "run `loopmem prepare-data` again with the same config (it continues), or correct the path",
         ) from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start})", _AGAIN) from None
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start})", again(folder)) from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}", "check the path and its permissions") from None
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{path}:{error.lineno}:{error.colno}: damaged or cut off, not valid JSON: {error.msg}", _AGAIN
+            f"{path}:{error.lineno}:{error.colno}: damaged or cut off, not valid JSON: {error.msg}", again(folder)
         ) from None
     except (RecursionError, ValueError) as error:  # nested without end, numbers of thousands of digits
-        raise DataError(f"{path}: damaged, not valid JSON: {error}", _AGAIN) from None
+        raise DataError(f"{path}: damaged, not valid JSON: {error}", again(folder)) from None
     found = values.get("format") if isinstance(values, dict) else None
     if found != FORMAT:
         raise DataError(
@@ -211,7 +215,7 @@ def load_manifest(folder: str | Path) -> Manifest:
         return Manifest.model_validate_json(text)
     except ValidationError as error:
         lines = [_describe(detail) for detail in error.errors()]
-        raise DataError(f"{path} is damaged\n  " + "\n  ".join(lines), _AGAIN) from None
+        raise DataError(f"{path} is damaged\n  " + "\n  ".join(lines), again(folder)) from None
 
 
 def write_manifest(folder: str | Path, manifest: Manifest) -> None:
@@ -248,7 +252,24 @@ def verify_shards(folder: str | Path, manifest: Manifest, hashes: bool) -> None:
             check(f"{shard.prefix}.bin", shard.bin_bytes, shard.bin_sha256)
             check(f"{shard.prefix}.idx", shard.idx_bytes, shard.idx_sha256)
     if problems:
-        raise DataError(f"{root} does not hold what its manifest says\n  " + "\n  ".join(problems), _AGAIN)
+        raise DataError(f"{root} does not hold what its manifest says\n  " + "\n  ".join(problems), again(root))
+
+
+def require_files(folder: Path, shards: Iterable[Shard]) -> None:
+    """Check that the files of finished shards are there with their sizes, before more are added to them.
+
+    Raises:
+        DataError: naming every file that is missing or has another size.
+    """
+    problems = []
+    for shard in shards:
+        for suffix, size in (("bin", shard.bin_bytes), ("idx", shard.idx_bytes)):
+            path = folder / f"{shard.prefix}.{suffix}"
+            found = path.stat().st_size if path.is_file() else None
+            if found != size:
+                problems.append(f"{path}: {'missing' if found is None else f'{found:,} bytes, expected {size:,}'}")
+    if problems:
+        raise DataError(f"{folder} has lost finished shards\n  " + "\n  ".join(problems), again(folder))
 
 
 def _describe(detail: Any) -> str:

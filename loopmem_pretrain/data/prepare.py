@@ -28,6 +28,7 @@ from loopmem_pretrain.data.manifest import (
     SplitName,
     TokenizerRecord,
     load_manifest,
+    require_files,
     token_dtype,
     verify_shards,
     write_manifest,
@@ -35,6 +36,7 @@ from loopmem_pretrain.data.manifest import (
 from loopmem_pretrain.data.recipe import (
     begin_or_continue,
     check_complete,
+    refuse_changed_sources,
     refuse_foreign_folder,
     source_files,
     source_records,
@@ -88,7 +90,6 @@ def prepare(config: PrepareConfig, progress: Progress = silent) -> Manifest:
         files = source_files(config)
         tokenizer = ensure_tokenizer(config, progress)
         journal = Journal(folder)
-        copy_tokenizer(tokenizer, folder / _TOKENIZER_FOLDER)
         task = Task(
             tokenizer_file=str(tokenizer.file.resolve()),
             eos_token=config.tokenizer.eos_token,
@@ -99,6 +100,7 @@ def prepare(config: PrepareConfig, progress: Progress = silent) -> Manifest:
         pool = start_pool(num_processes(config), task)
         try:
             begin_or_continue(config, journal, files, tokenizer, pool, progress)
+            copy_tokenizer(tokenizer, folder / _TOKENIZER_FOLDER)
             return _Run(config, folder, journal, files, tokenizer, task, progress).execute(pool)
         except BrokenProcessPool as error:
             raise EnvironmentFault(
@@ -125,6 +127,7 @@ class _Run:
         self.config, self.folder, self.journal, self.files = config, folder, journal, files
         self.tokenizer, self.task, self.progress = tokenizer, task, progress
         remove_unlisted(folder, self._shards())
+        require_files(folder, self._shards())
         last = journal.entries[-1] if journal.entries else None
         self.source = last.source if last else 0
         self.cursor = Cursor(*last.cursor) if last else Cursor()
@@ -229,6 +232,7 @@ class _Run:
                 "run again",
             )
         assert self.journal.header is not None
+        refuse_changed_sources(self.journal.header)
         manifest = Manifest(
             tokenizer=_tokenizer_record(self.tokenizer),
             dtype=self.task.dtype,

@@ -9,7 +9,7 @@ from loopmem_pretrain.data.corpus import find_files
 from loopmem_pretrain.data.files import Progress, sha256_file
 from loopmem_pretrain.data.journal import JOURNAL_NAME, Header, Journal, SourceFile
 from loopmem_pretrain.data.manifest import MANIFEST_NAME, Manifest, Source
-from loopmem_pretrain.data.tokenizer import Tokenizer, find_tokenizer
+from loopmem_pretrain.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from loopmem_pretrain.errors import DataError
 
 _FREE = ("num_processes", "max_broken_lines", "output_dir", "tokenizer")  # change no byte, or are compared by hash
@@ -58,14 +58,15 @@ def begin_or_continue(
     recipe, old, folder = config.model_dump(mode="json"), journal.header, journal.path.parent
     paths = [path for group in files for path in group]
     if old is not None:
-        different = _differences(old.recipe, recipe) + _tokenizer_difference(old.tokenizer_sha256, tokenizer.sha256)
+        different = _differences(old.recipe, recipe)
+        different += _tokenizer_difference(old.tokenizer_sha256, old.eos_id, tokenizer)
         before = {file.path: file.bytes for group in old.files for file in group}
         _refuse(different + _file_differences(before, paths), folder, "begun")
     known = {(file.path, file.mtime_ns): file.sha256 for group in old.files for file in group} if old else {}
     hashed = _hash_files([path for path in paths if _key(path) not in known], pool, progress)
     now = tuple(tuple(_describe(path, {**known, **hashed}) for path in group) for group in files)
     if old is None:
-        journal.begin(Header(recipe=recipe, tokenizer_sha256=tokenizer.sha256, files=now))
+        journal.begin(Header(recipe=recipe, tokenizer_sha256=tokenizer.sha256, eos_id=tokenizer.eos_id, files=now))
         return
     hashes = {file.path: file.sha256 for group in old.files for file in group}
     changed = [f"{file.path}: other content" for group in now for file in group if hashes[file.path] != file.sha256]
@@ -81,11 +82,30 @@ def check_complete(config: PrepareConfig, manifest: Manifest, folder: Path) -> N
     different = _differences(manifest.recipe, config.model_dump(mode="json"))
     given = find_tokenizer(config.tokenizer.path)
     if given is not None:
-        different += _tokenizer_difference(manifest.tokenizer.sha256, sha256_file(given))
+        tokenizer = load_tokenizer(given, config.tokenizer.eos_token)
+        different += _tokenizer_difference(manifest.tokenizer.sha256, manifest.tokenizer.eos_id, tokenizer)
     before = {source.path: source.bytes or 0 for source in manifest.source if source.sha256 is not None}
     if not different and any(Path(path).exists() for path in before):
         different = _file_differences(before, [path for group in source_files(config) for path in group])
     _refuse(different, folder, "made")
+
+
+def refuse_changed_sources(header: Header) -> None:
+    """See that no file has changed since the run began: the manifest will say that the shards are of it.
+
+    Raises:
+        DataError: naming every file that has.
+    """
+    changed = []
+    for file in (file for group in header.files for file in group):
+        path = Path(file.path)
+        if not path.exists() or _key(path) != (file.path, file.mtime_ns) or path.stat().st_size != file.bytes:
+            changed.append(f"{path}: changed or removed")
+    if changed:
+        raise DataError(
+            "sources were not left alone while they were read\n  " + "\n  ".join(changed),
+            "when they are written, delete the output_dir and prepare it again: shards may hold parts of both",
+        )
 
 
 def source_records(config: PrepareConfig, header: Header) -> list[Source]:
@@ -134,8 +154,11 @@ def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key, inner in items for k, v in _leaves(inner, f"{prefix}.{key}".lstrip(".")).items()}
 
 
-def _tokenizer_difference(old: str, new: str) -> list[str]:
-    return [] if old == new else [f"tokenizer's sha256: {old} -> {new}"]
+def _tokenizer_difference(sha256: str, eos_id: int | None, now: Tokenizer) -> list[str]:
+    if sha256 != now.sha256:
+        return [f"tokenizer's sha256: {sha256} -> {now.sha256}"]
+    # With Hugging Face tokenizers another file, tokenizer_config.json, may say which token ends a document.
+    return [f"id that ends a document: {eos_id} -> {now.eos_id}"] if eos_id not in (None, now.eos_id) else []
 
 
 def _file_differences(before: dict[str, int], paths: list[Path]) -> list[str]:

@@ -156,10 +156,11 @@ def load_tokenizer(path: str | Path, eos_token: str | None = None) -> Tokenizer:
 
     Args:
         path: file or folder; in a folder tokenizer.model comes before tokenizer.json.
-        eos_token: Hugging Face only; the token that ends a document, where no tokenizer_config.json names it.
+        eos_token: the token that ends a document, where no tokenizer_config.json names it; a sentencepiece model
+            names its own.
 
     Raises:
-        DataError: missing, damaged, or without a token that ends documents.
+        DataError: missing, damaged, without a token that ends documents, or a sentencepiece model with another one.
     """
     file = find_tokenizer(path)
     if file is None:
@@ -169,7 +170,14 @@ def load_tokenizer(path: str | Path, eos_token: str | None = None) -> Tokenizer:
         )
     if file.suffix == ".json":
         return HuggingFaceTokenizer(file, eos_token)
-    return SentencePieceTokenizer(file)
+    tokenizer = SentencePieceTokenizer(file)
+    own = tokenizer.processor.id_to_piece(tokenizer.eos_id)
+    if eos_token not in (None, own):
+        raise DataError(
+            f"tokenizer.eos_token is {eos_token!r}, and {file}, a sentencepiece model, ends documents with {own!r}",
+            "leave out tokenizer.eos_token, or name a Hugging Face tokenizer",
+        )
+    return tokenizer
 
 
 def train_sentencepiece(texts: Iterable[str], out_dir: str | Path, config: TrainTokenizerConfig) -> Path:
@@ -222,20 +230,25 @@ def train_sentencepiece(texts: Iterable[str], out_dir: str | Path, config: Train
             else "lower tokenizer.train.vocab_size, or give it more text",
         ) from error
     record = {"config": config.model_dump(mode="json"), "text_bytes": taken.size, "text_sha256": taken.hash.hexdigest()}
-    write_file(file.with_name(RECORD_NAME), (json.dumps(record, indent=1) + "\n").encode())
+    write_file(record_of(file), (json.dumps(record, indent=1) + "\n").encode())
     write_file(file, model.getvalue())
     return file
 
 
+def record_of(file: Path) -> Path:
+    """Where it is written down how a model file was trained."""
+    return file.with_name(RECORD_NAME if file.name == MODEL_NAME else f"{file.stem}.{RECORD_NAME}")
+
+
 def trained_differently(file: Path, config: TrainTokenizerConfig) -> list[str]:
     """Fields in which the record beside a trained model differs from `config`; empty without a record."""
-    record = file.with_name(RECORD_NAME)
+    record = record_of(file)
     if not record.is_file():
         return []
     try:
         old = json.loads(record.read_text(encoding="utf-8"))["config"]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{record} is damaged: {error}", f"remove {record.parent} and train again") from error
+        raise DataError(f"{record} is damaged: {error}", f"remove {file} and {record}, then train again") from error
     new = config.model_dump(mode="json")
     return [f"tokenizer.train.{key}: {old.get(key)} -> {value}" for key, value in new.items() if old.get(key) != value]
 

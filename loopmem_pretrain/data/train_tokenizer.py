@@ -8,11 +8,10 @@ from loopmem_pretrain.data.corpus import Tally, iter_documents, quoted
 from loopmem_pretrain.data.files import Progress, silent
 from loopmem_pretrain.data.recipe import source_files
 from loopmem_pretrain.data.tokenizer import (
-    MODEL_NAME,
-    RECORD_NAME,
     Tokenizer,
     find_tokenizer,
     load_tokenizer,
+    record_of,
     train_sentencepiece,
     trained_differently,
 )
@@ -94,7 +93,7 @@ def sample_texts(config: PrepareConfig, train: TrainTokenizerConfig, progress: P
 
 
 def _check_trained(found: Path, train: TrainTokenizerConfig) -> None:
-    record = found.with_name(RECORD_NAME)
+    record = record_of(found)
     if found.suffix != ".model" or not record.is_file():
         raise DataError(
             f"{found} is there already, and nothing says that it was trained from this recipe (no {record.name})",
@@ -103,5 +102,5 @@ def _check_trained(found: Path, train: TrainTokenizerConfig) -> None:
     if different := trained_differently(found, train):
         raise DataError(
             f"{found} was trained with other settings\n  " + "\n  ".join(different),
-            f"choose another tokenizer.path, restore the settings, or delete {found.parent / MODEL_NAME}",
+            f"choose another tokenizer.path, restore the settings, or delete {found}",
         )

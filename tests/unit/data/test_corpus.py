@@ -126,6 +126,17 @@ def test_filter_keeps_min_and_drops_below(tmp_path: Path, kind: str) -> None:
     assert (tally.documents_read, tally.filtered_documents) == (1200, 1195)
 
 
+def test_filters_need_fields(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", b"text")
+    error = refused(source(path, filters=(FilterConfig(field="score", min=3),)))
+    assert f"{path}: filters compare fields of a record, and a .txt has none" in error.problem
+
+
+def test_a_name_with_brackets(tmp_path: Path) -> None:
+    path = write(tmp_path / "x[1].jsonl", jsonl(RECORDS[:3]))
+    assert texts(source(path)) == TEXTS[:3]
+
+
 def test_nested_fields(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", jsonl([{"data": {"body": "x"}, "meta": {"score": 1}}]))
     config = source(path, text_field="data.body", filters=(FilterConfig(field="meta.score", min=1),))
@@ -144,6 +155,15 @@ def test_max_documents_counts_kept_ones_over_a_restart(tmp_path: Path, kind: str
 def test_byte_order_mark_and_blank_lines(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + jsonl(RECORDS[:1]) + b"\n  \n" + jsonl(RECORDS[1:2]))
     assert texts(source(path)) == TEXTS[:2]
+
+
+@pytest.mark.parametrize("separator", ["file", "blank_line"])
+def test_byte_order_mark_of_a_text(tmp_path: Path, separator: str) -> None:
+    path = write(tmp_path / "a.txt", b"\xef\xbb\xbfone\n\ntwo")
+    config = source(path, document_separator=separator)
+    first, *_ = documents = list(iter_documents(config))
+    assert first.text.startswith(b"one")
+    assert [d.text for d in iter_documents(config, start=first.after)] == [d.text for d in documents[1:]]
 
 
 def test_empty_documents_are_counted(tmp_path: Path) -> None:

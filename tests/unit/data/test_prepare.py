@@ -292,6 +292,52 @@ def test_a_hugging_face_tokenizer_of_many_tokens(corpus: Path, tmp_path: Path) -
     assert load_tokenizer(tmp_path / "out/tokenizer").eos_id == len(vocabulary)
 
 
+def character_tokenizer(folder: Path, end: str) -> TokenizerConfig:
+    """A Hugging Face tokenizer of single characters; a file of its own says which token ends a document."""
+    folder.mkdir(exist_ok=True)
+    vocabulary = {character: index for index, character in enumerate(sorted(set("".join(DOCUMENTS))))}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    added = [{"id": len(vocabulary) + i, "content": token, **flags} for i, token in enumerate(("<end>", "<stop>"))]
+    content = {"model": {"type": "BPE", "vocab": vocabulary, "merges": []}, "added_tokens": added}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+    return TokenizerConfig(path=str(folder))
+
+
+def test_another_end_of_documents_is_another_tokenizer(corpus: Path, tmp_path: Path) -> None:
+    settings = character_tokenizer(tmp_path / "tok", "<end>")
+    interrupt(corpus, tmp_path / "out", tokenizer=settings)
+    for moment in ("begun", "made"):
+        character_tokenizer(tmp_path / "tok", "<stop>")
+        with pytest.raises(DataError, match=rf"{moment} from something else(?s:.*)id that ends a document: \d+ -> \d+"):
+            prepare(recipe(corpus, tmp_path / "out", tokenizer=settings))
+        character_tokenizer(tmp_path / "tok", "<end>")
+        prepare(recipe(corpus, tmp_path / "out", tokenizer=settings))
+
+
+def test_a_refused_tokenizer_leaves_nothing_behind(corpus: Path, tmp_path: Path) -> None:
+    settings = character_tokenizer(tmp_path / "tok", "<end>")
+    interrupt(corpus, tmp_path / "out", tokenizer=settings)
+    with pytest.raises(DataError, match="tokenizer's sha256"):
+        prepare(recipe(corpus, tmp_path / "out"))
+    prepare(recipe(corpus, tmp_path / "out", tokenizer=settings))
+    assert load_tokenizer(tmp_path / "out/tokenizer").kind == "huggingface"
+
+
+def test_a_source_that_grows_while_it_is_read(corpus: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes((corpus / "0.jsonl").read_bytes())
+    sources = (SourceConfig(paths=(str(path),), origin="test", license="CC0"),)
+
+    def grow(done: int, total: int | None, info: Any) -> None:
+        if info["stage"] == "tokenize":
+            path.write_bytes((corpus / "0.jsonl").read_bytes() + (corpus / "1.jsonl").read_bytes())
+
+    with pytest.raises(DataError, match=r"not left alone while they were read\n  .*a\.jsonl: changed"):
+        prepare(recipe(corpus, tmp_path / "out", sources=sources), grow)
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
 def test_a_torn_last_line_of_the_journal_does_not_count(
     corpus: Path, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
@@ -313,8 +359,10 @@ def test_a_damaged_journal_is_refused(corpus: Path, tmp_path: Path) -> None:
 def test_a_finished_shard_that_vanished_is_noticed(corpus: Path, tmp_path: Path) -> None:
     interrupt(corpus, tmp_path)
     (tmp_path / "train-00000.bin").unlink()
-    with pytest.raises(DataError, match=r"train-00000\.bin: missing"):
-        prepare(recipe(corpus, tmp_path))
+    stages: list[Any] = []
+    with pytest.raises(DataError, match=r"train-00000\.bin: missing") as caught:
+        prepare(recipe(corpus, tmp_path), lambda done, total, info: stages.append(info["stage"]))
+    assert "tokenize" not in stages and f"delete {tmp_path}" in caught.value.fix  # before work that would be in vain
     assert not (tmp_path / "manifest.json").exists()
 
 
@@ -351,8 +399,9 @@ def test_a_complete_folder_is_left_alone(corpus: Path, tmp_path: Path) -> None:
 def test_a_complete_folder_with_a_lost_shard_is_not_complete(corpus: Path, tmp_path: Path) -> None:
     prepare(recipe(corpus, tmp_path))
     (tmp_path / "train-00001.idx").unlink()
-    with pytest.raises(DataError, match=r"train-00001\.idx: missing"):
+    with pytest.raises(DataError, match=r"train-00001\.idx: missing") as caught:
         prepare(recipe(corpus, tmp_path))
+    assert f"delete {tmp_path} and prepare it again" in caught.value.fix
 
 
 @pytest.mark.parametrize("name", ["train-00000.bin", "thesis.tex"])

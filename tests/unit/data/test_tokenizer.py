@@ -173,6 +173,12 @@ def test_a_copy_knows_its_end_token(gpt_like: Path, tmp_path: Path) -> None:
     assert (again.eos_id, again.sha256) == (tokenizer.eos_id, tokenizer.sha256)
 
 
+def test_a_sentencepiece_model_names_its_own_end_token(trained: Path) -> None:
+    assert load_tokenizer(trained, "</s>").eos_id == 2
+    with pytest.raises(DataError, match=r"eos_token is '<\|im_end\|>', and .* ends documents with '</s>'"):
+        load_tokenizer(trained, "<|im_end|>")
+
+
 def test_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no tokenizer at"):
         load_tokenizer(tmp_path)
@@ -243,6 +249,20 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     train_tokenizer(recipe(tmp_path))
     with pytest.raises(DataError, match=r"tokenizer.train.vocab_size: 400 -> 500"):
         train_tokenizer(recipe(tmp_path, vocab_size=500))
+
+
+def test_two_models_in_one_folder(tmp_path: Path) -> None:
+    def named(name: str, vocab_size: int) -> PrepareConfig:
+        config = recipe(tmp_path, vocab_size=vocab_size)
+        path = str(tmp_path / "tok" / name)
+        return config.model_copy(update={"tokenizer": config.tokenizer.model_copy(update={"path": path})})
+
+    a, b = named("a.model", 400), named("b.model", 420)
+    train_tokenizer(a), train_tokenizer(b)
+    assert [train_tokenizer(config).name for config in (a, b)] == ["a.model", "b.model"]
+    with pytest.raises(DataError, match=r"vocab_size: 400 -> 420") as caught:
+        train_tokenizer(named("a.model", 420))
+    assert f"delete {tmp_path / 'tok/a.model'}" in caught.value.fix
 
 
 def test_a_foreign_tokenizer_is_not_taken_for_the_trained_one(tmp_path: Path) -> None:
