@@ -292,14 +292,20 @@ class _Save:
 
     def _records(self) -> list[dict[str, Any]]:
         """Of all ranks, when they are there."""
-        missing = [self.records / _record_name(rank) for rank in range(self.world_size)]
+        missing = [_record_name(rank) for rank in range(self.world_size)]
         records: list[dict[str, Any]] = []
         while missing:
-            if missing[0].exists():
-                records.append(json.loads(missing.pop(0).read_text(encoding="utf-8")))
-            elif self.given_up.wait(POLL):
+            # The folder's list: NFS would for a minute go on to say that a name which was not there is not there.
+            there = set(os.listdir(self.records))
+            records += [
+                json.loads((self.records / name).read_text(encoding="utf-8")) for name in missing if name in there
+            ]
+            missing = [name for name in missing if name not in there]
+            if not missing:
+                break
+            if self.given_up.wait(POLL):
                 raise _GivenUp
-            elif time.monotonic() > self.wait_for_others:
+            if time.monotonic() > self.wait_for_others:
                 raise EnvironmentFault(f"{len(missing)} of {self.world_size} ranks have not written their part")
         return records
 

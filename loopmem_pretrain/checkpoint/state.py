@@ -238,7 +238,8 @@ def _load_reshaped(run: Run, checkpoint: Path, skipped_steps: int) -> None:
     run.on_rank_zero(prepare)
     run.engine.load_merged(Merged(checkpoint, folder), run.position.step, skipped_steps)
     dist.barrier()
-    run.on_rank_zero(lambda: shutil.rmtree(folder))
+    # What other nodes still have open may stay on a shared file system; the next merging begins by removing it.
+    run.on_rank_zero(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def read_run_id(run_dir: Path) -> str:

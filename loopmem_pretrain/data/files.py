@@ -7,6 +7,7 @@ kill, never meets half of one.
 import errno
 import hashlib
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,7 +72,8 @@ def write_file(path: Path, content: bytes) -> None:
     Raises:
         EnvironmentFault: disk full, no permission.
     """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    # Not the process's number: on another node, or in another container, it may be the same.
+    temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
     with disk_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -84,7 +84,7 @@ def join_process_group(backend: str, parallel: ParallelConfig) -> None:
     store: Store
     if "RANK" in os.environ:
         store = _open_store(place, parallel.join_timeout_seconds)
-        _meet(store, place, parallel.join_timeout_seconds)
+        _meet(store, place, parallel.join_timeout_seconds, backend)
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
     os.environ.update({name: str(value) for name, value in zip(_PLACE, place, strict=True)})  # DeepSpeed reads them
@@ -206,14 +206,15 @@ def _why_nothing_answers(host: str, port: int, seconds: float) -> str:
         time.sleep(PAUSE)
 
 
-def _meet(store: "Store", place: Place, seconds: int) -> None:
-    """Return when all ranks are at the store; else raise on every rank that is, with the names of the others."""
+def _meet(store: "Store", place: Place, seconds: int, backend: str) -> None:
+    """Return when all ranks are at the store, with one backend; else raise on every rank that is, naming the others."""
     import torch.distributed as dist
 
     try:
-        store.set(_joined(place.rank), "")
+        store.set(_joined(place.rank), backend)
         if place.rank == 0:
             missing = _wait_for_all(store, place, seconds)
+            store.set("backends", "" if missing else _different_backends(store, place.world_size))
             store.set("missing", ",".join(map(str, missing)))
         elif not _wait(store, _joined(0), seconds):
             missing = [rank for rank in range(place.world_size) if not store.check([_joined(rank)])]
@@ -221,7 +222,8 @@ def _meet(store: "Store", place: Place, seconds: int) -> None:
             missing = [int(rank) for rank in store.get("missing").decode().split(",") if rank]
         else:
             missing = [0]  # it was there and fell silent
-        if missing:
+        different = "" if missing else store.get("backends").decode()
+        if missing or different:
             _see_off(store, place, missing)
     except dist.DistError as error:
         raise EnvironmentFault(
@@ -234,6 +236,22 @@ def _meet(store: "Store", place: Place, seconds: int) -> None:
             "see the messages of those ranks and of their machines: they may not have started, have failed before they "
             "joined, or have another MASTER_ADDR or MASTER_PORT; parallel.join_timeout_seconds sets the wait",
         )
+    if different:
+        raise EnvironmentFault(
+            f"ranks compute on different devices: {different}",
+            "on the machines of those without GPUs (gloo) see nvidia-smi, the driver and torch; training.device=cuda "
+            "makes each say what it misses",
+        )
+
+
+def _different_backends(store: "Store", world_size: int) -> str:
+    """Which ranks came with which backend, in words; empty where it is one."""
+    ranks: dict[str, list[int]] = {}
+    for rank in range(world_size):
+        ranks.setdefault(store.get(_joined(rank)).decode(), []).append(rank)
+    return (
+        ", ".join(f"{ranks_in_words(own)} with {backend}" for backend, own in ranks.items()) if len(ranks) > 1 else ""
+    )
 
 
 def _wait_for_all(store: "Store", place: Place, seconds: int) -> list[int]:

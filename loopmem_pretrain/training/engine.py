@@ -36,7 +36,7 @@ from loopmem_pretrain.quiet import deepspeed_chatter_held_back
 from loopmem_pretrain.training import pipeline
 from loopmem_pretrain.training.ds_config import deepspeed_config
 from loopmem_pretrain.training.first_loss import FirstLoss
-from loopmem_pretrain.training.master_state import make_moments, set_state
+from loopmem_pretrain.training.master_state import make_moments, place_step_counts, set_state
 from loopmem_pretrain.training.metrics import LoopAccumulator
 from loopmem_pretrain.training.optim import beta1, keeps_float32, learning_rate, make_optimizer, ponder_weight
 from loopmem_pretrain.training.state_files import StateCollector
@@ -228,6 +228,7 @@ class TrainingEngine:
             )
         for group, value in zip(self.engine.optimizer.param_groups, fused, strict=True):
             group["fused"] = value  # of this start's device, not of the one that saved
+        place_step_counts(self.engine.optimizer)
 
     def load_merged(self, merged: Merged, step: int, skipped_steps: int) -> None:
         """Restore model, optimizer and engine counters from a checkpoint that other ranks wrote.

@@ -1,7 +1,9 @@
 """Device choice and peak arithmetic rates."""
 
+import os
 import re
 import time
+from collections.abc import Mapping
 
 import torch
 
@@ -11,6 +13,7 @@ from loopmem_pretrain.errors import EnvironmentFault
 # Dense bf16 TFLOP/s from the makers' data sheets; the first name that is a word of the device's name counts.
 PEAK_TFLOPS = {
     "B200": 2250.0,
+    "H200 NVL": 835.0,
     "H200": 989.0,
     "GH200": 989.0,
     "H100 PCIe": 756.0,
@@ -28,9 +31,16 @@ def choose_device(config: RunConfig, local_rank: int) -> torch.device:
     """The device of this rank.
 
     Raises:
-        EnvironmentFault: a GPU was asked for and there is none for this rank.
+        EnvironmentFault: a GPU was asked for, or given to this process, and torch sees none for this rank.
     """
     wanted, available = config.training.device, torch.cuda.device_count() if torch.cuda.is_available() else 0
+    given = gpus_given(os.environ)
+    if wanted == "auto" and given and not available:
+        raise EnvironmentFault(
+            f"{given} says that this process has GPUs, and torch {torch.__version__} sees none",
+            "see nvidia-smi here (a container needs --nv or its like), and that this torch was built for CUDA and the "
+            "driver is new enough for it; or set training.device=cpu to train without them",
+        )
     if wanted == "cpu" or (wanted == "auto" and not available):
         return torch.device("cpu")
     if local_rank >= available:
@@ -41,6 +51,17 @@ def choose_device(config: RunConfig, local_rank: int) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def gpus_given(environment: Mapping[str, str]) -> str:
+    """What says that this process was given GPUs, as NAME=VALUE; empty where nothing does."""
+    for name, none in (
+        ("CUDA_VISIBLE_DEVICES", ("", "-1", "NoDevFiles", "none", "void")),
+        ("SLURM_GPUS_ON_NODE", ("", "0")),
+    ):
+        if environment.get(name, "") not in none:
+            return f"{name}={environment[name]}"
+    return ""
 
 
 def peak_flops(config: RunConfig, device: torch.device) -> tuple[float, str]:

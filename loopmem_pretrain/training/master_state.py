@@ -41,6 +41,19 @@ def make_moments(optimizer: Any, applied_steps: int) -> None:
         optimizer._lazy_init_hp_params_optimizer_state()  # tells each parameter where in the flat moments it lies
 
 
+def place_step_counts(optimizer: Any) -> None:
+    """Put AdamW's counts of steps where its kernel reads them: the fused one on the parameters' device, else the host.
+
+    Loading leaves them where the start that saved had them, and that may have kept its optimizer elsewhere.
+    """
+    inner = optimizer.optimizer
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            state = inner.state.get(parameter, {})
+            if "step" in state:
+                state["step"] = state["step"].to(parameter.device if group.get("fused") else "cpu")
+
+
 def set_state(parameter: Any, state: State, value: Tensor) -> None:
     """Set what this rank holds of the master weight or of a moment; with the weight, the working copy too.
 

@@ -57,6 +57,22 @@ def test_missing_ranks_are_named_on_every_rank_that_came():
     assert max(results[rank][1] for rank in (0, 1, 3)) > 1  # one that itself comes late waits less
 
 
+def join_with_another_backend(rank, world_size):
+    from loopmem_pretrain.config.parallel import ParallelConfig
+    from loopmem_pretrain.parallel.start import join_process_group
+
+    try:
+        join_process_group("gloo" if rank == 2 else "nccl", ParallelConfig(join_timeout_seconds=30))
+    except EnvironmentFault as error:
+        return error.problem
+    return None
+
+
+def test_ranks_on_different_devices_are_named_before_they_wait_for_each_other():
+    problems = run_ranks(f"{HERE}:join_with_another_backend", 4)
+    assert problems == ["ranks compute on different devices: ranks 0, 1, 3 with nccl, rank 2 with gloo"] * 4
+
+
 def test_rank_0_that_is_missing_is_named():
     results = run_ranks(f"{HERE}:join_on_rank", 3, [0])
     for rank in (1, 2):

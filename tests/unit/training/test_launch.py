@@ -56,6 +56,20 @@ def test_a_rank_that_hangs():
     assert "collective_timeout_seconds" in error.problem and 1 < seconds < 6
 
 
+def test_what_nccl_complains_of_is_passed_on():
+    """Not "lost contact": all ranks would say that of each other, and none the reason."""
+    from torch.distributed import DistBackendError
+
+    said = (
+        "NCCL error in: NCCLUtils.cpp:77, invalid usage\nncclInvalidUsage: ...\nDuplicate GPU detected : rank 1 and 0"
+    )
+    assert lost_rank(DistBackendError(said)) is None
+    error = named(DistBackendError(said))
+    assert type(error) is EnvironmentFault and "Duplicate GPU detected : rank 1 and 0" in error.problem
+    gone = lost_rank(DistBackendError("NCCL error\nncclRemoteError: A call failed possibly due to a network error"))
+    assert "lost contact with another rank" in gone.problem and "ncclRemoteError" in gone.problem
+
+
 def test_other_errors_stay_bugs():
     assert lost_rank(RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")) is None
 
