@@ -249,9 +249,9 @@ def _different_backends(store: "Store", world_size: int) -> str:
     ranks: dict[str, list[int]] = {}
     for rank in range(world_size):
         ranks.setdefault(store.get(_joined(rank)).decode(), []).append(rank)
-    return (
-        ", ".join(f"{ranks_in_words(own)} with {backend}" for backend, own in ranks.items()) if len(ranks) > 1 else ""
-    )
+    if len(ranks) == 1:
+        return ""
+    return ", ".join(f"{ranks_in_words(own)} with {backend}" for backend, own in ranks.items())
 
 
 def _wait_for_all(store: "Store", place: Place, seconds: int) -> list[int]:

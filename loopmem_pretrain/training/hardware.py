@@ -26,6 +26,12 @@ PEAK_TFLOPS = {
     "V100": 125.0,
 }
 
+_GPUS_GIVEN = {
+    "CUDA_VISIBLE_DEVICES": ("", "-1", "NoDevFiles", "none", "void"),
+    "SLURM_GPUS_ON_NODE": ("", "0"),
+}
+"""Variables that tell a process of its GPUs, and their values where it has none."""
+
 
 def choose_device(config: RunConfig, local_rank: int) -> torch.device:
     """The device of this rank.
@@ -55,11 +61,8 @@ def choose_device(config: RunConfig, local_rank: int) -> torch.device:
 
 def gpus_given(environment: Mapping[str, str]) -> str:
     """What says that this process was given GPUs, as NAME=VALUE; empty where nothing does."""
-    for name, none in (
-        ("CUDA_VISIBLE_DEVICES", ("", "-1", "NoDevFiles", "none", "void")),
-        ("SLURM_GPUS_ON_NODE", ("", "0")),
-    ):
-        if environment.get(name, "") not in none:
+    for name, words_for_none in _GPUS_GIVEN.items():
+        if environment.get(name, "") not in words_for_none:
             return f"{name}={environment[name]}"
     return ""
 

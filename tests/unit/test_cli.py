@@ -278,5 +278,11 @@ def test_restarts_need_a_parent(refused):
     assert "--max-restarts needs --ranks" in refused(2, "train", "--config", RUN, "--max-restarts", "2")
 
 
+def test_ranks_are_not_started_by_a_rank(refused, monkeypatch):
+    """As a launcher's rank it would train alone, or as one of many, where N ranks were asked for."""
+    monkeypatch.setenv("RANK", "0")
+    assert "--ranks 2 starts ranks, and RANK=0 says" in refused(2, "train", "--config", RUN, "--ranks", "2")
+
+
 def test_restarts_below_0(refused):
     assert "--max-restarts -1 is not valid" in refused(2, "train", "--config", RUN, "--ranks=2", "--max-restarts=-1")

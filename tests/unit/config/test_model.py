@@ -100,6 +100,11 @@ def test_product_keys_of_slots_that_are_no_square(files, slots, nearest):
     assert f"model.global_slots: {slots} is no square" in said and said.endswith(f"nearest valid: {nearest}")
 
 
+def test_product_keys_of_an_odd_width(files):
+    fields = ("model.retrieval=product_keys", "model.global_slots=4096", "model.hidden_size=129", "model.head_dim=32")
+    assert "model.hidden_size: 129 is odd, and product_keys compares halves of it" in files.problems(GOOD, *fields)
+
+
 def test_more_than_the_half_keys(files):
     said = files.problems(GOOD, "model.retrieval=product_keys", "model.global_slots=256")
     assert "model.retrieval_topk: 32 is more than the 16 half-keys of a side of 256 slots; valid: 1 to 16" in said
