@@ -132,7 +132,7 @@ def test_rolling_and_generation_are_those_of_hf(exported, monkeypatch, tmp_path)
     assert ours.shortened == 1
     for other in (
         {"until": [], "max_new_tokens": 5},
-        {"until": [""], "max_tokens": 6, "do_sample": False, "temperature": 0.7, "top_p": 0.5},
+        {"until": ["\n\n"], "max_tokens": 6, "do_sample": False, "temperature": 0.7},
         {"until": "\n\n", "max_gen_toks": 4, "num_beams": 1},
     ):
         prompt = [Instance("generate_until", {}, (texts[0], other), 0)]
