@@ -36,7 +36,9 @@ def text_domains(paths: Sequence[str], text_field: str = "text") -> list[Domain]
     """
     problems = []
     for path in map(Path, paths):
-        if not path.is_file():
+        if path.is_dir():
+            problems.append(f"{path}: a folder; name its files, or prepared data by --data")
+        elif not path.is_file():
             problems.append(f"{path}: no such file")
         elif not path.name.lower().endswith(SUFFIXES):
             problems.append(f"{path}: unknown type; read are {', '.join(SUFFIXES)}")

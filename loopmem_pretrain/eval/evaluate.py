@@ -73,6 +73,8 @@ def evaluate(
     about_tasks = {"--data-dir": data_dir, "--limit": limit, "--seed": seed}
     if not tasks and (idle := [name for name, value in about_tasks.items() if value is not None]):
         raise ConfigError(f"{', '.join(idle)}: only tasks ask for that", "add --tasks, or leave it out")
+    if max_documents is not None and tasks and not (text or data):
+        raise ConfigError("--max-documents: tasks have no documents", "use --limit, or add --text or --data")
     if text_field is not None and not text:
         raise ConfigError("--text-field is about the files of --text", "add --text, or leave it out")
     prepare_imports("cpu")

@@ -19,6 +19,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows
 
 from loopmem_pretrain.errors import CheckpointError, ConfigError, DataError
@@ -38,6 +39,12 @@ from loopmem_pretrain.model.early_exit import early_exit, exit_forward
 
 MOST_NEW_TOKENS = 256
 """Of a generation whose task names no number, as in the harness's own models."""
+ARGUMENTS = ("pretrained", "num_loops", "gates_closed", "exit_threshold", "exit_rule", "batch_size", "device")
+"""What `model_args` may name, as messages list it."""
+_OF_OTHERS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "length_penalty")
+"""Settings of a generation that draws, or searches beams; they change nothing where the likeliest token is taken."""
+_OFF = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1, "no_repeat_ngram_size": 0}
+"""Settings that would change what is written, and the value of each at which they do not."""
 
 
 class WindowLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
@@ -109,20 +116,34 @@ class LoopMemHarness(WindowLM):
         num_loops: int | None = None,
         gates_closed: bool = False,
         exit_threshold: float | None = None,
-        exit_rule: str = "halting",
+        exit_rule: str | None = None,
         batch_size: int | str = 8,
+        max_batch_size: int | None = None,
         device: str = "cpu",
-        **_: Any,
+        trust_remote_code: bool = False,
+        **unknown: Any,
     ) -> None:
-        """Arguments as in `loopmem eval`, `gates_closed` runs without memory; what else the harness gives is not used.
+        """Arguments as in `loopmem eval`, `gates_closed` runs without memory.
+
+        The harness hands in two more, which change nothing: `max_batch_size` is about batch sizes that are searched
+        for, and no code of a folder runs here that `trust_remote_code` could allow.
 
         Raises:
+            ConfigError: an argument that is not known or not valid.
             LoopMemError: as `open_scorer` and `settings_of` say.
         """
-        self.opened = open_scorer(pretrained, int(batch_size), device)
+        if unknown:
+            raise ConfigError(f"model_args: unknown {', '.join(sorted(unknown))}", f"valid: {', '.join(ARGUMENTS)}")
+        if exit_rule is not None and exit_threshold is None:
+            raise ConfigError("exit_rule is about exit_threshold", "add exit_threshold, or leave it out")
+        if gates_closed not in (True, False):
+            raise ConfigError(f"gates_closed {gates_closed!r} is not valid", "give true or false")
         loops = [] if num_loops is None else [str(num_loops)]
-        thresholds = [] if exit_threshold is None else [float(exit_threshold)]
-        (setting,) = settings_of(self.opened.model, loops, thresholds, exit_rule)
+        thresholds = [] if exit_threshold is None else [_number("exit_threshold", exit_threshold, float)]
+        self.opened = open_scorer(pretrained, _number("batch_size", batch_size, int), device)
+        setting, *others = settings_of(self.opened.model, loops, thresholds, exit_rule or "halting")
+        if others:
+            raise ConfigError(f"num_loops {num_loops}: the harness measures one setting at a time", "give one number")
         if gates_closed and self.opened.model.model.memory is None:
             raise ConfigError("gates_closed: this model has no memory", "leave gates_closed out")
         self.setting = setting._replace(gates_closed=bool(gates_closed))
@@ -140,11 +161,7 @@ class LoopMemHarness(WindowLM):
 
         from loopmem_pretrain.hf.cache import cache_with_slots
 
-        if wishes.get("do_sample") or wishes.get("temperature"):
-            raise ConfigError("this model decodes greedily, and the task asks for drawn tokens", "set do_sample: false")
-        limit = int(wishes.get("max_gen_toks", MOST_NEW_TOKENS))
-        until = wishes.get("until") or []
-        stops = [until] if isinstance(until, str) else list(until)
+        limit, stops = _greedy(wishes)
         if limit >= self.max_length:
             raise ConfigError(
                 f"max_gen_toks {limit} leaves no room for a prompt in the context of {self.max_length}",
@@ -171,6 +188,37 @@ class LoopMemHarness(WindowLM):
         for stop in stops:
             text = text.split(stop)[0]
         return text
+
+
+def _number(name: str, value: Any, kind: type[int] | type[float]) -> Any:
+    try:
+        return kind(str(value))
+    except ValueError:
+        raise ConfigError(f"{name} {value!r} is not valid", "give a number") from None
+
+
+def _greedy(wishes: dict[str, Any]) -> tuple[int, list[str]]:
+    """How many tokens a task's generation_kwargs ask for, and the strings that end them, read as the harness's own
+    models read them.
+
+    Raises:
+        ConfigError: it asks for another text than greedy decoding writes.
+    """
+    asked: dict[str, Any] = {**normalize_gen_kwargs(wishes, MOST_NEW_TOKENS)}
+    limit, until, drawn = (asked.pop(key) for key in ("max_gen_toks", "until", "do_sample"))
+    fix = "change the task's generation_kwargs"
+    if drawn:
+        raise ConfigError("this model decodes greedily, and the task asks for drawn tokens", "set do_sample: false")
+    other = [
+        f"{key}: {value}"
+        for key, value in asked.items()
+        if key not in _OF_OTHERS and value is not None and value != _OFF.get(key)
+    ]
+    if other:
+        raise ConfigError(f"this model decodes greedily, and the task asks for {', '.join(other)}", fix)
+    if limit < 1:
+        raise ConfigError(f"max_gen_toks {limit} is not valid", fix)
+    return limit, [stop for stop in until if stop]
 
 
 def scorer_of(

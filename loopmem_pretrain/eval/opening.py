@@ -87,6 +87,8 @@ def settings_of(
     Raises:
         ConfigError: no number of loops, no threshold, an unknown rule, or a model that does not loop.
     """
+    if rule not in EXIT_RULES:
+        raise ConfigError(f"--exit-rule {rule} is not known", f"use one of {', '.join(EXIT_RULES)}")
     settings = _settings_of_loops(model, num_loops)
     own = getattr(model.config, "exit_threshold", None)  # a run's config has none
     if not thresholds and own is not None:
@@ -101,8 +103,6 @@ def settings_of(
             f"--exit-threshold {' '.join(map(str, wrong))} is not valid",
             "give numbers above 0 and at most 1, where all loops run",
         )
-    if rule not in EXIT_RULES:
-        raise ConfigError(f"--exit-rule {rule} is not known", f"use one of {', '.join(EXIT_RULES)}")
     forced, run = (settings, [Setting(model.config.max_loops)]) if list(num_loops) == ["all"] else ([], settings)
     early = [
         setting._replace(exit_threshold=threshold, exit_rule=rule)

@@ -137,9 +137,21 @@ def _check(item: Item, place: str) -> None:
         texts = value if isinstance(value, list) else [value]
         if key != "gold" and not (texts and all(isinstance(text, str) and text.strip() for text in texts)):
             raise DataError(f"{place}: {key} is {value!r}: a text, or a list of texts, must not be empty", _RESTORE)
+        if key != "gold":
+            _check_unicode(texts, key, place)
     choices = item.get("choices", item.get("contexts"))
     if choices is not None and (type(item["gold"]) is not int or not 0 <= item["gold"] < len(choices)):
         raise DataError(f"{place}: gold is {item['gold']!r}, and there are {len(choices)} choices", _RESTORE)
+
+
+def _check_unicode(texts: list[str], key: str, place: str) -> None:
+    """JSON can escape half of a surrogate pair, which is no character: no tokenizer takes it."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = f"{text[error.start]!a} at character {error.start + 1}"
+            raise DataError(f"{place}: {key} is no Unicode text: {half} is half a surrogate pair", _RESTORE) from None
 
 
 _RESTORE = "restore the file, or correct that line"

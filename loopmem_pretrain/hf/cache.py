@@ -22,7 +22,8 @@ class RoomyLayer(DynamicLayer):
     """Keys and values [B, K, S, d] as views of buffers with room for more: a new token is written, nothing is copied.
 
     What reorders, crops or repeats the cache replaces `keys` and `values`; those that are no longer the buffers'
-    beginning are copied into new ones when the next token comes.
+    beginning are copied into new ones when the next token comes. After a crop the next tokens are written over those
+    that were dropped, also where somebody still holds a view of them: keep a copy instead.
     """
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

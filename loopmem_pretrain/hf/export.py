@@ -189,6 +189,7 @@ def write_settings(folder: Path, config: Any, tokens: int | None = None) -> None
     """Write config.json, generation_config.json and, of a LoopMemConfig, the two code files.
 
     Of a vocabulary larger than the tokenizer's number of `tokens`, generation leaves the ids out that are no tokens.
+    Tokens that are added later get just these ids; docs/huggingface.md and the card say what to do then.
     """
     config.save_pretrained(folder)
     pad = config.eos_token_id if config.pad_token_id is None else config.pad_token_id

@@ -86,7 +86,18 @@ def import_run(path: str | Path, config: RunConfig, where: str) -> str:
         f"compared on {match.tokens:,} tokens: logits differ by at most {match.max_abs_difference:.1e} (largest "
         f"{match.scale:.1e}), loss {match.loss:.6f} against {match.source_loss:.6f}\n"
         f"{compared}\n"
+        f"{_left_behind(source)}"
         "this is step 0 of a new run: the optimizer's moments are zero, schedules and samples begin anew"
+    )
+
+
+def _left_behind(source: Source) -> str:
+    """What of config.json is about generation alone."""
+    if source.exit_threshold is None:
+        return ""
+    return (
+        f"exit_threshold {source.exit_threshold:g} of its config.json is not taken over: models were compared with all "
+        "loops, and a run has none; set it in the config.json of the next export\n"
     )
 
 
@@ -155,13 +166,14 @@ def _compare(source: Source, config: RunConfig, weights: dict[str, Tensor], samp
 
 
 def _load(source: Source) -> Any:
-    """The folder's own model, float32, as transformers loads it."""
+    """The folder's own model, float32, as transformers loads it, with all loops."""
     options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
     try:
         if source.is_retrofit:
             model: Any = AutoModelForCausalLM.from_pretrained(source.folder, trust_remote_code=False, **options)
         else:
             model = LoopMemForCausalLM.from_pretrained(source.folder, **options)
+            model.config.exit_threshold = None  # of generation; what training begins with runs all loops
     except Exception as error:  # transformers, safetensors and torch each raise their own
         raise ConversionError(
             f"transformers cannot load {source.folder}: {type(error).__name__}: {error}", "copy the folder again"

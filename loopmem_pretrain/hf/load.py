@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from loopmem_pretrain.errors import ConfigError, ConversionError, EnvironmentFault
 from loopmem_pretrain.hf.configuration_loopmem import FORMAT_VERSION, LoopMemConfig
 from loopmem_pretrain.hf.modeling_loopmem import LoopMemForCausalLM
+from loopmem_pretrain.hf.staging import UNROLLED_MARK
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 _DTYPES: dict[str, Any] = {
@@ -116,6 +117,12 @@ def _config(path: Path) -> LoopMemConfig:
     except ValueError as error:
         raise ConversionError(f"{file} is damaged: {error}", _AGAIN) from error
     kind = values.get("model_type") if isinstance(values, dict) else None
+    if isinstance(values, dict) and UNROLLED_MARK in values:
+        raise ConfigError(
+            f"{file}: an export by `loopmem convert --unrolled`, a dense model ({kind}) for transformers itself",
+            "load it with transformers, evaluate it by the `hf` model of lm-evaluation-harness, or give the run, or an "
+            "export of it without --unrolled",
+        )
     if kind != LoopMemConfig.model_type:
         raise ConfigError(
             f"{file}: model_type is {kind!r}, not {LoopMemConfig.model_type!r}: the model is of another kind",

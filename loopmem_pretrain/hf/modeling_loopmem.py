@@ -129,7 +129,7 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
             input_ids: token ids, [B, T]; with `past_key_values` those that follow the tokens in it.
             attention_mask: 0 where a token is padding, on either side, [B, T], or [B, earlier + T] with a cache; with
                 a StaticCache it may be as long as the cache.
-            position_ids: [B, T]; otherwise tokens that are no padding are counted from 0.
+            position_ids: [B, T] or [1, T]; otherwise tokens that are no padding are counted from 0.
             inputs_embeds: [B, T, D] in place of `input_ids`.
             past_key_values: a DynamicCache, empty or what an earlier call returned; it is extended in place. Or a
                 StaticCache, for compiled steps; no sum of tokens is checked then, and all loops run.
@@ -140,7 +140,8 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
                 a list says; above max_loops it is extrapolation.
             exit_threshold: tokens leave a layer early, in (0, 1]; 1 runs all loops. None: as the config says, and not
                 in training mode.
-            exit_rule: when they leave, `halting` or `confidence`. None: as the config says.
+            exit_rule: when they leave, `halting` or `confidence`; it needs a threshold, given or of the config. None:
+                as the config says.
             logits_to_keep: only the last so many positions (or the given ones) get logits; 0 means all.
             output_loop_stats: returns `loop_stats`.
             use_cache: makes a cache where none is given. None: as the config says, and not in training mode.
@@ -173,6 +174,7 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
         else:
             earlier = 0 if cache is None else self._prepare_cache(cache, loops, batch)
             real = _real_tokens(attention_mask, [batch, earlier + tokens])
+        self._check_positions(position_ids, batch, tokens)
         told = None  # as in training, where there is nothing to tell
         if cache is not None or real is not None or position_ids is not None:
             told = decoding(tokens, earlier, inputs.device, real, position_ids, cache, width)
@@ -248,6 +250,13 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
             )
         return inputs
 
+    def _check_positions(self, position_ids: Tensor | None, batch: int, tokens: int) -> None:
+        if position_ids is not None and list(position_ids.shape) not in ([tokens], [1, tokens], [batch, tokens]):
+            raise ValueError(
+                f"position_ids {list(position_ids.shape)} must be [{batch}, {tokens}], a place for each token of "
+                "input_ids; those in a cache have theirs"
+            )
+
     def _loops(self, num_loops: NumLoops) -> list[int]:
         """How often each layer is applied at most."""
         layers, most = self.config.num_hidden_layers, self.config.max_loops
@@ -265,6 +274,10 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
 
     def _early_exit(self, threshold: float | None, rule: str | None) -> EarlyExit | None:
         """None where all loops run."""
+        if rule is not None and rule not in EXIT_RULES:
+            raise ValueError(f"exit_rule={rule!r} is not known; valid: {', '.join(EXIT_RULES)}")
+        if threshold is None and self.config.exit_threshold is None and rule is not None:
+            raise ValueError(f"exit_rule={rule!r} is about exit_threshold: add exit_threshold, or leave it out")
         if threshold is None and not self.training:
             threshold = self.config.exit_threshold
         if threshold is None:
@@ -273,10 +286,7 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
             raise ValueError(f"exit_threshold={threshold}: this model does not loop (max_loops 0); leave it out")
         if not isinstance(threshold, Real) or not 0 < threshold <= 1:
             raise ValueError(f"exit_threshold={threshold!r} is not valid; valid: above 0, at most 1 (1 runs all loops)")
-        rule = self.config.exit_rule if rule is None else rule
-        if rule not in EXIT_RULES:
-            raise ValueError(f"exit_rule={rule!r} is not known; valid: {', '.join(EXIT_RULES)}")
-        return early_exit(threshold, rule)
+        return early_exit(threshold, self.config.exit_rule if rule is None else rule)
 
     @staticmethod
     def create_masks_for_generate(
@@ -303,9 +313,35 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: prompts that end in padding or leave no room in the context.
         """
+        if not kwargs.pop("prompt_is_checked", False):
+            self._check_prompt(input_ids, attention_mask, inputs_embeds, kwargs.get("is_first_iteration"))
+        for name in ("tokenizer", "assistant_tokenizer"):  # `generate` has used them, and hands them on
+            kwargs.pop(name, None)
+        prepare: Any = super().prepare_inputs_for_generation
+        given = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        return dict(prepare(input_ids, *args, **given, **kwargs))
+
+    def _prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], is_first_iteration: bool = True
+    ) -> Any:
+        """What transformers does with a prompt; with prefill_chunk_size in chunks, and a chunk may be padding alone:
+        here the prompt is whole and can be judged.
+
+        Raises:
+            ValueError: as prepare_inputs_for_generation.
+        """
+        mask, embeds = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
+        self._check_prompt(input_ids, mask, embeds, is_first_iteration)
+        model_kwargs["prompt_is_checked"] = True  # prepare_inputs_for_generation takes it out
+        prefill: Any = super()._prefill
+        return prefill(input_ids, generation_config, model_kwargs, is_first_iteration=is_first_iteration)
+
+    def _check_prompt(
+        self, input_ids: Tensor, attention_mask: Tensor | None, inputs_embeds: Tensor | None, first: bool | None
+    ) -> None:
         context = self.config.max_position_embeddings
         length = input_ids.shape[1] if inputs_embeds is None else inputs_embeds.shape[1]
-        if kwargs.get("is_first_iteration") and context is not None and length >= context:
+        if first and context is not None and length >= context:
             raise ValueError(
                 f"the prompt has {length:,} tokens and the model was trained on {context:,} at once "
                 f"(max_position_embeddings): shorten it to {context - 1:,} or less"
@@ -315,11 +351,25 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
                 "attention_mask ends in padding: generation continues the last token, so prompts of a batch are padded "
                 "on the left; set tokenizer.padding_side = 'left'"
             )
-        for name in ("tokenizer", "assistant_tokenizer"):  # `generate` has used them, and hands them on
-            kwargs.pop(name, None)
-        prepare: Any = super().prepare_inputs_for_generation
-        given = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
-        return dict(prepare(input_ids, *args, **given, **kwargs))
+
+    def _prepare_special_tokens(self, generation_config: Any, *args: Any, **kwargs: Any) -> None:
+        """What transformers does with them, where all settings of a generation are known.
+
+        Raises:
+            ValueError: an end that is never generated.
+        """
+        ends = generation_config.eos_token_id
+        ids = () if ends is None else torch.as_tensor(ends).flatten().tolist()
+        never = sorted({*ids}.intersection(generation_config.suppress_tokens or ()))
+        if never:
+            raise ValueError(
+                f"eos_token_id {', '.join(map(str, never))} is in suppress_tokens, so no text would ever end with it: "
+                "the export put ids there that were no tokens then. Of tokens that were added and trained since, take "
+                "theirs out: model.generation_config.suppress_tokens = "
+                "list(range(len(tokenizer), model.config.vocab_size)) or None"
+            )
+        prepare: Any = super()._prepare_special_tokens
+        prepare(generation_config, *args, **kwargs)
 
 
 def _as_wide(attention_mask: Tensor, width: int) -> Tensor:

@@ -45,6 +45,8 @@ class Source(NamedTuple):
     fields: dict[str, Any]
     """Of ModelConfig: what a run that begins with these weights must have."""
     tensors: dict[str, Stored]
+    exit_threshold: float | None = None
+    """Of an exported model's config.json: how it is run, which is no part of a run's model."""
 
     @property
     def is_retrofit(self) -> bool:
@@ -74,7 +76,7 @@ def open_source(path: str | Path) -> Source:
             f"{', '.join(FAMILIES)}",
             "give an exported folder, or a dense model of one of these families",
         )
-    return Source(folder, kind, fields, _headers(folder))
+    return Source(folder, kind, fields, _headers(folder), values.get("exit_threshold") if kind == LOOPMEM else None)
 
 
 def _loopmem_fields(values: dict[str, Any], file: Path) -> dict[str, Any]:

@@ -133,9 +133,12 @@ def test_text_that_cannot_be_read(trained, refused, tmp_path):
     for name, content in (("empty.txt", b""), ("text.doc", b"a"), ("blank.txt", b" \n"), ("binary.txt", b"a\0b")):
         (tmp_path / name).write_bytes(content)
     (tmp_path / "broken.jsonl").write_text('{"text": "the"}\n{"txt": "of"}\n')
-    said = refused(3, trained, "--text", *(tmp_path / name for name in ("empty.txt", "text.doc", "nowhere.txt")))
+    (tmp_path / "folder").mkdir()
+    names = ("empty.txt", "text.doc", "nowhere.txt", "folder")
+    said = refused(3, trained, "--text", *(tmp_path / name for name in names))
     for problem in ("empty.txt: empty, 0 bytes", "text.doc: unknown type", "nowhere.txt: no such file"):
         assert problem in said
+    assert "folder: a folder; name its files, or prepared data by --data" in said
     assert "holds no document with a visible character" in refused(3, trained, "--text", tmp_path / "blank.txt")
     assert "binary" in refused(3, trained, "--text", tmp_path / "binary.txt")
     assert "broken.jsonl:2: no text in 'text'" in refused(3, trained, "--text", tmp_path / "broken.jsonl")

@@ -78,11 +78,22 @@ def exported(tmp_path_factory, sentences, dense):
 def test_export_import_export_changes_no_bit(tmp_path, sentences, exported):
     config, _ = run_config(tmp_path / "run", sentences, exported)
     said = begin(tmp_path, config, exported)
+    assert "exit_threshold" not in said
     assert "logits differ by at most 0.0e+00" in said and "this is step 0 of a new run" in said
     assert f"the tokenizer in {exported} gives the tokens of {sentences}" in said
     verify(tmp_path / "run" / "checkpoints" / "step_00000000")
     convert_run(tmp_path / "run", tmp_path / "again")
     assert hashes(tmp_path / "again") == hashes(exported) != {}
+
+
+def test_an_export_that_leaves_layers_early(tmp_path, sentences, exported):
+    """How it generates is no part of what a run trains, and says nothing of its weights."""
+    source = shutil.copytree(exported, tmp_path / "early")
+    values = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**values, "exit_threshold": 0.5, "exit_rule": "confidence"}))
+    said = begin(tmp_path, run_config(tmp_path / "run", sentences, source)[0], source)
+    assert "logits differ by at most 0.0e+00" in said
+    assert "exit_threshold 0.5 of its config.json is not taken over" in said
 
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS if name != "tp2 zero3"]

@@ -130,6 +130,13 @@ def test_rolling_and_generation_are_those_of_hf(exported, monkeypatch, tmp_path)
     written = ours.generate_until(prompts)
     assert written == theirs.generate_until(prompts) and all(written)
     assert ours.shortened == 1
+    for other in (
+        {"until": [], "max_new_tokens": 5},
+        {"until": ["\n\n"], "max_tokens": 6, "do_sample": False, "temperature": 0.7},
+        {"until": "\n\n", "max_gen_toks": 4, "num_beams": 1},
+    ):
+        prompt = [Instance("generate_until", {}, (texts[0], other), 0)]
+        assert ours.generate_until(prompt) == theirs.generate_until(prompt) != written[:1]
     stopped = [Instance("generate_until", {}, (texts[0], {**wishes, "until": [written[0][2:4]]}), 0)]
     assert ours.generate_until(stopped) == [written[0].split(written[0][2:4])[0]]
 
@@ -210,6 +217,7 @@ def test_text_and_tasks_together(exported, evaluate, tmp_path):
     [
         (2, ["--tasks", "hellaswack"], "unknown tasks: hellaswack"),
         (2, ["--limit", "3"], "--limit: only tasks ask for that"),
+        (2, ["--tasks", "piqa", "--max-documents", "3"], "--max-documents: tasks have no documents"),
         (2, ["--text", "{tmp}/a.txt", "--device", "tpu9"], "device 'tpu9' is not known"),
         (6, ["--text", "{tmp}/a.txt", "--device", "cuda:99"], "device 'cuda:99' is not there"),
         (3, ["--tasks", "piqa", "--data-dir", "{tmp}"], "piqa.jsonl: no such file"),
@@ -281,8 +289,15 @@ def test_evaluation_changes_nothing_in_training(tmp_path, sentences, trained):
     assert with_["validation_loss"] == alone["validation_loss"] and with_["step_scales"] == alone["step_scales"]
 
 
-def test_training_does_not_begin_without_data(tmp_path, sentences, data):
-    broken = write_tasks(tmp_path / "tasks", arc_easy=[LOCAL["piqa.jsonl"][0], {"query": "x"}])
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"query": "x"}, "arc_easy.jsonl:2: has the keys query"),
+        ({"query": "x", "choices": ["a", "b\ud800"], "gold": 0}, "arc_easy.jsonl:2: choices is no Unicode text"),
+    ],
+)
+def test_training_does_not_begin_without_data(tmp_path, sentences, row, problem):
+    broken = write_tasks(tmp_path / "tasks", arc_easy=[LOCAL["piqa.jsonl"][0], row])
     status, error = run(config(tmp_path / "run", sentences, broken), ranks=2)
-    assert status is None and "arc_easy.jsonl:2: has the keys query" in error.problem
+    assert status is None and problem in error.problem
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

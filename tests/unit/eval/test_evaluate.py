@@ -53,9 +53,10 @@ def test_threshold_of_the_config():
     assert settings_of(model, [], [1.0]) == [Setting(3, exit_threshold=1.0, exit_rule="halting")]
 
 
-def test_unknown_rule():
+@pytest.mark.parametrize("thresholds", [[0.5], []])
+def test_unknown_rule(thresholds):
     with pytest.raises(ConfigError, match="--exit-rule entropy is not known"):
-        settings_of(native_model(model_config("full")), [], [0.5], "entropy")
+        settings_of(native_model(model_config("full")), [], thresholds, "entropy")
 
 
 @pytest.mark.parametrize("threshold", [0.0, -1.0, 1.5, float("nan")])

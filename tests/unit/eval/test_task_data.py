@@ -75,6 +75,11 @@ def test_a_category_is_chosen(tmp_path):
         ({"query": "a", "choices": ["b", " "], "gold": 0}, "piqa.jsonl:2: choices is .* must not be empty"),
         ({"query": "a", "choices": [], "gold": 0}, "piqa.jsonl:2: choices is .* must not be empty"),
         ({"query": "a", "choices": [1, 2], "gold": 0}, "piqa.jsonl:2: its query, choices, gold do not make an item"),
+        (
+            b'{"query": "a \\ud83e b", "choices": ["b", "c"], "gold": 0}',
+            r"piqa.jsonl:2: question is no Unicode text: '\\ud83e' at character 3",
+        ),
+        ({"query": "a", "choices": ["b", "\udd8a"], "gold": 1}, "piqa.jsonl:2: choices is no Unicode text"),
         ({"query": 5, "choices": ["b", "c"], "gold": 0}, "piqa.jsonl:2: its query, choices, gold do not make an item"),
     ],
 )

@@ -278,6 +278,15 @@ def test_guessed_tokens_that_are_refused_leave_every_slot(looped, settings):
     assert {layer.get_seq_length() for layer in cache.layers} <= {0, 21}
 
 
+@pytest.mark.parametrize("settings", [{}, {"exit_threshold": 0.6}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_prompts_in_chunks(looped, size, settings):
+    """The first chunk of a short prompt is padding alone."""
+    _, model = looped
+    asked = {"do_sample": False, **settings}
+    assert torch.equal(written(model, prefill_chunk_size=size, **asked), written(model, **asked))
+
+
 def test_pipeline_and_streamer(tmp_path, tokenizer_path, tokenizer, capsys):
     """Texts of different lengths in one batch, with the exported tokenizer as it is."""
     from transformers import AutoTokenizer
@@ -321,15 +330,17 @@ def refusal(call, *args, **kwargs) -> str:
 
 def test_right_padding_is_refused_in_generation(looped):
     _, model = looped
-    assert "padding_side = 'left'" in refusal(model.generate, **padded(PROMPTS, "right"), max_new_tokens=2)
+    for settings in ({}, {"prefill_chunk_size": 2}):
+        said = refusal(model.generate, **padded(PROMPTS, "right"), max_new_tokens=2, **settings)
+        assert "padding_side = 'left'" in said
 
 
 def test_prompt_longer_than_the_context(looped):
     config = LoopMemConfig(**SIZES, **VARIANTS["full"], max_position_embeddings=13)
     model = LoopMemForCausalLM(config).eval()
     assert model.generate(IDS, max_new_tokens=1).shape == (2, 13)
-    for use_cache in (True, False):
-        said = refusal(model.generate, IDS.repeat(1, 2), max_new_tokens=1, use_cache=use_cache)
+    for settings in ({}, {"use_cache": False}, {"prefill_chunk_size": 8}):
+        said = refusal(model.generate, IDS.repeat(1, 2), max_new_tokens=1, **settings)
         assert "the prompt has 24 tokens and the model was trained on 13" in said and "12 or less" in said
 
 
@@ -404,6 +415,13 @@ def test_mask_of_another_length_with_a_static_cache(looped, length):
     model(IDS, attention_mask=torch.ones(2, 12), past_key_values=static)
     model(IDS[:, :1], attention_mask=torch.ones(2, 13), past_key_values=static)
     model(IDS[:, :1], attention_mask=torch.ones(2, 16), past_key_values=static)
+
+
+@pytest.mark.parametrize("shape", [(1, 11), (1, 13), (3, 12), (12, 2)])
+def test_positions_of_another_shape(looped, shape):
+    _, model = looped
+    said = refusal(model, IDS, position_ids=torch.zeros(shape, dtype=torch.long))
+    assert f"position_ids {list(shape)} must be [2, 12]" in said
 
 
 def test_mask_without_the_tokens_in_the_cache(looped):

@@ -344,7 +344,11 @@ def test_threshold_of_the_config(looped):
     assert torch.equal(
         early(IDS, exit_threshold=0.7, exit_rule="halting").logits, model(IDS, exit_threshold=0.7).logits
     )
-    close(early.train()(IDS).logits, model(IDS).logits)  # training runs all loops
+    assert torch.equal(early(IDS, exit_rule="halting").logits, model(IDS, exit_threshold=0.6).logits)
+    for settings in ({}, {"exit_rule": "halting"}):
+        close(early.train()(IDS, **settings).logits, model(IDS).logits)  # training runs all loops
+    early.config.exit_threshold = None  # its rule is then that of the thresholds to come
+    assert torch.equal(early.eval()(IDS).logits, model(IDS).logits)
 
 
 def test_gradients_flow(looped):
@@ -366,7 +370,15 @@ def test_thresholds_outside(looped, threshold):
 def test_unknown_rule(looped):
     _, model = looped
     assert "valid: halting, confidence" in refusal(model, IDS, exit_threshold=0.5, exit_rule="entropy")
+    assert "valid: halting, confidence" in refusal(model, IDS, exit_rule="entropy")
     assert "'halting', 'confidence'" in refusal(LoopMemConfig, exit_rule="entropy")
+
+
+def test_a_rule_without_a_threshold(looped):
+    _, model = looped
+    for call, settings in ((model, {}), (model.generate, {"max_new_tokens": 2})):
+        said = refusal(call, IDS, exit_rule="confidence", **settings)
+        assert "exit_rule='confidence' is about exit_threshold: add exit_threshold" in said
 
 
 def test_a_model_that_does_not_loop():

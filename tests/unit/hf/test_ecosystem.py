@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoTokenizer, pipeline
+from transformers import AutoTokenizer, GenerationConfig, pipeline
 
-from loopmem_pretrain.hf.export import write_tokenizer
-from tests.unit.hf.conftest import TEXTS
+from loopmem_pretrain.hf.export import huggingface_config, write_settings, write_tokenizer
+from loopmem_pretrain.hf.modeling_loopmem import LoopMemForCausalLM
+from tests.unit.hf.conftest import TEXTS, model_config
 from tests.unit.hf.test_cache import PROMPTS, padded
 from tests.unit.hf.test_modeling import IDS, pair
 
@@ -36,6 +37,41 @@ def test_strings_that_end_generation(tmp_path, tokenizer_path):
     ids = codec("The quick", return_tensors="pt")
     stopped = model.generate(**ids, **asked, stop_strings=[end], tokenizer=codec)
     assert codec.decode(stopped[0]) == text
+
+
+def test_tokens_that_are_added(tmp_path, tokenizer_path, tokenizer):
+    """They get ids that only padded the vocabulary, which the export keeps from being generated."""
+    _, model = pair("full")
+    write_tokenizer(tmp_path, tokenizer_path, TEXTS)
+    codec = AutoTokenizer.from_pretrained(tmp_path)
+    write_settings(tmp_path, huggingface_config(model_config("full"), tokenizer, 64, "float32"), tokenizer.vocab_size)
+    model.generation_config = GenerationConfig.from_pretrained(tmp_path)
+    codec.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|end|>"]})
+    end = codec.convert_tokens_to_ids("<|end|>")
+    assert end == tokenizer.vocab_size + 1
+    with torch.no_grad():  # a model that has learned to say nothing else
+        last = model(IDS[:1], output_hidden_states=True).hidden_states[-1][0, -1]
+        model.lm_head.weight[end] = last * 100
+    asked = {"max_new_tokens": 3, "do_sample": False}
+    for ends in (end, [2, end], torch.tensor([end])):
+        with pytest.raises(ValueError, match=f"eos_token_id {end} is in suppress_tokens") as caught:
+            model.generate(IDS[:1], eos_token_id=ends, **asked)
+    assert end not in model.generate(IDS[:1], **asked)
+    advice = str(caught.value).split("take theirs out: ")[1]
+    exec(advice, {"model": model, "tokenizer": codec})
+    assert model.generate(IDS[:1], eos_token_id=end, **asked)[0, 12:].tolist() == [end]
+    assert model.generation_config.suppress_tokens == list(range(end + 1, 512))
+    model.resize_token_embeddings(len(codec), mean_resizing=False)
+    exec(advice, {"model": model, "tokenizer": codec})
+    assert model.generation_config.suppress_tokens is None
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_there_is_one_attention(tmp_path, looped, implementation):
+    _, model = looped
+    model.save_pretrained(tmp_path)
+    again = LoopMemForCausalLM.from_pretrained(tmp_path, attn_implementation=implementation)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
 # ------------------------------------------------------------------------------------------------------ recomputation

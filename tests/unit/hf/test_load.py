@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loopmem_pretrain.errors import ConfigError, ConversionError, EnvironmentFault
-from loopmem_pretrain.hf.export import huggingface_config, write_settings, write_tokenizer
+from loopmem_pretrain.hf.export import export, huggingface_config, write_settings, write_tokenizer
 from loopmem_pretrain.hf.load import load_hf
 from loopmem_pretrain.hf.weights import check_weights, write_weights
 from tests.unit.hf.conftest import TEXTS, model_config, native_model
@@ -62,6 +62,19 @@ def test_folder_without_config(tmp_path):
 def test_another_kind_of_model(folder):
     edit(folder / "config.json", model_type="llama")
     assert "model_type is 'llama', not 'loopmem'" in refusal(ConfigError, folder)
+
+
+def test_an_unrolled_export(tmp_path, tokenizer_path):
+    """A model of another kind, and yet one of ours."""
+    model = native_model(model_config("plain"))
+    weights = dict(model.named_parameters())
+    folder = export(
+        model.config, weights, tokenizer_path, tmp_path / "out", sample_texts=TEXTS, seq_length=64, unrolled=1
+    ).folder
+    with pytest.raises(ConfigError) as caught:
+        load_hf(folder)
+    assert "an export by `loopmem convert --unrolled`, a dense model (hunyuan_v1_dense)" in caught.value.problem
+    assert "`hf` model of lm-evaluation-harness" in caught.value.fix and "without --unrolled" in caught.value.fix
 
 
 def test_damaged_config(folder):
