@@ -128,7 +128,8 @@ class Job:
             say(f"nothing is started while {self.run_dir / control.STOP} is there")
         elif (self.run_dir / control.PAUSE).exists():
             say(f"held: remove {self.run_dir / control.PAUSE}, then `scontrol release {self.here.job}`")
-            self._leave(slurm.tell("scontrol", "requeuehold", self.here.job))
+            slurm.put_back(self.here.job, hold=True)
+            _wait_for_the_end()
         else:
             return False
         return True
@@ -280,12 +281,15 @@ class Job:
         if is_paused:
             if self.successor:
                 return report(slurm.tell("scontrol", "hold", self.successor))
-            self._leave(slurm.tell("scontrol", "requeuehold", self.here.job))
+            slurm.put_back(self.here.job, hold=True)
+            _wait_for_the_end()
         if self.options.mode == "requeue":
-            if not ending.bad_nodes:
-                self._leave(slurm.tell("scontrol", "requeue", self.here.job))
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            self._leave(slurm.hold_without(self.here.job, ending.bad_nodes))
+            if ending.bad_nodes:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                slurm.hold_without(self.here.job, ending.bad_nodes)
+            else:
+                slurm.put_back(self.here.job)
+            _wait_for_the_end()
         if self.successor and ending.bad_nodes:
             nodes = ",".join(ending.bad_nodes)
             report(slurm.tell("scontrol", "update", f"JobId={self.successor}", f"ExcNodeList={nodes}"))
@@ -294,14 +298,6 @@ class Job:
     def _drop_successor(self) -> None:
         if self.successor:
             report(slurm.tell("scancel", self.successor))
-
-    def _leave(self, complaint: str) -> NoReturn:
-        """The job is back in the queue, so SLURM ends this process now."""
-        if complaint:
-            raise EnvironmentFault(f"the job could not be put back into the queue: {complaint}", "submit it again")
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(60)
-        sys.exit(1)
 
 
 class Heartbeat:
@@ -324,6 +320,13 @@ class Heartbeat:
 
     def __str__(self) -> str:
         return f"{self.path} has stood still for {self.limits[self.beats]:.0f} s"
+
+
+def _wait_for_the_end() -> NoReturn:
+    """The job is back in the queue, so SLURM ends this process now."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(60)
+    sys.exit(1)
 
 
 def step_command(options: argparse.Namespace, here: slurm.Allocation, nodes: Sequence[str]) -> list[str]:

@@ -170,7 +170,8 @@ def cancel(run_dir: str) -> str:
     jobs = _jobs(folder)
     if not jobs:
         return f"no job of {folder} is in the queue"
-    complaint = slurm.tell("scancel", *sorted(jobs, key=int, reverse=True))  # what waits for another one first
+    in_turn = sorted(jobs, key=int, reverse=True)  # what waits for another one first
+    complaint = slurm.tell("scancel", *in_turn, patience=slurm.AT_THE_TERMINAL)
     if complaint:
         raise EnvironmentFault(f"scancel failed: {complaint}", "cancel by hand: scancel " + " ".join(jobs))
     return f"cancelled {', '.join(jobs)}"

@@ -7,6 +7,7 @@ commands of SLURM are outside of it.
 import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -15,8 +16,24 @@ from loopmem_pretrain.errors import EnvironmentFault
 
 FIRST_PORT, PORTS = 20_000, 10_000
 """Where ranks meet: below the ephemeral range (32768 and up), from which the system gives ports to anybody."""
-PATIENCE = 60.0
-"""Seconds for which a question to the controller is repeated: it may be restarting."""
+PATIENCE, AT_THE_TERMINAL = 900.0, 60.0
+"""Seconds for which a controller that does not answer is asked again, by a batch script and for somebody who waits: it
+may be busy, restarting, or in maintenance while the jobs go on."""
+ANSWER = 60.0
+"""Seconds that one command may take, and for which a question that is answered by a complaint is repeated."""
+PAUSE = 2.0
+"""Seconds between attempts."""
+HELD = 20.0
+"""Seconds for changing a job that is held: SLURM ends the process that does it soon (KillWait, 30 s unless told)."""
+UNANSWERED = re.compile(
+    "unable to contact|socket timed out|no answer within|unexpected message received|message (send|receive) failure"
+    "|zero bytes were transmitted|communication (connection|shutdown) failure|protocol authentication error"
+    "|insane message length|standby mode|connection (refused|reset|timed out)|temporarily un",
+    re.IGNORECASE,
+)
+"""What commands of SLURM say when there was no answer: `scontrol requeue` of 22.05 calls it an unexpected message, and
+while munge restarts they complain of authentication."""
+UNKNOWN_JOB = "Invalid job id"
 
 
 class Allocation(NamedTuple):
@@ -84,17 +101,18 @@ def ask(*command: str, patience: float = PATIENCE) -> str:
     """What a command of SLURM prints.
 
     Raises:
-        EnvironmentFault: it is not there, or fails for `patience` seconds.
+        EnvironmentFault: it is not there, fails for a minute, or has no answer for `patience` seconds.
     """
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + min(patience, ANSWER)
     while True:
-        result = _run(command)
+        result = _answer(command, patience)
         if result.returncode == 0:
             return result.stdout
-        if time.monotonic() > deadline or "Invalid job id" in result.stderr:
+        complaint = result.stderr.strip()
+        if time.monotonic() > deadline or UNANSWERED.search(complaint) or UNKNOWN_JOB in complaint:
             fix = "see whether `sinfo` answers, and what `scontrol ping` says"
-            raise EnvironmentFault(f"{' '.join(command)} failed: {result.stderr.strip()}", fix)
-        time.sleep(2)
+            raise EnvironmentFault(f"{' '.join(command)} failed: {complaint}", fix)
+        time.sleep(PAUSE)
 
 
 def sbatch(*arguments: str) -> str:
@@ -112,31 +130,39 @@ def sbatch(*arguments: str) -> str:
     return result.stdout.strip().split(";")[0]
 
 
-def tell(*command: str) -> str:
+def tell(*command: str, patience: float = PATIENCE) -> str:
     """Run a command of SLURM; an empty string where it succeeds, else what it complains about.
 
-    Repeated only while the controller cannot be reached: it may be restarting.
+    Repeated for `patience` seconds where there is no answer, so what it asks for may have been done already.
     """
-    deadline = time.monotonic() + PATIENCE
+    result = _answer(command, patience)
+    return "" if result.returncode == 0 else result.stderr.strip() or f"exit code {result.returncode}"
+
+
+def _answer(command: Sequence[str], patience: float) -> "subprocess.CompletedProcess[str]":
+    """The first result that is an answer of the controller's, or the last one within `patience` seconds."""
+    deadline, told = time.monotonic() + patience, False
     while True:
         result = _run(command)
-        if result.returncode == 0:
-            return ""
-        if "Unable to contact" not in result.stderr or time.monotonic() > deadline:
-            return result.stderr.strip() or f"exit code {result.returncode}"
-        time.sleep(2)
+        if result.returncode == 0 or not UNANSWERED.search(result.stderr) or time.monotonic() > deadline:
+            return result
+        if not told:
+            said = f"{' '.join(command)}: {result.stderr.strip()}; asking again for {patience:.0f} s"
+            print(said, file=sys.stderr, flush=True)
+            told = True
+        time.sleep(PAUSE)
 
 
 def _run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER, check=False)
     except FileNotFoundError:
         raise EnvironmentFault(
             f"there is no `{command[0]}` here",
             "run this where SLURM's commands are: on a login node, or in a batch script outside of the container",
         ) from None
     except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(command, 1, "", f"no answer within {PATIENCE:.0f} s")
+        return subprocess.CompletedProcess(command, 1, "", f"no answer within {ANSWER:.0f} s")
 
 
 def show_job(job: str) -> dict[str, str]:
@@ -152,9 +178,17 @@ def job_fields(said: str) -> dict[str, str]:
 
 
 def is_running(job: str) -> bool:
-    """Whether the job trains now; one that SLURM has forgotten does not."""
-    result = _run(["squeue", "-h", "-j", job, "-o", "%T"])
-    return result.returncode == 0 and result.stdout.strip() == "RUNNING"
+    """Whether the job trains now; one that SLURM has forgotten does not.
+
+    Raises:
+        EnvironmentFault: SLURM does not answer, so that it may.
+    """
+    try:
+        return ask("squeue", "-h", "-j", job, "-o", "%T").strip() == "RUNNING"
+    except EnvironmentFault as fault:
+        if UNKNOWN_JOB in fault.problem:
+            return False
+        raise
 
 
 def steps(job: str, name: str) -> list[str]:
@@ -187,19 +221,43 @@ def end_time(job: str) -> float | None:
         return None
 
 
-def hold_without(job: str, nodes: Sequence[str]) -> str:
-    """Put the job back into the queue so that it is not given `nodes` again; a complaint, or an empty string.
+def put_back(job: str, hold: bool = False) -> None:
+    """Put a running job back into the queue, where it is held if `hold`; SLURM ends its processes soon.
+
+    Raises:
+        EnvironmentFault: SLURM refuses it for a minute.
+    """
+    deadline = time.monotonic() + ANSWER
+    while complaint := tell("scontrol", "requeuehold" if hold else "requeue", job):
+        # An attempt whose answer was lost may have been heard; the next one is refused then.
+        if show_job(job)["JobState"] != "RUNNING":
+            return
+        if time.monotonic() > deadline:
+            raise EnvironmentFault(f"job {job} could not be put back into the queue: {complaint}", "submit it again")
+        time.sleep(PAUSE)
+
+
+def hold_without(job: str, nodes: Sequence[str]) -> None:
+    """Put the job back into the queue so that it is not given `nodes` again.
 
     A running job's list cannot be changed, so it is requeued and held, changed, and released. The caller lives until
     then only if it ignores SIGTERM.
+
+    Raises:
+        EnvironmentFault: SLURM refuses a step of it; says which.
     """
     refused = list(filter(None, show_job(job).get("ExcNodeList", "").split(",")))
-    complaint = tell("scontrol", "requeuehold", job)
-    for _ in range(40):
-        if complaint:
-            return complaint
+    change = ("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join([*refused, *nodes])}")
+    release = ("scontrol", "release", job)
+    put_back(job, hold=True)
+    deadline = time.monotonic() + HELD
+    while complaint := tell(*change):  # while it ends
+        if time.monotonic() > deadline:
+            raise EnvironmentFault(
+                f"job {job} is in the queue, held, and could not be told to leave out {','.join(nodes)}: {complaint}",
+                f"let it go on without them: {' '.join(change)}, then {' '.join(release)}",
+            )
         time.sleep(0.5)
-        changed = tell("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join([*refused, *nodes])}")
-        if not changed:
-            return tell("scontrol", "release", job)
-    return changed
+    complaint = tell(*release)
+    if complaint:
+        raise EnvironmentFault(f"job {job} is in the queue, held: {complaint}", f"let it go on: {' '.join(release)}")
