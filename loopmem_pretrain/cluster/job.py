@@ -195,7 +195,11 @@ class Job:
         return step.returncode, hangs, before
 
     def _environment(self) -> dict[str, str]:
-        end = slurm.end_time(self.here.job)
+        end = None
+        try:
+            end = slurm.end_time(self.here.job)
+        except EnvironmentFault as fault:  # the warning before the end still comes
+            say(f"the ranks do not know when the job ends: {fault}")
         values = {
             **os.environ,
             "MASTER_ADDR": self.nodes[0],

@@ -108,11 +108,13 @@ def submit_in_turn(scripts: Sequence[Path]) -> list[str]:
     for script in scripts:
         waits = [f"--dependency=afterok:{jobs[-1]}", "--kill-on-invalid-dep=yes"] if jobs else []
         try:
-            jobs.append(slurm.sbatch(*waits, str(script)))
-        except (EnvironmentFault, KeyboardInterrupt) as error:
+            environment = slurm.sbatch_environment(script.read_text(encoding="utf-8"))
+            jobs.append(slurm.sbatch(*waits, str(script), environment=environment))
+        except (EnvironmentFault, OSError, KeyboardInterrupt) as error:
             if not jobs:
                 raise
-            problem = error.problem if isinstance(error, EnvironmentFault) else "interrupted from the keyboard"
+            interrupted = isinstance(error, KeyboardInterrupt)
+            problem = "interrupted from the keyboard" if interrupted else getattr(error, "problem", str(error))
             raise EnvironmentFault(f"{script}: {problem}; {take_back(jobs)}", "mend it and submit again") from error
     return jobs
 

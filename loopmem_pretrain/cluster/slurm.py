@@ -115,19 +115,42 @@ def ask(*command: str, patience: float = PATIENCE) -> str:
         time.sleep(PAUSE)
 
 
-def sbatch(*arguments: str) -> str:
+def sbatch(*arguments: str, environment: Mapping[str, str] | None = None) -> str:
     """Submit, once: a submission that is repeated because its answer was lost makes two jobs. The job's id.
 
     Raises:
         EnvironmentFault: SLURM refuses it.
     """
-    # The numbers of the job that this process may belong to are not those of the new one.
-    inherited = (name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF")
-    clean = [word for name in inherited for word in ("-u", name)]
-    result = _run(["env", *clean, "sbatch", "--parsable", *arguments])
+    result = _run(["sbatch", "--parsable", *arguments], sbatch_environment() if environment is None else environment)
     if result.returncode:
         raise EnvironmentFault(f"sbatch failed: {result.stderr.strip()}", "see docs/slurm.md, and try sbatch by hand")
     return result.stdout.strip().split(";")[0]
+
+
+def sbatch_environment(script: str = "") -> dict[str, str]:
+    """Variables for sbatch, without those that would make another job of the script than it says."""
+    left_out = {"SBATCH_WAIT", *overriding(script)}
+    # The numbers of the job that this process may belong to are not those of the new one.
+    left_out |= {name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"}
+    return {name: value for name, value in os.environ.items() if name not in left_out}
+
+
+def overriding(script: str) -> list[str]:
+    """SBATCH_* variables that are set here and would take the place of what #SBATCH lines of the script say."""
+    options = re.findall(r"^#SBATCH --([\w-]+)", script, flags=re.MULTILINE)
+    groups = [next((group for group in SAME if option in group), (option,)) for option in options]
+    names = {VARIABLES.get(each, each.upper().replace("-", "_")) for group in groups for each in group}
+    return sorted(name for name in os.environ if name.removeprefix("SBATCH_") in names and name.startswith("SBATCH_"))
+
+
+SAME = (
+    ("mem", "mem-per-cpu", "mem-per-gpu"),
+    ("gpus", "gpus-per-node", "gpus-per-task", "gres"),
+    ("requeue", "no-requeue"),
+)
+"""Options of sbatch that say the same thing in different ways."""
+VARIABLES = {"mem": "MEM_PER_NODE", "time": "TIMELIMIT", "array": "ARRAY_INX", "switches": "REQ_SWITCH"}
+"""What comes after SBATCH_ in an option's variable, where it is not the option's name."""
 
 
 def tell(*command: str, patience: float = PATIENCE) -> str:
@@ -153,9 +176,12 @@ def _answer(command: Sequence[str], patience: float) -> "subprocess.CompletedPro
         time.sleep(PAUSE)
 
 
-def _run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
+def _run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
+    if environment is None:  # what a user likes to see is not what is read here
+        own = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
+        environment = {**own, "SLURM_TIME_FORMAT": "standard"}
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER, check=False, env=environment)
     except FileNotFoundError:
         raise EnvironmentFault(
             f"there is no `{command[0]}` here",
@@ -213,12 +239,20 @@ def was_preempted(job: Mapping[str, str]) -> bool:
 
 
 def end_time(job: str) -> float | None:
-    """When the job's time is over, in seconds since the epoch; None where it has no limit."""
+    """When the job's time is over, in seconds since the epoch; None where it has no limit.
+
+    Raises:
+        EnvironmentFault: what SLURM says is no time.
+    """
     said = show_job(job).get("EndTime", "Unknown")
+    if said == "Unknown":
+        return None
     try:
         return time.mktime(time.strptime(said, "%Y-%m-%dT%H:%M:%S"))
     except ValueError:
-        return None
+        raise EnvironmentFault(
+            f"when job {job} ends cannot be read: EndTime={said}", "see what `scontrol show job` says of it"
+        ) from None
 
 
 def put_back(job: str, hold: bool = False) -> None:

@@ -125,6 +125,9 @@ def plan(request: Request, faults: list[LoopMemError] | None = None) -> Plan:
         "pretrain": _script(request, run_dir, code, warning),
         **after_training(request.then, run_dir, job_name(run_dir), code, config.training.device, site),
     }
+    overriding = sorted({name for script in scripts.values() for name in slurm.overriding(script)})
+    if overriding:
+        notes.append(f"not passed on to sbatch, as the scripts say something else: {', '.join(overriding)}")
     return Plan(request.after, run_dir, config, code, scripts, notes)
 
 
@@ -343,9 +346,11 @@ def test(task: str, script: str) -> str:
     Raises:
         EnvironmentFault: it would refuse it, with its reason.
     """
-    command = ["sbatch", "--test-only"]
+    command, environment = ["sbatch", "--test-only"], slurm.sbatch_environment(script)
     try:
-        said = subprocess.run(command, input=script, capture_output=True, text=True, check=False, timeout=60)
+        said = subprocess.run(
+            command, input=script, env=environment, capture_output=True, text=True, check=False, timeout=60
+        )
     except FileNotFoundError:
         raise EnvironmentFault("there is no `sbatch` here", "submit from a login node of the cluster") from None
     if said.returncode:

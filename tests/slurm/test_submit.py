@@ -110,11 +110,40 @@ def test_what_cannot_follow_is_refused_and_nothing_is_submitted(shell, tmp_path)
     assert shell.cluster.run("squeue", "-h") == ""
 
 
+IN_TURN = (
+    *(sys.executable, "-c"),
+    "import pathlib, sys\nfrom loopmem_pretrain.cluster.other_jobs import submit_in_turn\n"
+    "print(*submit_in_turn([*map(pathlib.Path, sys.argv[1:])]))",
+)
+"""`submit_in_turn` of the scripts that follow."""
+
+
+def test_the_lines_of_a_script_count_not_what_a_user_has_set(cluster, tmp_path):
+    """sbatch itself would take the variables."""
+    lines = ["#!/bin/bash", "#SBATCH --time=7", "#SBATCH --mem=5M", "#SBATCH --requeue", "#SBATCH --output=/dev/null"]
+    (tmp_path / "script").write_text("\n".join([*lines, "sleep 600\n"]))
+    set_by_user = {"TIMELIMIT": 3, "MEM_PER_CPU": "2M", "NO_REQUEUE": 1, "WAIT": 1, "GRES": "gpu:1"}
+    variables = {f"SBATCH_{name}": value for name, value in set_by_user.items()}
+    job = cluster.run(*IN_TURN, tmp_path / "script", PYTHONPATH=ROOT, **variables)
+    shown = cluster.show(job)
+    assert (shown["TimeLimit"], shown["MinMemoryNode"], shown["Requeue"]) == ("00:07:00", "5M", "1")
+    assert shown["TresPerNode"] == "gres:gpu:1", "the script says nothing about it"
+
+
+def test_when_a_job_ends_whatever_the_user_likes_to_see(cluster):
+    code = "import sys, time\nfrom loopmem_pretrain.cluster import slurm\njob = sys.argv[1]\n"
+    code += "print(slurm.end_time(job) - time.time(), slurm.is_running(job))"
+    job = cluster.sbatch("--output=/dev/null", "--time=5", "--wrap=sleep 100")
+    cluster.wait(job, "RUNNING", seconds=20)
+    liked = {"SLURM_TIME_FORMAT": "relative", "SQUEUE_STATES": "PENDING"}
+    left, running = cluster.run(sys.executable, "-c", code, job, PYTHONPATH=ROOT, **liked).split()
+    assert 200 < float(left) <= 301 and running == "True"
+
+
 def test_a_submission_that_fails_takes_back_those_before_it(cluster, tmp_path):
     (tmp_path / "waits.sbatch").write_text("#!/bin/bash\nsleep 600\n")
-    code = "import sys\nfrom loopmem_pretrain.cluster.other_jobs import submit_in_turn\nsubmit_in_turn(sys.argv[1:])"
     scripts = [tmp_path / "waits.sbatch", tmp_path / "waits.sbatch", tmp_path / "gone.sbatch"]
-    said = cluster.run(sys.executable, "-c", code, *scripts, PYTHONPATH=ROOT, SBATCH_OUTPUT="/dev/null", check=False)
+    said = cluster.run(*IN_TURN, *scripts, PYTHONPATH=ROOT, SBATCH_OUTPUT="/dev/null", check=False)
     jobs = re.search(r"submitted before it, now cancelled: (\d+), (\d+)", said)
     assert jobs and "gone.sbatch" in said, said
     assert [cluster.wait(job, seconds=30) for job in jobs.groups()] == ["CANCELLED", "CANCELLED"]

@@ -9,7 +9,7 @@ from loopmem_pretrain.checkpoint.store import CheckpointStore
 from loopmem_pretrain.cluster import accounting, burn_in, chain, health, manage, records
 from loopmem_pretrain.cluster.job import Heartbeat, what_ranks_said
 from loopmem_pretrain.cluster.rank import node_command, place
-from loopmem_pretrain.cluster.slurm import job_fields, was_cancelled
+from loopmem_pretrain.cluster.slurm import end_time, job_fields, was_cancelled
 from loopmem_pretrain.errors import ConfigError, EnvironmentFault
 
 TASK = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "LOOPMEM_RANKS_PER_NODE": "4"}
@@ -193,6 +193,19 @@ def test_the_ranks_errors_are_told_once(tmp_path):
 )
 def test_cancelled_or_ended_by_slurm(job, cancelled):
     assert was_cancelled(job) is cancelled
+
+
+def test_a_finish_time_that_cannot_be_read(tmp_path, monkeypatch):
+    """Two things that a cluster of the tests never says."""
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    for said, expected in (("Unknown", None), ("in a minute", "EndTime=in a minute")):
+        (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho 'JobId=7 EndTime={said}'\n")
+        (tmp_path / "scontrol").chmod(0o755)
+        if expected is None:
+            assert end_time("7") is None
+        else:
+            with pytest.raises(EnvironmentFault, match=expected):
+                end_time("7")
 
 
 SHOWN = """\
