@@ -4,7 +4,6 @@ import contextlib
 import getpass
 import hashlib
 import itertools
-import json
 import os
 import re
 import shlex
@@ -33,6 +32,7 @@ from loopmem_pretrain.config.run import RunConfig, run_problems
 from loopmem_pretrain.config.site import TIME, SiteConfig
 from loopmem_pretrain.data.files import write_file
 from loopmem_pretrain.errors import ConfigError, EnvironmentFault, LoopMemError
+from loopmem_pretrain.metrics_file import METRICS_NAME, read_lines
 from loopmem_pretrain.tools.memory_plan import Layout, stage_memory
 from loopmem_pretrain.tools.plans import USABLE
 from loopmem_pretrain.tools.step_time import step_time
@@ -246,12 +246,9 @@ def warning_seconds(run_dir: Path, site: SiteConfig) -> int:
         saves.append(sum(records.read_json(manifest).get("seconds", {}).values()))
     if not saves:
         return site.warning_seconds
-    interval = 0.0
-    metrics = run_dir / "metrics.jsonl"
-    if metrics.exists():
-        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()[-20:]]
-        pairs = itertools.pairwise(lines)
-        interval = max((b["seconds_per_step"] * (b["step"] - a["step"]) for a, b in pairs), default=0.0)
+    lines = [line for line in read_lines(run_dir / METRICS_NAME, last=20) if "seconds_per_step" in line]
+    pairs = itertools.pairwise(lines)
+    interval = max((b["seconds_per_step"] * (b["step"] - a["step"]) for a, b in pairs), default=0.0)
     return max(60, round(SAVE_FACTOR * (max(saves) + interval) + SLURM_SLACK))
 
 

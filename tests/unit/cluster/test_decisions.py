@@ -60,6 +60,8 @@ def test_half_a_line_of_the_records_is_left_out(tmp_path):
     with records.starts_file(tmp_path).open("a") as file:
         file.write('{"event": "end", "verd')
     assert len(records.read(tmp_path)) == 1
+    records.append(tmp_path, crash(20))
+    assert [line["checkpoint"] for line in records.read(tmp_path)] == [10, 20], "the next line is whole"
 
 
 def test_a_start_that_was_replaced_may_not_write(tmp_path, monkeypatch):
@@ -291,7 +293,8 @@ def test_the_summary_of_a_run(tmp_path):
     records.starts_file(tmp_path).write_text("".join(json.dumps(line) + "\n" for line in lines))
     steps = [(5, 100.0), (10, 100.0), (15, 100.0), (15, 90.0), (20, 90.0), (30, 90.0)]
     text = "".join(json.dumps({"step": step, "seconds_per_step": seconds}) + "\n" for step, seconds in steps)
-    (tmp_path / "metrics.jsonl").write_text(text)
+    torn = b'{"step": 11, "seconds_per\n\0\0\xff\n'
+    (tmp_path / "metrics.jsonl").write_bytes(torn + text.encode() + torn)
     said = manage.status(str(tmp_path))
     assert "2 starts, 8.00 rank hours, 39% of them in steps that count; 5 steps trained again" in said
     assert "ends: 1 crashed, 1 done" in said

@@ -295,6 +295,6 @@ def test_the_warning_comes_from_what_saves_took(tmp_path):
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text('{"seconds": {"copy": 20.0, "write": 100.0}}')
     (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 10, "seconds_per_step": 4.0}\n{"step": 20, "seconds_per_step": 4.0}\n'
+        '{"step": 10, "seconds_per_step": 4.0}\n{"step": 15, "sec\n{"step": 20, "seconds_per_step": 4.0}\n'
     )
     assert warning_seconds(tmp_path, site()) == 2 * (120 + 40) + 60
