@@ -285,6 +285,17 @@ def test_the_whole_chain(cluster, tmp_path):
     assert cluster.wait(last, seconds=120) == "CANCELLED", "what waits for a job that failed is taken out"
 
 
+def test_chain_has_an_element_for_the_last_line_too(cluster, tmp_path):
+    """Also where it does not end."""
+    (tmp_path / "inputs").write_text("a\nb\nc")
+    held = f"--hold --output=/dev/null --chdir={tmp_path}"
+    values = {f"{name}_OPTIONS": held for name in ("PREPARE", "CONVERT", "EVALUATE")}
+    values |= dict.fromkeys(("RECIPE", "OUTPUT", "CONFIG", "RUN_DIR", "OUT"), "x")
+    values |= {"INPUTS": tmp_path / "inputs", "TRAIN_OPTIONS": f"{held} --gpus-per-node=2 --ntasks-per-node=2"}
+    said = cluster.run(ROOT / "slurm" / "chain.sh", **values)
+    assert cluster.show(said.split()[3].strip(","))["ArrayTaskId"] == "1-3", said
+
+
 def test_chain_refuses_what_it_cannot_wait_for(tmp_path):
     names = ("RECIPE", "INPUTS", "OUTPUT", "CONFIG", "RUN_DIR", "OUT")
     env = {"PATH": "/usr/bin:/bin", "CONTINUE": "chain", **dict.fromkeys(names, "x")}
