@@ -16,6 +16,8 @@ from loopmem_pretrain.errors import EnvironmentFault
 
 FIRST_PORT, PORTS = 20_000, 10_000
 """Where ranks meet: below the ephemeral range (32768 and up), from which the system gives ports to anybody."""
+STRIDE = 1237
+"""Between the ports of two restarts of a job: not those of the jobs after it, which may run on the same nodes."""
 PATIENCE, AT_THE_TERMINAL = 900.0, 60.0
 """Seconds for which a controller that does not answer is asked again, by a batch script and for somebody who waits: it
 may be busy, restarting, or in maintenance while the jobs go on."""
@@ -55,7 +57,8 @@ class Allocation(NamedTuple):
 
     @property
     def port(self) -> int:
-        return FIRST_PORT + int(self.job) % PORTS
+        """Another one in each restart: a process that was left over may still hold that of the start before."""
+        return FIRST_PORT + (int(self.job) + self.restart * STRIDE) % PORTS
 
 
 def allocation(variables: Mapping[str, str] | None = None) -> Allocation:

@@ -1,6 +1,8 @@
 """What is decided from files and variables: places of ranks, budgets, fences, health, the summary of a run."""
 
 import json
+import os
+import subprocess
 
 import pytest
 
@@ -9,7 +11,7 @@ from loopmem_pretrain.checkpoint.store import CheckpointStore
 from loopmem_pretrain.cluster import accounting, burn_in, chain, health, manage, records
 from loopmem_pretrain.cluster.job import Heartbeat, what_ranks_said
 from loopmem_pretrain.cluster.rank import node_command, place
-from loopmem_pretrain.cluster.slurm import end_time, job_fields, was_cancelled
+from loopmem_pretrain.cluster.slurm import Allocation, end_time, job_fields, was_cancelled
 from loopmem_pretrain.errors import ConfigError, EnvironmentFault
 
 TASK = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "LOOPMEM_RANKS_PER_NODE": "4"}
@@ -41,6 +43,27 @@ def test_a_node_starts_its_ranks(launcher, module):
     command = node_command({**TASK, **variables, "LOOPMEM_LAUNCHER": launcher}, ["train", "a b"])
     assert command[2] == module
     assert command[-3:] == ["loopmem_pretrain.cluster.rank", "train", "a b"]
+
+
+def test_deepspeed_gives_ranks_the_devices_that_slurm_has_granted(tmp_path):
+    """Its launcher, with a program that says what it is given in the place of the rank."""
+    said = "import os; open(os.environ['LOCAL_RANK'], 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])"
+    (tmp_path / "says.py").write_text(said)
+    variables = {"SLURM_NODEID": "1", "SLURM_NNODES": "2", "MASTER_ADDR": "n1", "MASTER_PORT": "20001"}
+    variables |= {"LOOPMEM_RANKS_PER_NODE": "2", "LOOPMEM_LAUNCHER": "deepspeed"}
+    variables["CUDA_VISIBLE_DEVICES"] = "4,GPU-bb,6"
+    command = [*node_command(variables, [])[:-1], "says"]
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, **variables, "PYTHONPATH": str(tmp_path)}, check=True)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["4,GPU-bb"] * 2
+    with pytest.raises(EnvironmentFault, match="node 1 is to start 2 ranks and sees GPUs 3"):
+        node_command({**variables, "CUDA_VISIBLE_DEVICES": "3"}, [])
+
+
+def test_ranks_meet_at_another_port_in_each_start():
+    """Of 20 restarts of a job, and of the jobs around it."""
+    jobs = [(number, restart) for number in range(12_345_670, 12_345_690) for restart in range(20)]
+    ports = {Allocation(str(job), restart, "name", ["a"], 1, None).port for job, restart in jobs}
+    assert len(ports) == len(jobs) and min(ports) >= 20_000 and max(ports) < 30_000
 
 
 def crash(checkpoint):
