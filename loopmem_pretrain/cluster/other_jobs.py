@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from loopmem_pretrain.cluster import slurm
-from loopmem_pretrain.cluster.render import container_words, gpu_options, render, site_options, site_setup, template_of
+from loopmem_pretrain.cluster.render import (
+    container_words,
+    gpu_options,
+    log_in,
+    render,
+    site_options,
+    site_setup,
+    template_of,
+)
 from loopmem_pretrain.config.site import SiteConfig
 from loopmem_pretrain.errors import EnvironmentFault
 
@@ -24,8 +32,8 @@ class Job(NamedTuple):
     task: str
     """Its template."""
     name: str
-    output: Path
-    """Its log, with SLURM's patterns such as %j."""
+    output: str
+    """Its log, as sbatch takes it: `render.log_in`."""
     code: Path
     """Folder that has the package; where it starts."""
     settings: Mapping[str, str]
@@ -52,7 +60,7 @@ def one_task(job: Job, site: SiteConfig) -> str:
         "cpus-per-task": str(cpus),
         "mem": other.memory,
         "time": other.time or site.time,
-        "output": str(job.output),
+        "output": job.output,
         "chdir": str(job.code),
         **gpu_options(site, gpus),
         **shared,
@@ -85,7 +93,7 @@ def after_training(
             Job(
                 task=task,
                 name=f"{name}-{task}",
-                output=run_dir / "logs" / f"{task}-%j.out",
+                output=log_in(run_dir / "logs", f"{task}-%j.out"),
                 code=code,
                 settings=settings[task],
                 folders=[run],

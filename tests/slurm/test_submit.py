@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from loopmem_pretrain.cluster.render import gpu_options, render
+from loopmem_pretrain.cluster.submit import code_folder
 from loopmem_pretrain.config.load import dump_config, load_config
 from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.config.site import SiteConfig
@@ -94,6 +95,37 @@ def test_what_is_refused_leaves_nothing_behind(shell):
     assert "Invalid job id" in shell.request("submit", "--after", "4711")
     assert not shell.run_dir.exists()
     assert shell.cluster.run("squeue", "-h") == ""
+
+
+def test_a_later_submission_leaves_what_an_earlier_one_has_frozen(shell, tmp_path):
+    """Jobs that are held, in a folder whose name looks like a pattern of sbatch."""
+    site, run_dir = tmp_path / "site.yaml", tmp_path / "50%j"
+    site.write_text(f"{SITE.read_text()}sbatch: [--hold]\n")
+    words = (
+        "submit",
+        "--cluster",
+        site,
+        "--nodes",
+        2,
+        "--health",
+        "none",
+        "--config",
+        shell.config,
+        f"run_dir={run_dir}",
+    )
+    shell(*words, "training.micro_batch_size=1")
+    (job,) = shell.cluster.run("squeue", "-h", "-o", "%i").split()
+    (code,) = (run_dir / "slurm").glob("code-*")
+    frozen = (code / "config.yaml").read_text()
+    assert f"CONFIG={code}/config.yaml" in (run_dir / "slurm" / "pretrain.sbatch").read_text()
+    wait_for(lambda: not code_folder(run_dir / "slurm").exists(), 5)
+    shell(*words, "training.micro_batch_size=2")
+    assert len([*(run_dir / "slurm").glob("code-*")]) == 2
+    assert (code / "config.yaml").read_text() == frozen and "micro_batch_size: 1\n" in frozen
+    shell.cluster.run("scontrol", "release", job)
+    log = run_dir / "logs" / f"job-{job}.out"
+    wait_for(lambda: log.exists() and "4 ranks on" in log.read_text(), 60, lambda: str([*run_dir.glob("logs/*")]))
+    assert f"--config {code}/config.yaml" in log.read_text()
 
 
 FOLLOWERS = ("--then", "evaluate", "--then", "convert")
