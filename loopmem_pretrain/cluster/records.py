@@ -26,7 +26,7 @@ def append(run_dir: Path, record: Record) -> None:
     with path.open("a+b") as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(0, end - 1))
-        begin = b"\n" if file.read() not in (b"", b"\n") else b""  # behind a line that was cut off
+        begin = b"\n" if file.read(1) not in (b"", b"\n") else b""  # behind a line that was cut off
         file.write(begin + json.dumps({"time": round(time.time(), 1), **record}).encode() + b"\n")
 
 

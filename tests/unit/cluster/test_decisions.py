@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 
 import pytest
 
@@ -197,6 +198,16 @@ def test_a_heartbeat_that_stands_still(tmp_path, monkeypatch):
         if content:
             beat.write_text(content)
         assert watch.stands_still() is hangs, now
+
+
+def test_what_cannot_be_said_ends_nothing():
+    with open("/dev/full", "w") as full:
+        command = [
+            sys.executable,
+            "-c",
+            "from loopmem_pretrain.cluster import job; job.say('x'); print('y', file=job.sys.stderr)",
+        ]
+        assert subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=True).stderr == "y\n"
 
 
 def test_the_ranks_errors_are_told_once(tmp_path):
