@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from loopmem_pretrain import control
 from loopmem_pretrain.checkpoint.store import CheckpointStore
@@ -13,7 +14,9 @@ from loopmem_pretrain.cluster import accounting, burn_in, chain, health, manage,
 from loopmem_pretrain.cluster.job import Heartbeat, what_ranks_said
 from loopmem_pretrain.cluster.rank import node_command, place
 from loopmem_pretrain.cluster.slurm import Allocation, end_time, job_fields, was_cancelled
+from loopmem_pretrain.config.load import dump_config
 from loopmem_pretrain.errors import ConfigError, EnvironmentFault
+from tests.configs import tiny_run
 
 TASK = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "LOOPMEM_RANKS_PER_NODE": "4"}
 
@@ -151,6 +154,29 @@ def test_nodes_are_judged_by_their_slowest_rank():
         "d": ["1 of 2 ranks did not finish a matrix product"],
     }
     assert set(burn_in.judge(["a", "b"], 2, [])) == {"a", "b"}, "no rank got so far"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its GPUs are used")
+@pytest.mark.parametrize(
+    ("device", "variables", "is_unfit"),
+    [
+        ("auto", {"SLURM_GPUS_ON_NODE": "2", "CUDA_VISIBLE_DEVICES": "0,1"}, True),
+        ("auto", {"CUDA_VISIBLE_DEVICES": "GPU-aa"}, True),
+        ("auto", {"SLURM_GPUS_ON_NODE": "0", "CUDA_VISIBLE_DEVICES": ""}, False),
+        ("cpu", {"SLURM_GPUS_ON_NODE": "2", "CUDA_VISIBLE_DEVICES": "0,1"}, False),
+    ],
+)
+def test_a_rank_without_the_gpus_it_was_granted_is_unfit(tmp_path, monkeypatch, device, variables, is_unfit):
+    for name in ("SLURM_GPUS_ON_NODE", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    config = tmp_path / "config.yaml"
+    config.write_text(dump_config(tiny_run(tmp_path / "run", "data")))
+    problem = burn_in.missing_gpus(str(config), ["--stop-at-step", "5", f"training.device={device}"])
+    assert ("GPUs were granted" in problem and "and torch finds none: " in problem) if is_unfit else problem == ""
+    unfit = burn_in.judge(["a", "b"], 1, [{"node": "a", "problem": problem or "x"}, measured("b", 600.0)])
+    assert unfit == {"a": [problem or "x"]}
 
 
 def test_a_node_reports_on_itself(tmp_path, monkeypatch):
