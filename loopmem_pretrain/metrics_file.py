@@ -80,6 +80,16 @@ def read_metrics(path: str | Path) -> list[Record]:
     return load_metrics(path).records
 
 
+def read_lines(path: str | Path, last: int = 0) -> list[Record]:
+    """The usable ones of all lines, or of the `last` so many, as they were written: steps that were trained again occur
+    twice. None where there is no file yet."""
+    try:
+        lines = Path(path).read_bytes().decode("utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    return [record for line in lines[-last:] if (record := _parse(line)) is not None]
+
+
 def _parse(line: str) -> Record | None:
     try:
         record = json.loads(line)

@@ -23,7 +23,7 @@ submit() {
 # shellcheck disable=SC2086 # the options are several words
 {
     tokenizer=$(TASK=train-tokenizer INPUTS='' submit '' ${PREPARE_OPTIONS:-} "$here/prepare_data.sbatch")
-    data=$(submit "$tokenizer" --array="1-$(wc -l <"$INPUTS")" ${PREPARE_OPTIONS:-} "$here/prepare_data.sbatch")
+    data=$(submit "$tokenizer" --array="1-$(grep -c '' "$INPUTS")" ${PREPARE_OPTIONS:-} "$here/prepare_data.sbatch")
     training=$(submit "$data" ${TRAIN_OPTIONS:-} "$here/pretrain.sbatch")
     conversion=$(submit "$training" ${CONVERT_OPTIONS:-} "$here/convert.sbatch")
     evaluation=$(MODEL=$RUN_DIR OUT=$RUN_DIR/evaluation.json submit "$conversion" ${EVALUATE_OPTIONS:-} "$here/evaluate.sbatch")

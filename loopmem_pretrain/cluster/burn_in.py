@@ -1,6 +1,8 @@
 """How fast every rank multiplies matrices, and all of them add up a vector: slow GPUs are found before they train.
 
-    python -m loopmem_pretrain.cluster.burn_in FOLDER      what every rank runs; writes FOLDER/rank-00003.json
+    python -m loopmem_pretrain.cluster.burn_in FOLDER CONFIG [key=value ...]      what every rank runs
+
+It writes FOLDER/rank-00003.json; the rest is what the run is started with.
 
 A collective is as slow as its slowest member, so one GPU that is hot or broken slows the whole run down.
 """
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from loopmem_pretrain.cluster import rank, records, slurm
+from loopmem_pretrain.errors import LoopMemError
 
 LIMIT = 600.0
 """Seconds for all of it: imports, the first kernels, joining."""
@@ -48,7 +51,7 @@ def check_nodes(
     command += [*shlex.split(options.srun), *shlex.split(options.wrap), options.python]
     variables = {"MASTER_ADDR": nodes[0], "MASTER_PORT": str(here.port), rank.RANKS_PER_NODE: str(here.tasks_per_node)}
     step = subprocess.Popen(
-        [*command, "-m", "loopmem_pretrain.cluster.burn_in", str(reports)],
+        [*command, "-m", "loopmem_pretrain.cluster.burn_in", str(reports), options.config, *options.arguments],
         env={**os.environ, **variables},
         stdin=subprocess.DEVNULL,
     )
@@ -78,24 +81,61 @@ def _end(step: "subprocess.Popen[bytes]", job: str) -> None:
 
 def judge(nodes: Sequence[str], ranks: int, reports: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """What is wrong with each node that is not fit, by the reports of all ranks."""
-    usual = statistics.median(report["tflops"] for report in reports) if reports else 0.0
+    speeds = [report["tflops"] for report in reports if "tflops" in report]
+    usual = statistics.median(speeds) if speeds else 0.0
     bad: dict[str, list[str]] = {}
     for node in nodes:
-        own = [report["tflops"] for report in reports if report["node"] == node]
+        here = [report for report in reports if report["node"] == node]
+        own = [report["tflops"] for report in here if "tflops" in report]
         slow = [speed for speed in own if speed < SLOW * usual]
-        if len(own) < ranks:
+        problems = [*dict.fromkeys(report["problem"] for report in here if "problem" in report)]
+        if problems:
+            bad[node] = problems
+        elif len(own) < ranks:
             bad[node] = [f"{ranks - len(own)} of {ranks} ranks did not finish a matrix product"]
         elif slow:
             bad[node] = [f"a matrix product runs at {min(slow):.3g} TFLOP/s, {usual:.3g} is usual here"]
     return bad
 
 
-def measure(folder: Path) -> None:
+def missing_gpus(config: str, arguments: Sequence[str]) -> str:
+    """Why this rank cannot use the GPUs that its job was granted; empty where it can, or is not to."""
+    import torch
+
+    from loopmem_pretrain.config.load import load_config
+    from loopmem_pretrain.config.run import RunConfig
+
+    on_node, visible = os.environ.get("SLURM_GPUS_ON_NODE", "0"), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if torch.cuda.is_available() or (on_node in ("", "0") and visible in ("", "-1", "NoDevFiles")):
+        return ""
+    overrides = [word for word in arguments if "=" in word and not word.startswith("-")]
+    try:
+        device = load_config(RunConfig, config, overrides).training.device
+    except LoopMemError as error:
+        print(f"whether the run is to use GPUs is not known: {error}", file=sys.stderr)
+        return ""  # not the node's fault, and the ranks will end with it
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+    else:
+        reason = "no device"
+    said = f"SLURM_GPUS_ON_NODE={on_node}, CUDA_VISIBLE_DEVICES={visible}"
+    return "" if device == "cpu" else f"GPUs were granted ({said}), and torch finds none: {reason}"
+
+
+def measure(folder: Path, config: str, arguments: Sequence[str]) -> None:
     """One rank: the matrix product first, which needs nobody else, and its result written before the all-reduce."""
     import torch
     import torch.distributed as dist
 
     os.environ.update(rank.place(os.environ))
+    path = folder / f"rank-{int(os.environ['RANK']):05d}.json"
+    problem = missing_gpus(config, arguments)
+    if problem:
+        report: records.Record = {"node": os.environ["SLURMD_NODENAME"], "problem": problem}
+        path.write_text(json.dumps(report) + "\n", encoding="utf-8")
+        sys.exit(problem)
     local, cuda = int(os.environ["LOCAL_RANK"]), torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     size, dtype, limit = (8192, torch.bfloat16, SECONDS) if cuda else (512, torch.float32, 0.5)
@@ -112,7 +152,6 @@ def measure(folder: Path) -> None:
         "node": os.environ["SLURMD_NODENAME"],
         "tflops": products * 2 * size**3 / (clock() - started) / 1e12,
     }
-    path = folder / f"rank-{int(os.environ['RANK']):05d}.json"
     path.write_text(json.dumps(report) + "\n", encoding="utf-8")
     dist.init_process_group("nccl" if cuda else "gloo")
     vector = torch.ones(BYTES // 4 if cuda else 1 << 18, device=device)
@@ -129,4 +168,4 @@ def measure(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    measure(Path(sys.argv[1]))
+    measure(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

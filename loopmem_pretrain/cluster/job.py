@@ -7,6 +7,8 @@ of every outcome. Standard library only: this runs outside of the container.
 """
 
 import argparse
+import contextlib
+import errno
 import itertools
 import os
 import shlex
@@ -14,13 +16,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from loopmem_pretrain import control
 from loopmem_pretrain.cluster import chain, health, rank, records, slurm
 from loopmem_pretrain.errors import EnvironmentFault, HangDetected, LoopMemError
+
+T = TypeVar("T")
 
 LAUNCHERS = ("srun", "torchrun", "deepspeed")
 MODES = ("requeue", "chain", "no")
@@ -34,6 +38,8 @@ MAX_STARTS = 20
 """Starts from one checkpoint, whatever ended them, after which the run gives up."""
 FINAL = (2, 3, 4, 5, 7)
 """Exit codes of a rank that the same start would end with again (errors.py)."""
+LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""Errors of a disk for which nobody waits."""
 STACKS = 5.0
 """Seconds for hanging ranks to write where they are."""
 
@@ -88,37 +94,46 @@ class Job:
             )
         self.stop_file = self.folder / "stop"
         self.was_terminated = False
+        self.asked = ""
+        """Why the ranks are to save and stop."""
+        self.is_passed_on = False
         self.successor: str | None = None
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
 
     def run(self) -> int:
         """From the first check to what becomes of the job; returns the exit code of the batch script."""
-        if self._is_over():
+        if patiently(self._is_over):
             return 0
-        self._refuse_if_busy()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        newest = records.newest_checkpoint(self.run_dir)
-        vain = records.starts_in_vain(records.read(self.run_dir), newest)
+        patiently(self._refuse_if_busy)
+        patiently(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+        newest = patiently(lambda: records.newest_checkpoint(self.run_dir))
+        vain = records.starts_in_vain(patiently(lambda: records.read(self.run_dir)), newest)
         if self.options.mode == "chain":
             self.successor = chain.submit_successor(self.here, self.run_dir, self.options.arguments)
             say(f"job {self.successor} will go on when this one is over")
-        control.take_over(self.run_dir, self.here.start)
+        patiently(lambda: control.take_over(self.run_dir, self.here.start))
         begin: records.Record = {"event": "start", "start": self.here.start, "nodes": self.here.nodes}
         begin |= {"ranks": len(self.nodes) * self.here.tasks_per_node, "checkpoint": newest}
-        records.append(self.run_dir, {**begin, "successor": self.successor})
-        chain.record_environment(self.here, self.folder)
+        patiently(lambda: records.append(self.run_dir, {**begin, "successor": self.successor}))
+        patiently(lambda: chain.record_environment(self.here, self.folder))
         before = time.monotonic()
         if vain >= MAX_STARTS:
             ending = Ending("failed", f"{vain} starts have brought no new checkpoint", EnvironmentFault.exit_code)
         else:
             ending = self._check_and_train()
-        end: records.Record = {"event": "end", "start": self.here.start}
-        end |= {"verdict": ending.verdict, "reason": ending.reason}
-        end |= {"checkpoint": records.newest_checkpoint(self.run_dir), "seconds": round(time.monotonic() - before, 1)}
-        records.append(self.run_dir, {**end, "bad_nodes": list(ending.bad_nodes)})
+        try:
+            patiently(lambda: self._record(ending, time.monotonic() - before))
+        except OSError as error:  # what was trained is saved, and the next start is counted when it begins
+            say(f"the verdict could not be written to {records.starts_file(self.run_dir)}: {error}")
         say(f"{ending.verdict}: {ending.reason}")
         return self._go_on(ending)
+
+    def _record(self, ending: Ending, seconds: float) -> None:
+        end: records.Record = {"event": "end", "start": self.here.start}
+        end |= {"verdict": ending.verdict, "reason": ending.reason}
+        end |= {"checkpoint": records.newest_checkpoint(self.run_dir), "seconds": round(seconds, 1)}
+        records.append(self.run_dir, {**end, "bad_nodes": list(ending.bad_nodes)})
 
     def _is_over(self) -> bool:
         """Whether there is nothing to start, so that a chain that is queued behind a finished run burns through."""
@@ -128,7 +143,8 @@ class Job:
             say(f"nothing is started while {self.run_dir / control.STOP} is there")
         elif (self.run_dir / control.PAUSE).exists():
             say(f"held: remove {self.run_dir / control.PAUSE}, then `scontrol release {self.here.job}`")
-            self._leave(slurm.tell("scontrol", "requeuehold", self.here.job))
+            slurm.put_back(self.here.job, hold=True)
+            _wait_for_the_end()
         else:
             return False
         return True
@@ -144,17 +160,23 @@ class Job:
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if number == signal.SIGUSR1:
-            self._ask_to_stop("the time of the job is nearly over (SIGUSR1)")
+            self.asked = "the time of the job is nearly over (SIGUSR1)"
         else:
             self.was_terminated = True
-            self._ask_to_stop(f"the job was asked to end ({signal.Signals(number).name})")
+            self.asked = f"the job was asked to end ({signal.Signals(number).name})"
+        self._ask_to_stop()
+        say(f"{self.asked}: asking the ranks to save and stop")
 
-    def _ask_to_stop(self, reason: str) -> None:
-        say(f"{reason}: asking the ranks to save and stop")
-        if self.folder.is_dir() and not self.stop_file.exists():
-            temporary = self.stop_file.with_name(".stop.tmp")
-            temporary.write_text(reason + "\n", encoding="utf-8")
-            os.replace(temporary, self.stop_file)
+    def _ask_to_stop(self) -> None:
+        """Pass on what this process was asked for; called again while the ranks run, if that does not succeed."""
+        try:
+            if self.folder.is_dir() and not self.stop_file.exists():
+                temporary = self.stop_file.with_name(".stop.tmp")
+                temporary.write_text(self.asked + "\n", encoding="utf-8")
+                os.replace(temporary, self.stop_file)
+            self.is_passed_on = self.folder.is_dir()
+        except OSError as error:
+            say(f"the ranks cannot be asked to stop: {error}")
 
     # ------------------------------------------------------------------------------------------------ the ranks
 
@@ -162,7 +184,13 @@ class Job:
         shared = health.disk_problems(self.run_dir)
         if shared:
             return Ending("failed", "; ".join(shared), EnvironmentFault.exit_code)
-        bad = health.check_nodes(self.options, self.here, self.folder)
+        bad = patiently(lambda: health.check_nodes(self.options, self.here, self.folder))
+        if self.asked:  # which may be why nodes did not answer
+            job = slurm.show_job(self.here.job)
+            if job["JobState"] != "RUNNING":
+                return Ending("ended", f"SLURM says {job['JobState']}, reason {job.get('Reason')}; {self.asked}", 1)
+            verdict: records.Verdict = "preempted" if self.was_terminated else "interrupted"
+            return Ending(verdict, f"{self.asked}, before the ranks were started")
         for node, problems in bad.items():
             say(f"{node} is left out: {'; '.join(problems)}")
         healthy = [node for node in self.here.nodes if node not in bad]
@@ -172,13 +200,12 @@ class Job:
             reason = f"{len(self.nodes)} nodes are needed and {len(healthy)} are healthy"
             return Ending("lost nodes", reason, EnvironmentFault.exit_code, list(bad))
         self.nodes = healthy[: len(self.nodes)]
-        if self.stop_file.exists():
-            return Ending("interrupted", "asked to stop before the ranks were started")
-        return self._judge(*self._train())
+        code, hangs, before = self._train()
+        return patiently(lambda: self._judge(code, hangs, before))
 
     def _train(self) -> tuple[int, bool, records.Record]:
         """Start the ranks and wait for their end: srun's exit code, whether they hung, status.json before."""
-        before = records.read_json(self.run_dir / "status.json")
+        before = patiently(lambda: records.read_json(self.run_dir / "status.json"))
         command, environment = step_command(self.options, self.here, self.nodes), self._environment()
         say(f"{len(self.nodes) * self.here.tasks_per_node} ranks on {','.join(self.nodes)}: {shlex.join(command)}")
         say(f"logs: {rank.log_file(self.folder, 0)} and its neighbours")
@@ -187,6 +214,8 @@ class Job:
         hangs = False
         while step.poll() is None:
             time.sleep(TICK)
+            if self.asked and not self.is_passed_on:
+                self._ask_to_stop()
             if watch.stands_still() and not hangs:
                 hangs = True
                 say(f"{watch}: ending the ranks; where they were is in their logs")
@@ -194,7 +223,11 @@ class Job:
         return step.returncode, hangs, before
 
     def _environment(self) -> dict[str, str]:
-        end = slurm.end_time(self.here.job)
+        end = None
+        try:
+            end = slurm.end_time(self.here.job)
+        except EnvironmentFault as fault:  # the warning before the end still comes
+            say(f"the ranks do not know when the job ends: {fault}")
         values = {
             **os.environ,
             "MASTER_ADDR": self.nodes[0],
@@ -280,12 +313,15 @@ class Job:
         if is_paused:
             if self.successor:
                 return report(slurm.tell("scontrol", "hold", self.successor))
-            self._leave(slurm.tell("scontrol", "requeuehold", self.here.job))
+            slurm.put_back(self.here.job, hold=True)
+            _wait_for_the_end()
         if self.options.mode == "requeue":
-            if not ending.bad_nodes:
-                self._leave(slurm.tell("scontrol", "requeue", self.here.job))
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            self._leave(slurm.hold_without(self.here.job, ending.bad_nodes))
+            if ending.bad_nodes:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                slurm.hold_without(self.here.job, ending.bad_nodes)
+            else:
+                slurm.put_back(self.here.job)
+            _wait_for_the_end()
         if self.successor and ending.bad_nodes:
             nodes = ",".join(ending.bad_nodes)
             report(slurm.tell("scontrol", "update", f"JobId={self.successor}", f"ExcNodeList={nodes}"))
@@ -295,35 +331,38 @@ class Job:
         if self.successor:
             report(slurm.tell("scancel", self.successor))
 
-    def _leave(self, complaint: str) -> NoReturn:
-        """The job is back in the queue, so SLURM ends this process now."""
-        if complaint:
-            raise EnvironmentFault(f"the job could not be put back into the queue: {complaint}", "submit it again")
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(60)
-        sys.exit(1)
-
 
 class Heartbeat:
     """Whether rank 0 still writes heartbeat.json; by this machine's clock alone."""
 
     def __init__(self, path: Path, start_seconds: float, hang_seconds: float) -> None:
         self.path, self.limits = path, (start_seconds, hang_seconds)
-        self.content = path.read_bytes() if path.exists() else b""
+        self.content = b""
+        self.content = self._read()
         self.changed = time.monotonic()
         self.beats = False
 
-    def stands_still(self) -> bool:
+    def _read(self) -> bytes:
         try:
-            content = self.path.read_bytes()
+            return self.path.read_bytes()
         except OSError:
-            content = self.content  # not there yet, or the disk does not answer
+            return self.content  # not there yet, or the disk does not answer
+
+    def stands_still(self) -> bool:
+        content = self._read()
         if content != self.content:
             self.content, self.changed, self.beats = content, time.monotonic(), True
         return time.monotonic() - self.changed > self.limits[self.beats]
 
     def __str__(self) -> str:
         return f"{self.path} has stood still for {self.limits[self.beats]:.0f} s"
+
+
+def _wait_for_the_end() -> NoReturn:
+    """The job is back in the queue, so SLURM ends this process now."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(60)
+    sys.exit(1)
 
 
 def step_command(options: argparse.Namespace, here: slurm.Allocation, nodes: Sequence[str]) -> list[str]:
@@ -359,8 +398,29 @@ def what_ranks_said(folder: Path, most: int = 8) -> list[str]:
     return [f"{ranks[0]}{others[text]}: {text}" for text, ranks in said.items()][:most]
 
 
+def patiently(action: Callable[[], T]) -> T:
+    """What `action` returns; repeated while the disk does not answer: that of a run may be away for a while.
+
+    Raises:
+        OSError: for slurm.PATIENCE, or one that time does not mend.
+    """
+    deadline, told = time.monotonic() + slurm.PATIENCE, False
+    while True:
+        try:
+            return action()
+        except OSError as error:
+            if error.errno in LASTING or time.monotonic() > deadline:
+                raise
+            if not told:
+                say(f"{error}; trying again for {slurm.PATIENCE:.0f} s")
+                told = True
+        time.sleep(slurm.PAUSE)
+
+
 def say(text: str) -> None:
-    print(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}", flush=True)
+    """A line of the job's output, not buffered: a signal may come in the middle of another line."""
+    with contextlib.suppress(OSError):  # a full disk below the output is no reason to end a run
+        os.write(1, f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}\n".encode())
 
 
 def report(complaint: str) -> int:
@@ -373,9 +433,11 @@ def report(complaint: str) -> int:
 def main(arguments: Sequence[str]) -> int:
     try:
         return Job(parser().parse_args(arguments)).run()
-    except LoopMemError as error:
-        print(f"loopmem: error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+    except (LoopMemError, OSError) as error:
+        fix = "see that the disk of the run folder answers and has space, then submit it again"
+        fault = error if isinstance(error, LoopMemError) else EnvironmentFault(f"the job cannot go on: {error}", fix)
+        print(f"loopmem: error: {fault}", file=sys.stderr, flush=True)
+        return fault.exit_code
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """`loopmem slurm status|logs|cancel|stop`: what became of a run over all its starts, and how to end it."""
 
-import json
 import os
 import shlex
 import time
@@ -13,6 +12,7 @@ from loopmem_pretrain.cluster import accounting, rank, records, slurm
 from loopmem_pretrain.cluster.other_jobs import FOLLOWERS
 from loopmem_pretrain.cluster.submit import job_name
 from loopmem_pretrain.errors import ConfigError, EnvironmentFault
+from loopmem_pretrain.metrics_file import METRICS_NAME, read_lines
 from loopmem_pretrain.tools.tables import table
 from loopmem_pretrain.words import counted
 
@@ -116,15 +116,15 @@ def _summary(folder: Path, starts: list[dict[str, Any]], lines: list[dict[str, A
     """GPU hours, the share of them that trained steps which count, steps trained in vain, causes and nodes."""
     ends = _ends(lines)
     rank_hours = sum(_seconds(folder, start, ends) * start["ranks"] for start in starts) / 3600
-    path = folder / "metrics.jsonl"
-    logged = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    logged = read_lines(folder / METRICS_NAME)
     lost, before, saved = 0, 0, {0}
     for step in (line["step"] for line in logged):
         if step <= before:  # resumed from a checkpoint, and every checkpoint is of a step that was logged
             lost += before - max(each for each in saved if each < step)
         saved.add(step)
         before = step
-    seconds = {line["step"]: line["seconds_per_step"] for line in logged}  # of steps trained again the last time
+    # of steps trained again the last time
+    seconds = {line["step"]: line["seconds_per_step"] for line in logged if "seconds_per_step" in line}
     useful = 0.0
     for earlier, later in zip([0, *sorted(seconds)], sorted(seconds), strict=False):
         useful += (later - earlier) * seconds[later]
@@ -170,7 +170,8 @@ def cancel(run_dir: str) -> str:
     jobs = _jobs(folder)
     if not jobs:
         return f"no job of {folder} is in the queue"
-    complaint = slurm.tell("scancel", *sorted(jobs, key=int, reverse=True))  # what waits for another one first
+    in_turn = sorted(jobs, key=int, reverse=True)  # what waits for another one first
+    complaint = slurm.tell("scancel", *in_turn, patience=slurm.AT_THE_TERMINAL)
     if complaint:
         raise EnvironmentFault(f"scancel failed: {complaint}", "cancel by hand: scancel " + " ".join(jobs))
     return f"cancelled {', '.join(jobs)}"

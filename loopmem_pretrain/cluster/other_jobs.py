@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from loopmem_pretrain.cluster import slurm
-from loopmem_pretrain.cluster.render import container_words, gpu_options, render, site_options, site_setup, template_of
+from loopmem_pretrain.cluster.render import (
+    container_words,
+    gpu_options,
+    log_in,
+    render,
+    site_options,
+    site_setup,
+    template_of,
+)
 from loopmem_pretrain.config.site import SiteConfig
 from loopmem_pretrain.errors import EnvironmentFault
 
@@ -24,8 +32,8 @@ class Job(NamedTuple):
     task: str
     """Its template."""
     name: str
-    output: Path
-    """Its log, with SLURM's patterns such as %j."""
+    output: str
+    """Its log, as sbatch takes it: `render.log_in`."""
     code: Path
     """Folder that has the package; where it starts."""
     settings: Mapping[str, str]
@@ -52,7 +60,7 @@ def one_task(job: Job, site: SiteConfig) -> str:
         "cpus-per-task": str(cpus),
         "mem": other.memory,
         "time": other.time or site.time,
-        "output": str(job.output),
+        "output": job.output,
         "chdir": str(job.code),
         **gpu_options(site, gpus),
         **shared,
@@ -85,7 +93,7 @@ def after_training(
             Job(
                 task=task,
                 name=f"{name}-{task}",
-                output=run_dir / "logs" / f"{task}-%j.out",
+                output=log_in(run_dir / "logs", f"{task}-%j.out"),
                 code=code,
                 settings=settings[task],
                 folders=[run],
@@ -108,18 +116,20 @@ def submit_in_turn(scripts: Sequence[Path]) -> list[str]:
     for script in scripts:
         waits = [f"--dependency=afterok:{jobs[-1]}", "--kill-on-invalid-dep=yes"] if jobs else []
         try:
-            jobs.append(slurm.sbatch(*waits, str(script)))
-        except (EnvironmentFault, KeyboardInterrupt) as error:
+            environment = slurm.sbatch_environment(script.read_text(encoding="utf-8"))
+            jobs.append(slurm.sbatch(*waits, str(script), environment=environment))
+        except (EnvironmentFault, OSError, KeyboardInterrupt) as error:
             if not jobs:
                 raise
-            problem = error.problem if isinstance(error, EnvironmentFault) else "interrupted from the keyboard"
+            interrupted = isinstance(error, KeyboardInterrupt)
+            problem = "interrupted from the keyboard" if interrupted else getattr(error, "problem", str(error))
             raise EnvironmentFault(f"{script}: {problem}; {take_back(jobs)}", "mend it and submit again") from error
     return jobs
 
 
 def take_back(jobs: Sequence[str]) -> str:
     """Cancel jobs, the last one first; what to tell the user."""
-    complaint = slurm.tell("scancel", *reversed(jobs))
+    complaint = slurm.tell("scancel", *reversed(jobs), patience=slurm.AT_THE_TERMINAL)
     if complaint:
         return f"still in the queue, to be cancelled by hand: scancel {' '.join(reversed(jobs))} ({complaint})"
     return f"submitted before it, now cancelled: {', '.join(jobs)}"

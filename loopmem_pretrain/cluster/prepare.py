@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from loopmem_pretrain.cluster import submit
 from loopmem_pretrain.cluster.other_jobs import Job, one_task
+from loopmem_pretrain.cluster.render import log_in
 from loopmem_pretrain.config.load import dump_config, load_config
 from loopmem_pretrain.config.prepare import PrepareConfig, prepare_problems
 from loopmem_pretrain.config.site import SiteConfig
@@ -13,6 +14,9 @@ from loopmem_pretrain.data.corpus import find_files
 from loopmem_pretrain.data.files import write_file
 from loopmem_pretrain.data.tokenizer import find_tokenizer
 from loopmem_pretrain.errors import ConfigError, LoopMemError
+
+RECIPE = "recipe.yaml"
+"""Beside the package of a submission."""
 
 
 class Preparation(NamedTuple):
@@ -61,7 +65,7 @@ def plan(
     inputs = [] if at_once is None else _inputs(config, folder / "inputs.txt")
     code = submit.code_folder(folder)
     settings = {
-        "RECIPE": str(folder / "recipe.yaml"),
+        "RECIPE": str(code / RECIPE),
         "INPUTS": str(folder / "inputs.txt") if inputs else "",
         "OUTPUT": str(output),
         "TASK": "prepare-data",
@@ -70,10 +74,10 @@ def plan(
     jobs = {}
     if inputs and config.tokenizer.train and find_tokenizer(config.tokenizer.path) is None:
         one = {**settings, "TASK": "train-tokenizer", "INPUTS": ""}
-        log = folder / "train_tokenizer-%j.out"
+        log = log_in(folder, "train_tokenizer-%j.out")
         jobs["train_tokenizer"] = Job("prepare_data", f"{name}-tokenizer", log, code, one, [str(output)])
     options = {"array": f"1-{len(inputs)}%{at_once}"} if inputs else {}
-    log = folder / f"prepare_data-{'%A_%a' if inputs else '%j'}.out"
+    log = log_in(folder, f"prepare_data-{'%A_%a' if inputs else '%j'}.out")
     jobs["prepare_data"] = Job("prepare_data", f"{name}-prepare", log, code, settings, [str(output)], options=options)
     return Preparation(config, code, inputs, {each: one_task(job, site) for each, job in jobs.items()})
 
@@ -128,8 +132,7 @@ def submit_preparation(ready: Preparation) -> dict[str, str]:
     for name, script in ready.scripts.items():
         submit.test(name, script)
     folder = Path(ready.config.output_dir) / "slurm"
-    submit.freeze_code(ready.code)
-    write_file(folder / "recipe.yaml", dump_config(ready.config).encode())
+    submit.freeze(ready.code, RECIPE, dump_config(ready.config))
     if ready.inputs:
         write_file(folder / "inputs.txt", "".join(f"{name}\n" for name in ready.inputs).encode())
     return submit.submit_scripts(folder, ready.scripts)

@@ -27,10 +27,10 @@ MODULE = "loopmem_pretrain.cluster.rank"
 
 def main(arguments: Sequence[str]) -> int:
     """Be what the environment says; returns the exit code of a rank."""
-    if os.environ[LAUNCHER] != "srun" and "RANK" not in os.environ:
-        command = node_command(os.environ, arguments)
-        os.execv(command[0], command)
     try:
+        if os.environ[LAUNCHER] != "srun" and "RANK" not in os.environ:
+            command = node_command(os.environ, arguments)
+            os.execv(command[0], command)
         os.environ.update(place(os.environ))
     except EnvironmentFault as fault:
         print(f"loopmem: error: {fault}", file=sys.stderr)
@@ -74,8 +74,7 @@ def place(environment: Mapping[str, str]) -> dict[str, str]:
     else:
         slurm = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
         values = {name: environment[theirs] for name, theirs in zip(names, slurm, strict=True)}
-    visible = [device for device in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
-    ranks = int(environment[RANKS_PER_NODE])
+    visible, ranks = _visible_devices(environment), int(environment[RANKS_PER_NODE])
     if len(visible) == 1:
         values["LOCAL_RANK"] = "0"
     elif visible and len(visible) < ranks:
@@ -86,15 +85,33 @@ def place(environment: Mapping[str, str]) -> dict[str, str]:
     return values
 
 
+def _visible_devices(environment: Mapping[str, str]) -> list[str]:
+    return [device for device in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
+
+
 def node_command(environment: Mapping[str, str], arguments: Sequence[str]) -> list[str]:
-    """What starts this node's ranks, each of which is this module again: torchrun or DeepSpeed's launcher."""
+    """What starts this node's ranks, each of which is this module again: torchrun or DeepSpeed's launcher.
+
+    Raises:
+        EnvironmentFault: fewer GPUs are visible than DeepSpeed's launcher is to start ranks.
+    """
     node, nodes, ranks = environment["SLURM_NODEID"], int(environment["SLURM_NNODES"]), int(environment[RANKS_PER_NODE])
     host, port = environment["MASTER_ADDR"], environment["MASTER_PORT"]
     if environment[LAUNCHER] == "torchrun":
         launcher = ["torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={ranks}", f"--node-rank={node}"]
         launcher += [f"--master-addr={host}", f"--master-port={port}", "-m"]
     else:
-        world = json.dumps({str(number): list(range(ranks)) for number in range(nodes)})
+        # The launcher makes its own node's list the ranks' CUDA_VISIBLE_DEVICES: on a node that is shared it must be
+        # what SLURM has granted. Of the other nodes' lists it takes the lengths alone.
+        visible = _visible_devices(environment)
+        if visible and len(visible) < ranks:
+            raise EnvironmentFault(
+                f"node {node} is to start {ranks} ranks and sees GPUs {','.join(visible)}",
+                "ask for --gpus-per-node=N and --ntasks-per-node=N",
+            )
+        devices: dict[str, Sequence[int | str]] = {str(number): range(ranks) for number in range(nodes)}
+        devices[node] = visible[:ranks] or devices[node]
+        world = json.dumps({number: [*each] for number, each in devices.items()})
         launcher = ["deepspeed.launcher.launch", f"--node_rank={node}", f"--master_addr={host}"]
         launcher += [f"--master_port={port}", f"--world_info={base64.urlsafe_b64encode(world.encode()).decode()}"]
         launcher += ["--module"]

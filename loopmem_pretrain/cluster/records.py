@@ -4,6 +4,7 @@ A start without a second line was ended from outside: its node died, or SLURM ki
 """
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -22,19 +23,24 @@ def starts_file(run_dir: Path) -> Path:
 def append(run_dir: Path, record: Record) -> None:
     path = starts_file(run_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": round(time.time(), 1), **record}) + "\n")
+    with path.open("a+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        begin = b"\n" if file.read(1) not in (b"", b"\n") else b""  # behind a line that was cut off
+        file.write(begin + json.dumps({"time": round(time.time(), 1), **record}).encode() + b"\n")
 
 
 def read(run_dir: Path) -> list[Record]:
     """All lines; one that was cut off by a full disk or a power cut is left out."""
     path = starts_file(run_dir)
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except ValueError:  # no JSON, or not even UTF-8
             continue
+        if isinstance(record, dict):
+            records.append(record)
     return records
 
 
@@ -66,6 +72,6 @@ def read_json(path: Path) -> Record:
     """A small file that another process replaces; empty where it is not there, or half of one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -79,6 +79,11 @@ def _option_lines(name: str, value: str | None) -> list[str]:
     return [f"#SBATCH --{name}={quoted}" if value else f"#SBATCH --{name}"]
 
 
+def log_in(folder: Path, name: str) -> str:
+    """A value of --output: a name with SLURM's patterns, such as %j, in a folder whose name means itself."""
+    return f"{str(folder).replace('%', '%%')}/{name}"
+
+
 def site_options(site: SiteConfig) -> dict[str, str | None]:
     """What sbatch is told on every job of the site."""
     named = {"partition": site.partition, "account": site.account, "qos": site.qos, "constraint": site.constraint}

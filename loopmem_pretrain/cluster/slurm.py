@@ -7,6 +7,7 @@ commands of SLURM are outside of it.
 import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -15,8 +16,26 @@ from loopmem_pretrain.errors import EnvironmentFault
 
 FIRST_PORT, PORTS = 20_000, 10_000
 """Where ranks meet: below the ephemeral range (32768 and up), from which the system gives ports to anybody."""
-PATIENCE = 60.0
-"""Seconds for which a question to the controller is repeated: it may be restarting."""
+STRIDE = 1237
+"""Between the ports of two restarts of a job: not those of the jobs after it, which may run on the same nodes."""
+PATIENCE, AT_THE_TERMINAL = 900.0, 60.0
+"""Seconds for which a controller that does not answer is asked again, by a batch script and for somebody who waits: it
+may be busy, restarting, or in maintenance while the jobs go on."""
+ANSWER = 60.0
+"""Seconds that one command may take, and for which a question that is answered by a complaint is repeated."""
+PAUSE = 2.0
+"""Seconds between attempts."""
+HELD = 20.0
+"""Seconds for changing a job that is held: SLURM ends the process that does it soon (KillWait, 30 s unless told)."""
+UNANSWERED = re.compile(
+    "unable to contact|socket timed out|no answer within|unexpected message received|message (send|receive) failure"
+    "|zero bytes were transmitted|communication (connection|shutdown) failure|protocol authentication error"
+    "|insane message length|standby mode|connection (refused|reset|timed out)|temporarily un",
+    re.IGNORECASE,
+)
+"""What commands of SLURM say when there was no answer: `scontrol requeue` of 22.05 calls it an unexpected message, and
+while munge restarts they complain of authentication."""
+UNKNOWN_JOB = "Invalid job id"
 
 
 class Allocation(NamedTuple):
@@ -38,7 +57,8 @@ class Allocation(NamedTuple):
 
     @property
     def port(self) -> int:
-        return FIRST_PORT + int(self.job) % PORTS
+        """Another one in each restart: a process that was left over may still hold that of the start before."""
+        return FIRST_PORT + (int(self.job) + self.restart * STRIDE) % PORTS
 
 
 def allocation(variables: Mapping[str, str] | None = None) -> Allocation:
@@ -84,59 +104,94 @@ def ask(*command: str, patience: float = PATIENCE) -> str:
     """What a command of SLURM prints.
 
     Raises:
-        EnvironmentFault: it is not there, or fails for `patience` seconds.
+        EnvironmentFault: it is not there, fails for a minute, or has no answer for `patience` seconds.
     """
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + min(patience, ANSWER)
     while True:
-        result = _run(command)
+        result = _answer(command, patience)
         if result.returncode == 0:
             return result.stdout
-        if time.monotonic() > deadline or "Invalid job id" in result.stderr:
+        complaint = result.stderr.strip()
+        if time.monotonic() > deadline or UNANSWERED.search(complaint) or UNKNOWN_JOB in complaint:
             fix = "see whether `sinfo` answers, and what `scontrol ping` says"
-            raise EnvironmentFault(f"{' '.join(command)} failed: {result.stderr.strip()}", fix)
-        time.sleep(2)
+            raise EnvironmentFault(f"{' '.join(command)} failed: {complaint}", fix)
+        time.sleep(PAUSE)
 
 
-def sbatch(*arguments: str) -> str:
+def sbatch(*arguments: str, environment: Mapping[str, str] | None = None) -> str:
     """Submit, once: a submission that is repeated because its answer was lost makes two jobs. The job's id.
 
     Raises:
         EnvironmentFault: SLURM refuses it.
     """
-    # The numbers of the job that this process may belong to are not those of the new one.
-    inherited = (name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF")
-    clean = [word for name in inherited for word in ("-u", name)]
-    result = _run(["env", *clean, "sbatch", "--parsable", *arguments])
+    result = _run(["sbatch", "--parsable", *arguments], sbatch_environment() if environment is None else environment)
     if result.returncode:
         raise EnvironmentFault(f"sbatch failed: {result.stderr.strip()}", "see docs/slurm.md, and try sbatch by hand")
     return result.stdout.strip().split(";")[0]
 
 
-def tell(*command: str) -> str:
+def sbatch_environment(script: str = "") -> dict[str, str]:
+    """Variables for sbatch, without those that would make another job of the script than it says."""
+    left_out = {"SBATCH_WAIT", *overriding(script)}
+    # The numbers of the job that this process may belong to are not those of the new one.
+    left_out |= {name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"}
+    return {name: value for name, value in os.environ.items() if name not in left_out}
+
+
+def overriding(script: str) -> list[str]:
+    """SBATCH_* variables that are set here and would take the place of what #SBATCH lines of the script say."""
+    options = re.findall(r"^#SBATCH --([\w-]+)", script, flags=re.MULTILINE)
+    groups = [next((group for group in SAME if option in group), (option,)) for option in options]
+    names = {VARIABLES.get(each, each.upper().replace("-", "_")) for group in groups for each in group}
+    return sorted(name for name in os.environ if name.removeprefix("SBATCH_") in names and name.startswith("SBATCH_"))
+
+
+SAME = (
+    ("mem", "mem-per-cpu", "mem-per-gpu"),
+    ("gpus", "gpus-per-node", "gpus-per-task", "gres"),
+    ("requeue", "no-requeue"),
+)
+"""Options of sbatch that say the same thing in different ways."""
+VARIABLES = {"mem": "MEM_PER_NODE", "time": "TIMELIMIT", "array": "ARRAY_INX", "switches": "REQ_SWITCH"}
+"""What comes after SBATCH_ in an option's variable, where it is not the option's name."""
+
+
+def tell(*command: str, patience: float = PATIENCE) -> str:
     """Run a command of SLURM; an empty string where it succeeds, else what it complains about.
 
-    Repeated only while the controller cannot be reached: it may be restarting.
+    Repeated for `patience` seconds where there is no answer, so what it asks for may have been done already.
     """
-    deadline = time.monotonic() + PATIENCE
+    result = _answer(command, patience)
+    return "" if result.returncode == 0 else result.stderr.strip() or f"exit code {result.returncode}"
+
+
+def _answer(command: Sequence[str], patience: float) -> "subprocess.CompletedProcess[str]":
+    """The first result that is an answer of the controller's, or the last one within `patience` seconds."""
+    deadline, told = time.monotonic() + patience, False
     while True:
         result = _run(command)
-        if result.returncode == 0:
-            return ""
-        if "Unable to contact" not in result.stderr or time.monotonic() > deadline:
-            return result.stderr.strip() or f"exit code {result.returncode}"
-        time.sleep(2)
+        if result.returncode == 0 or not UNANSWERED.search(result.stderr) or time.monotonic() > deadline:
+            return result
+        if not told:
+            said = f"{' '.join(command)}: {result.stderr.strip()}; asking again for {patience:.0f} s"
+            print(said, file=sys.stderr, flush=True)
+            told = True
+        time.sleep(PAUSE)
 
 
-def _run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
+def _run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
+    if environment is None:  # what a user likes to see is not what is read here
+        own = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
+        environment = {**own, "SLURM_TIME_FORMAT": "standard"}
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER, check=False, env=environment)
     except FileNotFoundError:
         raise EnvironmentFault(
             f"there is no `{command[0]}` here",
             "run this where SLURM's commands are: on a login node, or in a batch script outside of the container",
         ) from None
     except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(command, 1, "", f"no answer within {PATIENCE:.0f} s")
+        return subprocess.CompletedProcess(command, 1, "", f"no answer within {ANSWER:.0f} s")
 
 
 def show_job(job: str) -> dict[str, str]:
@@ -152,9 +207,17 @@ def job_fields(said: str) -> dict[str, str]:
 
 
 def is_running(job: str) -> bool:
-    """Whether the job trains now; one that SLURM has forgotten does not."""
-    result = _run(["squeue", "-h", "-j", job, "-o", "%T"])
-    return result.returncode == 0 and result.stdout.strip() == "RUNNING"
+    """Whether the job trains now; one that SLURM has forgotten does not.
+
+    Raises:
+        EnvironmentFault: SLURM does not answer, so that it may.
+    """
+    try:
+        return ask("squeue", "-h", "-j", job, "-o", "%T").strip() == "RUNNING"
+    except EnvironmentFault as fault:
+        if UNKNOWN_JOB in fault.problem:
+            return False
+        raise
 
 
 def steps(job: str, name: str) -> list[str]:
@@ -179,27 +242,59 @@ def was_preempted(job: Mapping[str, str]) -> bool:
 
 
 def end_time(job: str) -> float | None:
-    """When the job's time is over, in seconds since the epoch; None where it has no limit."""
+    """When the job's time is over, in seconds since the epoch; None where it has no limit.
+
+    Raises:
+        EnvironmentFault: what SLURM says is no time.
+    """
     said = show_job(job).get("EndTime", "Unknown")
+    if said == "Unknown":
+        return None
     try:
         return time.mktime(time.strptime(said, "%Y-%m-%dT%H:%M:%S"))
     except ValueError:
-        return None
+        raise EnvironmentFault(
+            f"when job {job} ends cannot be read: EndTime={said}", "see what `scontrol show job` says of it"
+        ) from None
 
 
-def hold_without(job: str, nodes: Sequence[str]) -> str:
-    """Put the job back into the queue so that it is not given `nodes` again; a complaint, or an empty string.
+def put_back(job: str, hold: bool = False) -> None:
+    """Put a running job back into the queue, where it is held if `hold`; SLURM ends its processes soon.
+
+    Raises:
+        EnvironmentFault: SLURM refuses it for a minute.
+    """
+    deadline = time.monotonic() + ANSWER
+    while complaint := tell("scontrol", "requeuehold" if hold else "requeue", job):
+        # An attempt whose answer was lost may have been heard; the next one is refused then.
+        if show_job(job)["JobState"] != "RUNNING":
+            return
+        if time.monotonic() > deadline:
+            raise EnvironmentFault(f"job {job} could not be put back into the queue: {complaint}", "submit it again")
+        time.sleep(PAUSE)
+
+
+def hold_without(job: str, nodes: Sequence[str]) -> None:
+    """Put the job back into the queue so that it is not given `nodes` again.
 
     A running job's list cannot be changed, so it is requeued and held, changed, and released. The caller lives until
     then only if it ignores SIGTERM.
+
+    Raises:
+        EnvironmentFault: SLURM refuses a step of it; says which.
     """
     refused = list(filter(None, show_job(job).get("ExcNodeList", "").split(",")))
-    complaint = tell("scontrol", "requeuehold", job)
-    for _ in range(40):
-        if complaint:
-            return complaint
+    change = ("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join([*refused, *nodes])}")
+    release = ("scontrol", "release", job)
+    put_back(job, hold=True)
+    deadline = time.monotonic() + HELD
+    while complaint := tell(*change):  # while it ends
+        if time.monotonic() > deadline:
+            raise EnvironmentFault(
+                f"job {job} is in the queue, held, and could not be told to leave out {','.join(nodes)}: {complaint}",
+                f"let it go on without them: {' '.join(change)}, then {' '.join(release)}",
+            )
         time.sleep(0.5)
-        changed = tell("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join([*refused, *nodes])}")
-        if not changed:
-            return tell("scontrol", "release", job)
-    return changed
+    complaint = tell(*release)
+    if complaint:
+        raise EnvironmentFault(f"job {job} is in the queue, held: {complaint}", f"let it go on: {' '.join(release)}")

@@ -4,7 +4,6 @@ import contextlib
 import getpass
 import hashlib
 import itertools
-import json
 import os
 import re
 import shlex
@@ -22,6 +21,7 @@ from loopmem_pretrain.cluster.other_jobs import Follower, after_training, submit
 from loopmem_pretrain.cluster.render import (
     container_settings,
     gpu_options,
+    log_in,
     render,
     site_options,
     site_setup,
@@ -33,6 +33,7 @@ from loopmem_pretrain.config.run import RunConfig, run_problems
 from loopmem_pretrain.config.site import TIME, SiteConfig
 from loopmem_pretrain.data.files import write_file
 from loopmem_pretrain.errors import ConfigError, EnvironmentFault, LoopMemError
+from loopmem_pretrain.metrics_file import METRICS_NAME, read_lines
 from loopmem_pretrain.tools.memory_plan import Layout, stage_memory
 from loopmem_pretrain.tools.plans import USABLE
 from loopmem_pretrain.tools.step_time import step_time
@@ -43,6 +44,8 @@ Launcher = Literal["srun", "torchrun", "deepspeed"]
 Mode = Literal["requeue", "chain", "no"]
 
 PACKAGE = Path(loopmem_pretrain.__file__).parent
+CONFIG = "config.yaml"
+"""Beside the package of a submission."""
 LOCAL = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "ramfs", "overlay")
 """Kinds of filesystems that one node alone sees."""
 SAVE_FACTOR, SLURM_SLACK = 2.0, 60.0
@@ -75,7 +78,8 @@ class Plan(NamedTuple):
     run_dir: Path
     config: RunConfig
     code: Path
-    """Where the package is copied to, and jobs run: a folder of this submission, which no later one touches."""
+    """Where the package is copied to and CONFIG lies, and jobs run: a folder of this submission, which no later one
+    touches."""
     scripts: dict[str, str]
     """By template: that of the training, then those that wait for it, each for the one before."""
     notes: list[str]
@@ -125,6 +129,9 @@ def plan(request: Request, faults: list[LoopMemError] | None = None) -> Plan:
         "pretrain": _script(request, run_dir, code, warning),
         **after_training(request.then, run_dir, job_name(run_dir), code, config.training.device, site),
     }
+    overriding = sorted({name for script in scripts.values() for name in slurm.overriding(script)})
+    if overriding:
+        notes.append(f"not passed on to sbatch, as the scripts say something else: {', '.join(overriding)}")
     return Plan(request.after, run_dir, config, code, scripts, notes)
 
 
@@ -243,18 +250,14 @@ def warning_seconds(run_dir: Path, site: SiteConfig) -> int:
         saves.append(sum(records.read_json(manifest).get("seconds", {}).values()))
     if not saves:
         return site.warning_seconds
-    interval = 0.0
-    metrics = run_dir / "metrics.jsonl"
-    if metrics.exists():
-        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()[-20:]]
-        pairs = itertools.pairwise(lines)
-        interval = max((b["seconds_per_step"] * (b["step"] - a["step"]) for a, b in pairs), default=0.0)
+    lines = [line for line in read_lines(run_dir / METRICS_NAME, last=20) if "seconds_per_step" in line]
+    pairs = itertools.pairwise(lines)
+    interval = max((b["seconds_per_step"] * (b["step"] - a["step"]) for a, b in pairs), default=0.0)
     return max(60, round(SAVE_FACTOR * (max(saves) + interval) + SLURM_SLACK))
 
 
 def _script(request: Request, run_dir: Path, code: Path, warning: int) -> str:
     site, tasks = request.site, request.site.tasks_per_node
-    folder = run_dir / "slurm"
     options: dict[str, str | None] = {
         "job-name": job_name(run_dir),
         "nodes": str(request.nodes + request.spare_nodes),
@@ -263,7 +266,7 @@ def _script(request: Request, run_dir: Path, code: Path, warning: int) -> str:
         "mem": site.memory,
         "time": request.time or site.time,
         "signal": f"B:USR1@{warning}",
-        "output": str(run_dir / "logs" / "job-%j.out"),
+        "output": log_in(run_dir / "logs", "job-%j.out"),
         "chdir": str(code),
         **gpu_options(site),
         **site_options(site),
@@ -273,7 +276,7 @@ def _script(request: Request, run_dir: Path, code: Path, warning: int) -> str:
     if request.after:
         options |= {"dependency": f"afterok:{request.after}", "kill-on-invalid-dep": "yes"}
     settings = {
-        "CONFIG": str(folder / "config.yaml"),
+        "CONFIG": str(code / CONFIG),
         "RUN_DIR": str(run_dir),
         "PYTHON": site.python or sys.executable,
         "LAUNCHER": request.launcher,
@@ -308,9 +311,8 @@ def submit(ready: Plan) -> dict[str, str]:
     for task, script in ready.scripts.items():
         test(task, script)
     folder = ready.run_dir / "slurm"
-    freeze_code(ready.code)
+    freeze(ready.code, CONFIG, dump_config(ready.config))
     (ready.run_dir / "logs").mkdir(exist_ok=True)
-    write_file(folder / "config.yaml", dump_config(ready.config).encode())
     jobs = submit_scripts(folder, ready.scripts)
     from loopmem_pretrain.training.run_folder import git_commit
 
@@ -332,9 +334,19 @@ def code_folder(folder: Path) -> Path:
     return folder / f"code-{time.strftime('%Y%m%dT%H%M%S')}"
 
 
-def freeze_code(folder: Path) -> None:
-    """Copy the package, so that later changes of it do not reach the jobs that start in this folder."""
+def freeze(folder: Path, name: str, configuration: str) -> None:
+    """Copy the package, and write the configuration and the package's commit beside it.
+
+    Later changes of them, and later submissions, do not reach the jobs that start in this folder: a job that is put
+    back into the queue reads all of it again.
+    """
+    from loopmem_pretrain.training.run_folder import COMMIT, git_commit
+
     shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+    write_file(folder / name, configuration.encode())
+    commit = git_commit()
+    if commit:
+        write_file(folder / COMMIT, f"{commit}\n".encode())
 
 
 def test(task: str, script: str) -> str:
@@ -343,9 +355,11 @@ def test(task: str, script: str) -> str:
     Raises:
         EnvironmentFault: it would refuse it, with its reason.
     """
-    command = ["sbatch", "--test-only"]
+    command, environment = ["sbatch", "--test-only"], slurm.sbatch_environment(script)
     try:
-        said = subprocess.run(command, input=script, capture_output=True, text=True, check=False, timeout=60)
+        said = subprocess.run(
+            command, input=script, env=environment, capture_output=True, text=True, check=False, timeout=60
+        )
     except FileNotFoundError:
         raise EnvironmentFault("there is no `sbatch` here", "submit from a login node of the cluster") from None
     if said.returncode:

@@ -47,9 +47,19 @@ def place_from_environment() -> Place:
     """What the launcher says in RANK, LOCAL_RANK and WORLD_SIZE; rank 0 of 1 where RANK is not set.
 
     Raises:
-        EnvironmentFault: a variable is missing or no fitting number.
+        EnvironmentFault: a variable is missing or no fitting number, or this is one of several tasks of srun, each of
+            which would be rank 0 of 1.
     """
     if "RANK" not in os.environ:
+        # Of a step of SLURM; batch scripts and shells of salloc have the number of the job's tasks alone.
+        tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "")
+        if tasks.isdecimal() and int(tasks) > 1 and "SLURM_PROCID" in os.environ:
+            raise EnvironmentFault(
+                f"this is task {os.environ['SLURM_PROCID']} of {tasks} that srun has started, and RANK is not set: "
+                "each of them would train alone",
+                "submit slurm/pretrain.sbatch, or start torchrun in one task a node; where each task is to be a run of "
+                "its own, unset SLURM_STEP_NUM_TASKS",
+            )
         return Place(0, 0, 1)
     local = os.environ.get("SLURM_LOCALID", "0")  # srun alone sets no LOCAL_RANK
     values = {name: os.environ.get(name, local if name == "LOCAL_RANK" else "") for name in _PLACE}

@@ -52,6 +52,8 @@ MAY_CHANGE = (
     "training.deterministic",
 )
 LOCK = ".lock"
+COMMIT = "git_commit"
+"""Beside a copy of the package that has left its source tree, as those of jobs: the commit that it is of."""
 _TIME = "%Y-%m-%dT%H:%M:%S%z"
 _STARTED = time.strftime(_TIME)
 VERSIONS_OF = ("torch", "deepspeed", "megatron-core", "transformers", "numpy", "sentencepiece")
@@ -134,8 +136,10 @@ def environment() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """Commit of the source tree this package runs from, `-dirty` with uncommitted changes; None for a wheel."""
+    """Commit of the source tree this package comes from, `-dirty` with uncommitted changes; None for a wheel."""
     root = Path(__file__).resolve().parents[2]
+    if (root / COMMIT).exists():
+        return (root / COMMIT).read_text(encoding="utf-8").strip()
     if not (root / "setup.py").exists() or not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

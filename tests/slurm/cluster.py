@@ -300,10 +300,23 @@ class Cluster:
 
     def restart_controller(self) -> None:
         """As an administrator does; jobs go on meanwhile."""
+        self.stop_controller()
+        time.sleep(2)
+        self.start_controller()
+
+    def stop_controller(self) -> None:
         self.run("sh", "-c", f"kill $(cat {self.dir}/slurmctld.pid)")
         wait_for(lambda: not (self.dir / "slurmctld.pid").exists(), 20, "slurmctld to end")
-        time.sleep(2)
+
+    def start_controller(self) -> None:
         self.run("slurmctld")
+
+    def freeze_controller(self) -> None:
+        """It takes calls and does not answer, as when it is busy."""
+        self.run("sh", "-c", f"kill -STOP $(cat {self.dir}/slurmctld.pid)")
+
+    def thaw_controller(self) -> None:
+        self.run("sh", "-c", f"kill -CONT $(cat {self.dir}/slurmctld.pid)")
 
     def clean(self) -> None:
         """Between tests: no jobs, all nodes in service."""

@@ -5,10 +5,12 @@ import sys
 
 import pytest
 
+from loopmem_pretrain.config.load import dump_config
+from tests.configs import tiny_run
 from tests.slurm.runs import ROOT, Run
 
 pytestmark = pytest.mark.slow
-FULL = {"HEALTH": "full", "OMP_NUM_THREADS": 1, "SRUN_OPTIONS": "--wait=5"}
+FULL = {"HEALTH": "full", "OMP_NUM_THREADS": 1, "SRUN_OPTIONS": "--wait=20"}
 """The ranks that wait for one that has failed are given up soon."""
 
 ONE_RANK = ("--ntasks-per-node=1", "--gpus-per-node=1")
@@ -18,7 +20,7 @@ import argparse, json, pathlib, sys
 from loopmem_pretrain.cluster import burn_in, slurm
 burn_in.LIMIT = 4
 here = slurm.allocation()
-options = argparse.Namespace(srun="", wrap="", python=sys.argv[1])
+options = argparse.Namespace(srun="", wrap="", python=sys.argv[1], config="none", arguments=[])
 bad = burn_in.check_nodes(options, here, here.nodes, pathlib.Path(sys.argv[2]))
 print(json.dumps([bad, slurm.steps(here.job, burn_in.STEP)]))
 """
@@ -26,6 +28,8 @@ print(json.dumps([bad, slurm.steps(here.job, burn_in.STEP)]))
 
 @pytest.fixture
 def run(cluster, tmp_path):
+    """Its GPUs are only counted, so it has a configuration that wants none."""
+    (tmp_path / "config.yaml").write_text(dump_config(tiny_run(tmp_path / "run", "data")))
     return Run(cluster, tmp_path)
 
 
@@ -35,7 +39,7 @@ def reports(run, restart):
 
 
 def test_healthy_nodes_train(run):
-    run.submit(**FULL)
+    run.submit(**FULL, CONFIG="config.yaml")
     assert run.cluster.wait(run.job, seconds=120) == "COMPLETED"
     assert run.verdicts() == ["done"], run.log()
     assert "all-reduce over 4 ranks: " in run.log()
@@ -43,9 +47,17 @@ def test_healthy_nodes_train(run):
     assert all(report["tflops"] > 0 and report["gb_per_second"] > 0 for report in reports(run, 0))
 
 
+def test_nodes_whose_gpus_cannot_be_used_are_unfit(run):
+    run.submit("training.device=auto", **FULL, CONFIG="config.yaml")
+    assert run.cluster.wait(run.job, seconds=120) == "FAILED"
+    assert run.verdicts() == ["failed"] and "no node is fit" in run.log()
+    assert "node2 is left out: GPUs were granted (SLURM_GPUS_ON_NODE=2, CUDA_VISIBLE_DEVICES=0,1)" in run.log()
+    assert run.trained() == []
+
+
 def test_a_slow_node_is_named_and_left_out(run):
     run.fault(node="node2", burn_in="slow", rank=None)
-    run.submit(**FULL, options=ONE_RANK)
+    run.submit(**FULL, CONFIG="config.yaml", options=ONE_RANK)
     assert run.cluster.wait(run.job, seconds=180) == "COMPLETED"
     assert run.verdicts() == ["lost nodes", "done"], run.log()
     assert "node2 is left out: a matrix product runs at " in run.log()
@@ -55,7 +67,7 @@ def test_a_slow_node_is_named_and_left_out(run):
 
 def test_a_spare_node_steps_in_for_one_that_fails(run):
     run.fault(node="node1", burn_in="exit", rank=None)
-    run.submit(**FULL, SPARE_NODES=1, options=(*ONE_RANK, "--nodes=3"))
+    run.submit(**FULL, CONFIG="config.yaml", SPARE_NODES=1, options=(*ONE_RANK, "--nodes=3"))
     assert run.cluster.wait(run.job, seconds=120) == "COMPLETED"
     assert run.verdicts() == ["done"], run.log()
     assert "node1 is left out: 1 of 1 ranks did not finish a matrix product" in run.log()

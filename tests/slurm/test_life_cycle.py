@@ -42,6 +42,59 @@ def test_scancel_stays_cancelled(run):
 
 
 @pytest.mark.slow
+def test_a_disk_that_is_away_for_a_while(run):
+    """Folders in the places of files stand for it."""
+    run.submit()
+    reaches(run, 12)
+    file, request = run.folder / "slurm" / "starts.jsonl", run.folder / "logs" / f"{run.job}.0" / ".stop.tmp"
+    file.rename(file.with_name("kept"))
+    file.mkdir()
+    request.mkdir()
+    run.cluster.run("scancel", "--signal=USR1", "--batch", run.job)
+    wait_for(lambda: "the ranks cannot be asked to stop: " in run.log(), 10, run.log)
+    request.rmdir()
+    wait_for(lambda: "trying again for 900 s" in run.log(), 30, run.log)
+    file.rmdir()
+    file.with_name("kept").rename(file)
+    assert run.cluster.wait(run.job) == "COMPLETED"
+    assert run.verdicts() == ["interrupted", "done"]
+    assert run.trained() == ONCE
+
+
+@pytest.mark.slow
+def test_a_full_disk_does_not_keep_a_job_from_going_on(run):
+    run.submit()
+    reaches(run, 12)
+    file = run.folder / "slurm" / "starts.jsonl"
+    file.rename(file.with_name("kept"))
+    file.symlink_to("/dev/full")
+    run.cluster.run("scancel", "--signal=USR1", "--batch", run.job)
+    wait_for(lambda: "the verdict could not be written" in run.log(), 30, run.log)
+    file.unlink()
+    file.with_name("kept").rename(file)
+    assert run.cluster.wait(run.job) == "COMPLETED"
+    assert run.verdicts() == ["done"]
+    assert run.trained() == ONCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("words", "verdict"), [(("--signal=USR1", "--batch"), "interrupted"), ((), "ended")])
+def test_what_is_asked_of_a_job_before_its_ranks_are_started(run, words, verdict):
+    """While the nodes are looked at, which takes long here."""
+    tools = run.folder.parent / "tools"
+    tools.mkdir()
+    (tools / "nvidia-smi").write_text("#!/bin/sh\ntouch began\nsleep 5\n")
+    (tools / "nvidia-smi").chmod(0o755)
+    run.submit(PATH=f"{tools}:{run.cluster.env['PATH']}")
+    wait_for((run.folder.parent / "began").exists, 30, run.log)
+    (tools / "nvidia-smi").unlink()
+    run.cluster.run("scancel", *words, run.job)
+    wait_for(lambda: run.verdicts()[:1] == [verdict], 60, run.log)
+    assert run.cluster.wait(run.job) == ("COMPLETED" if words else "CANCELLED")
+    assert run.trained() == (ONCE if words else [])
+
+
+@pytest.mark.slow
 def test_a_killed_rank_is_a_crash_and_the_run_goes_on(run):
     run.fault(kind="kill")
     run.submit()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from loopmem_pretrain.cluster.render import gpu_options, render
+from loopmem_pretrain.cluster.submit import code_folder
 from loopmem_pretrain.config.load import dump_config, load_config
 from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.config.site import SiteConfig
@@ -96,6 +97,37 @@ def test_what_is_refused_leaves_nothing_behind(shell):
     assert shell.cluster.run("squeue", "-h") == ""
 
 
+def test_a_later_submission_leaves_what_an_earlier_one_has_frozen(shell, tmp_path):
+    """Jobs that are held, in a folder whose name looks like a pattern of sbatch."""
+    site, run_dir = tmp_path / "site.yaml", tmp_path / "50%j"
+    site.write_text(f"{SITE.read_text()}sbatch: [--hold]\n")
+    words = (
+        "submit",
+        "--cluster",
+        site,
+        "--nodes",
+        2,
+        "--health",
+        "none",
+        "--config",
+        shell.config,
+        f"run_dir={run_dir}",
+    )
+    shell(*words, "training.micro_batch_size=1")
+    (job,) = shell.cluster.run("squeue", "-h", "-o", "%i").split()
+    (code,) = (run_dir / "slurm").glob("code-*")
+    frozen = (code / "config.yaml").read_text()
+    assert f"CONFIG={code}/config.yaml" in (run_dir / "slurm" / "pretrain.sbatch").read_text()
+    wait_for(lambda: not code_folder(run_dir / "slurm").exists(), 5)
+    shell(*words, "training.micro_batch_size=2")
+    assert len([*(run_dir / "slurm").glob("code-*")]) == 2
+    assert (code / "config.yaml").read_text() == frozen and "micro_batch_size: 1\n" in frozen
+    shell.cluster.run("scontrol", "release", job)
+    log = run_dir / "logs" / f"job-{job}.out"
+    wait_for(lambda: log.exists() and "4 ranks on" in log.read_text(), 60, lambda: str([*run_dir.glob("logs/*")]))
+    assert f"--config {code}/config.yaml" in log.read_text()
+
+
 FOLLOWERS = ("--then", "evaluate", "--then", "convert")
 
 
@@ -110,11 +142,40 @@ def test_what_cannot_follow_is_refused_and_nothing_is_submitted(shell, tmp_path)
     assert shell.cluster.run("squeue", "-h") == ""
 
 
+IN_TURN = (
+    *(sys.executable, "-c"),
+    "import pathlib, sys\nfrom loopmem_pretrain.cluster.other_jobs import submit_in_turn\n"
+    "print(*submit_in_turn([*map(pathlib.Path, sys.argv[1:])]))",
+)
+"""`submit_in_turn` of the scripts that follow."""
+
+
+def test_the_lines_of_a_script_count_not_what_a_user_has_set(cluster, tmp_path):
+    """sbatch itself would take the variables."""
+    lines = ["#!/bin/bash", "#SBATCH --time=7", "#SBATCH --mem=5M", "#SBATCH --requeue", "#SBATCH --output=/dev/null"]
+    (tmp_path / "script").write_text("\n".join([*lines, "sleep 600\n"]))
+    set_by_user = {"TIMELIMIT": 3, "MEM_PER_CPU": "2M", "NO_REQUEUE": 1, "WAIT": 1, "GRES": "gpu:1"}
+    variables = {f"SBATCH_{name}": value for name, value in set_by_user.items()}
+    job = cluster.run(*IN_TURN, tmp_path / "script", PYTHONPATH=ROOT, **variables)
+    shown = cluster.show(job)
+    assert (shown["TimeLimit"], shown["MinMemoryNode"], shown["Requeue"]) == ("00:07:00", "5M", "1")
+    assert shown["TresPerNode"] == "gres:gpu:1", "the script says nothing about it"
+
+
+def test_when_a_job_ends_whatever_the_user_likes_to_see(cluster):
+    code = "import sys, time\nfrom loopmem_pretrain.cluster import slurm\njob = sys.argv[1]\n"
+    code += "print(slurm.end_time(job) - time.time(), slurm.is_running(job))"
+    job = cluster.sbatch("--output=/dev/null", "--time=5", "--wrap=sleep 100")
+    cluster.wait(job, "RUNNING", seconds=20)
+    liked = {"SLURM_TIME_FORMAT": "relative", "SQUEUE_STATES": "PENDING"}
+    left, running = cluster.run(sys.executable, "-c", code, job, PYTHONPATH=ROOT, **liked).split()
+    assert 200 < float(left) <= 301 and running == "True"
+
+
 def test_a_submission_that_fails_takes_back_those_before_it(cluster, tmp_path):
     (tmp_path / "waits.sbatch").write_text("#!/bin/bash\nsleep 600\n")
-    code = "import sys\nfrom loopmem_pretrain.cluster.other_jobs import submit_in_turn\nsubmit_in_turn(sys.argv[1:])"
     scripts = [tmp_path / "waits.sbatch", tmp_path / "waits.sbatch", tmp_path / "gone.sbatch"]
-    said = cluster.run(sys.executable, "-c", code, *scripts, PYTHONPATH=ROOT, SBATCH_OUTPUT="/dev/null", check=False)
+    said = cluster.run(*IN_TURN, *scripts, PYTHONPATH=ROOT, SBATCH_OUTPUT="/dev/null", check=False)
     jobs = re.search(r"submitted before it, now cancelled: (\d+), (\d+)", said)
     assert jobs and "gone.sbatch" in said, said
     assert [cluster.wait(job, seconds=30) for job in jobs.groups()] == ["CANCELLED", "CANCELLED"]
@@ -254,6 +315,17 @@ def test_the_whole_chain(cluster, tmp_path):
     failing = cluster.run(ROOT / "slurm" / "chain.sh", **{**values, "RECIPE": tmp_path / "nowhere.yaml"})
     last = failing.split()[-1]
     assert cluster.wait(last, seconds=120) == "CANCELLED", "what waits for a job that failed is taken out"
+
+
+def test_chain_has_an_element_for_the_last_line_too(cluster, tmp_path):
+    """Also where it does not end."""
+    (tmp_path / "inputs").write_text("a\nb\nc")
+    held = f"--hold --output=/dev/null --chdir={tmp_path}"
+    values = {f"{name}_OPTIONS": held for name in ("PREPARE", "CONVERT", "EVALUATE")}
+    values |= dict.fromkeys(("RECIPE", "OUTPUT", "CONFIG", "RUN_DIR", "OUT"), "x")
+    values |= {"INPUTS": tmp_path / "inputs", "TRAIN_OPTIONS": f"{held} --gpus-per-node=2 --ntasks-per-node=2"}
+    said = cluster.run(ROOT / "slurm" / "chain.sh", **values)
+    assert cluster.show(said.split()[3].strip(","))["ArrayTaskId"] == "1-3", said
 
 
 def test_chain_refuses_what_it_cannot_wait_for(tmp_path):

@@ -1,16 +1,22 @@
 """What is decided from files and variables: places of ranks, budgets, fences, health, the summary of a run."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
+import torch
 
 from loopmem_pretrain import control
 from loopmem_pretrain.checkpoint.store import CheckpointStore
 from loopmem_pretrain.cluster import accounting, burn_in, chain, health, manage, records
 from loopmem_pretrain.cluster.job import Heartbeat, what_ranks_said
 from loopmem_pretrain.cluster.rank import node_command, place
-from loopmem_pretrain.cluster.slurm import job_fields, was_cancelled
+from loopmem_pretrain.cluster.slurm import Allocation, end_time, job_fields, was_cancelled
+from loopmem_pretrain.config.load import dump_config
 from loopmem_pretrain.errors import ConfigError, EnvironmentFault
+from tests.configs import tiny_run
 
 TASK = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "LOOPMEM_RANKS_PER_NODE": "4"}
 
@@ -43,6 +49,27 @@ def test_a_node_starts_its_ranks(launcher, module):
     assert command[-3:] == ["loopmem_pretrain.cluster.rank", "train", "a b"]
 
 
+def test_deepspeed_gives_ranks_the_devices_that_slurm_has_granted(tmp_path):
+    """Its launcher, with a program that says what it is given in the place of the rank."""
+    said = "import os; open(os.environ['LOCAL_RANK'], 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])"
+    (tmp_path / "says.py").write_text(said)
+    variables = {"SLURM_NODEID": "1", "SLURM_NNODES": "2", "MASTER_ADDR": "n1", "MASTER_PORT": "20001"}
+    variables |= {"LOOPMEM_RANKS_PER_NODE": "2", "LOOPMEM_LAUNCHER": "deepspeed"}
+    variables["CUDA_VISIBLE_DEVICES"] = "4,GPU-bb,6"
+    command = [*node_command(variables, [])[:-1], "says"]
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, **variables, "PYTHONPATH": str(tmp_path)}, check=True)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["4,GPU-bb"] * 2
+    with pytest.raises(EnvironmentFault, match="node 1 is to start 2 ranks and sees GPUs 3"):
+        node_command({**variables, "CUDA_VISIBLE_DEVICES": "3"}, [])
+
+
+def test_ranks_meet_at_another_port_in_each_start():
+    """Of 20 restarts of a job, and of the jobs around it."""
+    jobs = [(number, restart) for number in range(12_345_670, 12_345_690) for restart in range(20)]
+    ports = {Allocation(str(job), restart, "name", ["a"], 1, None).port for job, restart in jobs}
+    assert len(ports) == len(jobs) and min(ports) >= 20_000 and max(ports) < 30_000
+
+
 def crash(checkpoint):
     return {"event": "end", "verdict": "crashed", "checkpoint": checkpoint}
 
@@ -60,6 +87,8 @@ def test_half_a_line_of_the_records_is_left_out(tmp_path):
     with records.starts_file(tmp_path).open("a") as file:
         file.write('{"event": "end", "verd')
     assert len(records.read(tmp_path)) == 1
+    records.append(tmp_path, crash(20))
+    assert [line["checkpoint"] for line in records.read(tmp_path)] == [10, 20], "the next line is whole"
 
 
 def test_a_start_that_was_replaced_may_not_write(tmp_path, monkeypatch):
@@ -127,6 +156,29 @@ def test_nodes_are_judged_by_their_slowest_rank():
     assert set(burn_in.judge(["a", "b"], 2, [])) == {"a", "b"}, "no rank got so far"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its GPUs are used")
+@pytest.mark.parametrize(
+    ("device", "variables", "is_unfit"),
+    [
+        ("auto", {"SLURM_GPUS_ON_NODE": "2", "CUDA_VISIBLE_DEVICES": "0,1"}, True),
+        ("auto", {"CUDA_VISIBLE_DEVICES": "GPU-aa"}, True),
+        ("auto", {"SLURM_GPUS_ON_NODE": "0", "CUDA_VISIBLE_DEVICES": ""}, False),
+        ("cpu", {"SLURM_GPUS_ON_NODE": "2", "CUDA_VISIBLE_DEVICES": "0,1"}, False),
+    ],
+)
+def test_a_rank_without_the_gpus_it_was_granted_is_unfit(tmp_path, monkeypatch, device, variables, is_unfit):
+    for name in ("SLURM_GPUS_ON_NODE", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    config = tmp_path / "config.yaml"
+    config.write_text(dump_config(tiny_run(tmp_path / "run", "data")))
+    problem = burn_in.missing_gpus(str(config), ["--stop-at-step", "5", f"training.device={device}"])
+    assert ("GPUs were granted" in problem and "and torch finds none: " in problem) if is_unfit else problem == ""
+    unfit = burn_in.judge(["a", "b"], 1, [{"node": "a", "problem": problem or "x"}, measured("b", 600.0)])
+    assert unfit == {"a": [problem or "x"]}
+
+
 def test_a_node_reports_on_itself(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURMD_NODENAME", "here")
     health.report_on_this_node(tmp_path)
@@ -174,6 +226,16 @@ def test_a_heartbeat_that_stands_still(tmp_path, monkeypatch):
         assert watch.stands_still() is hangs, now
 
 
+def test_what_cannot_be_said_ends_nothing():
+    with open("/dev/full", "w") as full:
+        command = [
+            sys.executable,
+            "-c",
+            "from loopmem_pretrain.cluster import job; job.say('x'); print('y', file=job.sys.stderr)",
+        ]
+        assert subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=True).stderr == "y\n"
+
+
 def test_the_ranks_errors_are_told_once(tmp_path):
     for rank in range(3):
         text = "loopmem: error: bad key\n  what to do: mend it\n" if rank else "all well\n"
@@ -193,6 +255,19 @@ def test_the_ranks_errors_are_told_once(tmp_path):
 )
 def test_cancelled_or_ended_by_slurm(job, cancelled):
     assert was_cancelled(job) is cancelled
+
+
+def test_a_finish_time_that_cannot_be_read(tmp_path, monkeypatch):
+    """Two things that a cluster of the tests never says."""
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    for said, expected in (("Unknown", None), ("in a minute", "EndTime=in a minute")):
+        (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho 'JobId=7 EndTime={said}'\n")
+        (tmp_path / "scontrol").chmod(0o755)
+        if expected is None:
+            assert end_time("7") is None
+        else:
+            with pytest.raises(EnvironmentFault, match=expected):
+                end_time("7")
 
 
 SHOWN = """\
@@ -278,7 +353,8 @@ def test_the_summary_of_a_run(tmp_path):
     records.starts_file(tmp_path).write_text("".join(json.dumps(line) + "\n" for line in lines))
     steps = [(5, 100.0), (10, 100.0), (15, 100.0), (15, 90.0), (20, 90.0), (30, 90.0)]
     text = "".join(json.dumps({"step": step, "seconds_per_step": seconds}) + "\n" for step, seconds in steps)
-    (tmp_path / "metrics.jsonl").write_text(text)
+    torn = b'{"step": 11, "seconds_per\n\0\0\xff\n'
+    (tmp_path / "metrics.jsonl").write_bytes(torn + text.encode() + torn)
     said = manage.status(str(tmp_path))
     assert "2 starts, 8.00 rank hours, 39% of them in steps that count; 5 steps trained again" in said
     assert "ends: 1 crashed, 1 done" in said

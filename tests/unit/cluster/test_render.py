@@ -1,13 +1,16 @@
 """Job scripts: what is filled into a template, what is refused, and that plans add up. Without SLURM."""
 
 import difflib
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from loopmem_pretrain.cli import main
+from loopmem_pretrain.cluster import prepare
 from loopmem_pretrain.cluster.render import (
     container_settings,
     gpu_options,
@@ -15,10 +18,11 @@ from loopmem_pretrain.cluster.render import (
     site_options,
     site_setup,
 )
-from loopmem_pretrain.cluster.submit import Request, plan, warning_seconds
+from loopmem_pretrain.cluster.submit import Request, freeze, plan, warning_seconds
 from loopmem_pretrain.config.load import dump_config, load_config
 from loopmem_pretrain.config.site import SiteConfig
 from loopmem_pretrain.errors import ConfigError, EnvironmentFault
+from loopmem_pretrain.training.run_folder import git_commit
 from tests.configs import tiny_run
 
 ROOT = Path(__file__).parents[3]
@@ -110,6 +114,31 @@ def test_containers_stay_around_the_ranks_only():
     pyxis = container_settings(site(container={**box, "kind": "pyxis"}), ["/run"], Path("/run/code"))
     mounts = "--container-mounts=/data:/data,/run:/run --container-workdir=/run/code"
     assert pyxis["SRUN_OPTIONS"] == f"'--container-image=my image.sif' {mounts}"
+
+
+def test_a_percent_sign_in_a_folder_is_no_pattern(tmp_path):
+    """Of the logs of all jobs; tests/slurm has one written."""
+    folder, recipe = tmp_path / "50%j", tmp_path / "recipe.yaml"
+    of = request(tmp_path, [f"run_dir={folder}", "training.micro_batch_size=1"], then=("convert", "evaluate"))
+    (tmp_path / "text.txt").write_text("A text.\n")
+    recipe.write_text(
+        f"output_dir: {folder}\nsources: [{{paths: [{tmp_path}/text.txt], origin: made, license: none}}]\n"
+        f"tokenizer: {{path: {tmp_path}/none, train: {{vocab_size: 320}}}}\n"
+    )
+    scripts = {**plan(of).scripts, **prepare.plan(str(recipe), [], site(), 2).scripts}
+    names = [Path(options_of(script)["output"]).relative_to(f"{tmp_path}/50%%j") for script in scripts.values()]
+    logs = ["logs/job-%j.out", "logs/convert-%j.out", "logs/evaluate-%j.out"]
+    assert [*map(str, names)] == [*logs, "slurm/train_tokenizer-%j.out", "slurm/prepare_data-%A_%a.out"]
+
+
+def test_what_is_frozen_knows_its_commit(tmp_path):
+    freeze(tmp_path / "code", "config.yaml", "a: 1\n")
+    assert (tmp_path / "code" / "config.yaml").read_text() == "a: 1\n"
+    code = "from loopmem_pretrain.training import run_folder; print(run_folder.__file__, run_folder.git_commit())"
+    command = [sys.executable, "-c", code]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "code")}
+    said = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
+    assert said == [f"{tmp_path}/code/loopmem_pretrain/training/run_folder.py", str(git_commit())]
 
 
 def followers(tmp_path, **fields):
@@ -295,6 +324,6 @@ def test_the_warning_comes_from_what_saves_took(tmp_path):
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text('{"seconds": {"copy": 20.0, "write": 100.0}}')
     (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 10, "seconds_per_step": 4.0}\n{"step": 20, "seconds_per_step": 4.0}\n'
+        '{"step": 10, "seconds_per_step": 4.0}\n{"step": 15, "sec\n{"step": 20, "seconds_per_step": 4.0}\n'
     )
     assert warning_seconds(tmp_path, site()) == 2 * (120 + 40) + 60

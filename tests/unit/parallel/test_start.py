@@ -129,6 +129,19 @@ def test_place_of_a_process_started_alone(monkeypatch):
     assert place_from_environment() == (0, 0, 1)
 
 
+@pytest.mark.parametrize(("tasks", "alone"), [(None, True), ("1", True), ("8", False)])
+def test_place_of_a_task_of_srun(monkeypatch, tasks, alone):
+    """A batch script has SLURM_PROCID and SLURM_NTASKS too."""
+    monkeypatch.delenv("RANK", raising=False)
+    for name, value in (("SLURM_PROCID", "3"), ("SLURM_NTASKS", "8"), ("SLURM_STEP_NUM_TASKS", tasks)):
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    if alone:
+        assert place_from_environment() == (0, 0, 1)
+    else:
+        with pytest.raises(EnvironmentFault, match="this is task 3 of 8 that srun has started"):
+            place_from_environment()
+
+
 def test_place_of_a_rank(monkeypatch):
     for name, value in (("RANK", "3"), ("WORLD_SIZE", "8")):
         monkeypatch.setenv(name, value)
