@@ -104,9 +104,10 @@ def missing_gpus(config: str, arguments: Sequence[str]) -> str:
 
     from loopmem_pretrain.config.load import load_config
     from loopmem_pretrain.config.run import RunConfig
+    from loopmem_pretrain.training.hardware import gpus_given
 
-    on_node, visible = os.environ.get("SLURM_GPUS_ON_NODE", "0"), os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if torch.cuda.is_available() or (on_node in ("", "0") and visible in ("", "-1", "NoDevFiles")):
+    given = gpus_given(os.environ)
+    if torch.cuda.is_available() or not given:
         return ""
     overrides = [word for word in arguments if "=" in word and not word.startswith("-")]
     try:
@@ -120,8 +121,7 @@ def missing_gpus(config: str, arguments: Sequence[str]) -> str:
         reason = str(error).splitlines()[0]
     else:
         reason = "no device"
-    said = f"SLURM_GPUS_ON_NODE={on_node}, CUDA_VISIBLE_DEVICES={visible}"
-    return "" if device == "cpu" else f"GPUs were granted ({said}), and torch finds none: {reason}"
+    return "" if device == "cpu" else f"GPUs were granted ({given}), and torch finds none: {reason}"
 
 
 def measure(folder: Path, config: str, arguments: Sequence[str]) -> None:
