@@ -2,7 +2,7 @@
 
 Five optimizer steps: losses, gradient norms, the gradients of the first step, parameters and statistics. `make test`
 runs a subset of the matrix in which every pair of choices occurs; `make test-all` the full product, 3,696 runs, which
-take some six hours on two cores; with LOOPMEM_SHARD=2/7 the second seventh of it, so that machines can share it.
+take some two hours on two cores; with LOOPMEM_SHARD=2/7 the second seventh of it, so that machines can share it.
 """
 
 import itertools
