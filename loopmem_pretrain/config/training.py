@@ -22,7 +22,8 @@ class TrainingConfig(Section):
     """Of activations and working weights; master weights, sums of gradients and halting are float32 in both, but that
     ZeRO 2 and 3 reduce the gradients of a micro-batch over ranks in bf16."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """`auto` takes the GPU where there is one; `cuda` refuses to start without."""
+    """`auto` takes the GPU where there is one, and refuses to start without one that CUDA_VISIBLE_DEVICES or SLURM
+    speaks of; `cuda` refuses to start without."""
     deterministic: bool = False
     """Ask torch for deterministic kernels only: two runs give identical losses, at some speed."""
     activation_checkpointing: Literal["none", "loop"] = "none"
