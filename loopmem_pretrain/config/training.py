@@ -88,7 +88,8 @@ class EvaluationConfig(Section):
     tasks: tuple[str, ...] = ()
     """Suites (commonsense, math) and single tasks, as in `loopmem eval --tasks`."""
     data_dir: FilePath | None = None
-    """Folder with their .jsonl files; unset reads them from the Hugging Face hub at every start."""
+    """Folder with their .jsonl files; unset reads them from the Hugging Face hub at every
+    start, on every rank: with many ranks give a folder."""
     interval_steps: int = Field(default=1000, gt=0)
     """Steps between evaluations; the last step evaluates too."""
     limit: int = Field(default=64, gt=0)
