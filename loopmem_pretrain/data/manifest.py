@@ -235,22 +235,9 @@ def verify_shards(folder: str | Path, manifest: Manifest, hashes: bool) -> None:
         DataError: naming every file that is missing or differs, with what was expected and what was found.
     """
     root = Path(folder)
-    problems: list[str] = []
-
-    def check(name: str, size: int | None, sha256: str) -> None:
-        path = root / name
-        if not path.is_file():
-            problems.append(f"{path}: missing")
-        elif size is not None and path.stat().st_size != size:
-            problems.append(f"{path}: {path.stat().st_size:,} bytes, expected {size:,}")
-        elif hashes and (found := sha256_file(path)) != sha256:
-            problems.append(f"{path}: sha256 {found}, expected {sha256}")
-
-    check(manifest.tokenizer.file, None, manifest.tokenizer.sha256)
+    problems = _file_problems(root / manifest.tokenizer.file, None, manifest.tokenizer.sha256 if hashes else None)
     for split in manifest.splits.values():
-        for shard in split.shards:
-            check(f"{shard.prefix}.bin", shard.bin_bytes, shard.bin_sha256)
-            check(f"{shard.prefix}.idx", shard.idx_bytes, shard.idx_sha256)
+        problems += _shard_problems(root, split.shards, hashes)
     if problems:
         raise DataError(f"{root} does not hold what its manifest says\n  " + "\n  ".join(problems), again(root))
 
@@ -261,15 +248,29 @@ def require_files(folder: Path, shards: Iterable[Shard]) -> None:
     Raises:
         DataError: naming every file that is missing or has another size.
     """
-    problems = []
-    for shard in shards:
-        for suffix, size in (("bin", shard.bin_bytes), ("idx", shard.idx_bytes)):
-            path = folder / f"{shard.prefix}.{suffix}"
-            found = path.stat().st_size if path.is_file() else None
-            if found != size:
-                problems.append(f"{path}: {'missing' if found is None else f'{found:,} bytes, expected {size:,}'}")
+    problems = _shard_problems(folder, shards, hashes=False)
     if problems:
         raise DataError(f"{folder} has lost finished shards\n  " + "\n  ".join(problems), again(folder))
+
+
+def _shard_problems(folder: Path, shards: Iterable[Shard], hashes: bool) -> list[str]:
+    problems: list[str] = []
+    for shard in shards:
+        path = folder / shard.prefix
+        problems += _file_problems(Path(f"{path}.bin"), shard.bin_bytes, shard.bin_sha256 if hashes else None)
+        problems += _file_problems(Path(f"{path}.idx"), shard.idx_bytes, shard.idx_sha256 if hashes else None)
+    return problems
+
+
+def _file_problems(path: Path, size: int | None, sha256: str | None) -> list[str]:
+    """What is wrong with a file; None is not compared."""
+    if not path.is_file():
+        return [f"{path}: missing"]
+    if size is not None and path.stat().st_size != size:
+        return [f"{path}: {path.stat().st_size:,} bytes, expected {size:,}"]
+    if sha256 is not None and (found := sha256_file(path)) != sha256:
+        return [f"{path}: sha256 {found}, expected {sha256}"]
+    return []
 
 
 def _describe(detail: Any) -> str:

@@ -99,9 +99,12 @@ def prepare(config: PrepareConfig, progress: Progress = silent) -> Manifest:
         )
         pool = start_pool(num_processes(config), task)
         try:
-            begin_or_continue(config, journal, files, tokenizer, pool, progress)
+            found = begin_or_continue(config, journal, files, tokenizer, pool, progress)
             copy_tokenizer(tokenizer, folder / _TOKENIZER_FOLDER)
-            return _Run(config, folder, journal, files, tokenizer, task, progress).execute(pool)
+            run = _Run(config, folder, journal, files, tokenizer, task, progress)
+            run.tokenize(pool)
+            refuse_changed_sources(found)
+            return run.finish()
         except BrokenProcessPool as error:
             raise EnvironmentFault(
                 "a tokenizing process was killed, most often because memory ran out",
@@ -143,7 +146,8 @@ class _Run:
         self.sizes = [sum(path.stat().st_size for path in paths) for paths in files]
         self.total = sum(self.sizes) if all(source.kind == "files" for source in config.sources) else None
 
-    def execute(self, pool: ProcessPoolExecutor) -> Manifest:
+    def tokenize(self, pool: ProcessPoolExecutor) -> None:
+        """All that is left, up to the journal's last entry."""
         limit = _IN_FLIGHT * num_processes(self.config)
         pending: deque[tuple[Batch, Future[dict[SplitName, Tokens]]]] = deque()
         for batch in self._batches():
@@ -155,7 +159,6 @@ class _Run:
         entries = self.journal.entries
         if not entries or entries[-1].source < len(self.files) or any(w.documents for w in self.writers.values()):
             self._commit(len(self.files), Cursor(), self._counts())
-        return self._finish()
 
     def _batches(self) -> Iterator[Batch]:
         for index in range(self.source, len(self.config.sources)):
@@ -211,7 +214,8 @@ class _Run:
         }
         self.progress(done, self.total, info)
 
-    def _finish(self) -> Manifest:
+    def finish(self) -> Manifest:
+        """The manifest, which makes the folder complete."""
         splits: dict[SplitName, Split] = {}
         for name in _SPLITS:
             shards = self._shards(name)
@@ -232,7 +236,6 @@ class _Run:
                 "run again",
             )
         assert self.journal.header is not None
-        refuse_changed_sources(self.journal.header)
         manifest = Manifest(
             tokenizer=_tokenizer_record(self.tokenizer),
             dtype=self.task.dtype,

@@ -1,5 +1,6 @@
 """Whether a folder, begun or complete, was made from the recipe, tokenizer and sources at hand."""
 
+from collections.abc import Iterable
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,11 @@ def begin_or_continue(
     tokenizer: Tokenizer,
     pool: Executor,
     progress: Progress,
-) -> None:
+) -> list[SourceFile]:
     """Write the journal's first line, or see that it still describes recipe, tokenizer and sources.
+
+    Returns:
+        The files as they are now; one whose content is what it was may have another time than in the journal.
 
     Raises:
         DataError: with every difference, old -> new.
@@ -67,10 +71,11 @@ def begin_or_continue(
     now = tuple(tuple(_describe(path, {**known, **hashed}) for path in group) for group in files)
     if old is None:
         journal.begin(Header(recipe=recipe, tokenizer_sha256=tokenizer.sha256, eos_id=tokenizer.eos_id, files=now))
-        return
+        return [file for group in now for file in group]
     hashes = {file.path: file.sha256 for group in old.files for file in group}
     changed = [f"{file.path}: other content" for group in now for file in group if hashes[file.path] != file.sha256]
     _refuse(changed, folder, "begun")
+    return [file for group in now for file in group]
 
 
 def check_complete(config: PrepareConfig, manifest: Manifest, folder: Path) -> None:
@@ -90,22 +95,26 @@ def check_complete(config: PrepareConfig, manifest: Manifest, folder: Path) -> N
     _refuse(different, folder, "made")
 
 
-def refuse_changed_sources(header: Header) -> None:
-    """See that no file has changed since the run began: the manifest will say that the shards are of it.
+def refuse_changed_sources(files: Iterable[SourceFile]) -> None:
+    """See that no file has changed since `begin_or_continue`: the manifest will say that the shards are of it.
 
     Raises:
         DataError: naming every file that has.
     """
-    changed = []
-    for file in (file for group in header.files for file in group):
-        path = Path(file.path)
-        if not path.exists() or _key(path) != (file.path, file.mtime_ns) or path.stat().st_size != file.bytes:
-            changed.append(f"{path}: changed or removed")
+    changed = [f"{file.path}: changed or removed" for file in files if not _is_as_before(file)]
     if changed:
         raise DataError(
             "sources were not left alone while they were read\n  " + "\n  ".join(changed),
             "when they are written, delete the output_dir and prepare it again: shards may hold parts of both",
         )
+
+
+def _is_as_before(file: SourceFile) -> bool:
+    try:
+        found = Path(file.path).stat()
+    except FileNotFoundError:
+        return False
+    return (found.st_mtime_ns, found.st_size) == (file.mtime_ns, file.bytes)
 
 
 def source_records(config: PrepareConfig, header: Header) -> list[Source]:

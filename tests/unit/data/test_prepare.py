@@ -324,6 +324,15 @@ def test_a_refused_tokenizer_leaves_nothing_behind(corpus: Path, tmp_path: Path)
     assert load_tokenizer(tmp_path / "out/tokenizer").kind == "huggingface"
 
 
+def test_a_source_of_another_time_and_the_same_content_goes_on(corpus: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"".join((corpus / f"{i}.jsonl").read_bytes() for i in range(3)))
+    sources = (SourceConfig(paths=(str(path),), origin="test", license="CC0"),)
+    interrupt(corpus, tmp_path / "out", sources=sources)
+    os.utime(path, ns=(1, 1))
+    assert prepare(recipe(corpus, tmp_path / "out", sources=sources)).counts.documents_kept == len(DOCUMENTS)
+
+
 def test_a_source_that_grows_while_it_is_read(corpus: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes((corpus / "0.jsonl").read_bytes())
