@@ -6,6 +6,7 @@
       .incomplete-step_00001000  being written, or left by a run that died; never read, removed by the next save
       abandoned-step_...-at-...  of a branch that was left by going back; never read or removed
       damaged-step_...           what a resume could not use; never read or removed
+      replaced-step_...          written again; removed as soon as the new one is in its place
 
 Written to `.incomplete-...`, flushed to disk, renamed, then `latest` moves: a reader never meets half of one.
 """
@@ -97,6 +98,9 @@ class CheckpointStore:
             return None, f"{pointer} cannot be read: {error.strerror}"
         step = step_of(text)
         if step not in self.steps():
+            replaced = self.folder / f"replaced-{text}"
+            if step is not None and replaced.is_dir():
+                return None, f"{pointer} names {text}, a kill in the midst of a save left it as {replaced}: rename it"
             return None, f"{pointer} names {text if text.isprintable() else ascii(text)}, which is not there"
         return step, ""
 
@@ -133,13 +137,15 @@ class CheckpointStore:
         control.refuse_if_replaced(self.folder.parent)
         replaced = None
         if target.exists():  # the same step again, after an older one was resumed by hand or a spike undone
-            replaced = self._hide(target)
+            # Under a name that counts for nothing, but stays: a kill before the next renaming must not lose both.
+            replaced = self._set_aside(target.name, f"replaced-{target.name}")
         self._abandon_after(step)
         os.rename(source, target)
         sync_folder(self.folder)
         write_file(self.folder / "latest", f"{target.name}\n".encode())
         if replaced is not None:
-            _delete(replaced)  # last: it may take long, and a kill meanwhile must find the new one in its place
+            # Last: it may take long, and a kill meanwhile must find the new one in its place.
+            _delete(self._hide(replaced))
         return target
 
     def fall_back(self, chosen: Path, damaged: Iterable[Path]) -> None:
@@ -168,12 +174,13 @@ class CheckpointStore:
             if later > step:
                 self._set_aside(self.name(later), f"abandoned-{self.name(later)}-at-{step}")
 
-    def _set_aside(self, name: str, aside: str) -> None:
-        """Rename a checkpoint; one that was set aside under that name before stays."""
+    def _set_aside(self, name: str, aside: str) -> Path:
+        """Rename a checkpoint and return where it is; one that was set aside under that name before stays."""
         number, free = 1, aside
         while (self.folder / free).exists():
             number, free = number + 1, f"{aside}-{number + 1}"
         os.rename(self.folder / name, self.folder / free)
+        return self.folder / free
 
     def kept(self, config: CheckpointConfig) -> dict[int, list[str]]:
         """Why each checkpoint is kept, oldest first; one without a reason may be removed.

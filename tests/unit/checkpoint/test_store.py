@@ -218,7 +218,29 @@ def test_the_replaced_one_is_removed_when_the_new_one_is_in_its_place(tmp_path, 
 
     monkeypatch.setattr("loopmem_pretrain.checkpoint.store._delete", look)
     publish(tmp_path, 5)
-    assert removed == [(".incomplete-step_00000005-removed", "step_00000005")]
+    assert removed == [(".incomplete-replaced-step_00000005-removed", "step_00000005")]
+
+
+def test_a_kill_between_the_two_renamings_loses_neither(tmp_path, monkeypatch):
+    publish(tmp_path, 5)
+    rename = os.rename
+
+    def killed(source, target):
+        if os.path.basename(source).startswith(".incomplete"):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        publish(tmp_path, 5)
+    monkeypatch.undo()
+
+    store = CheckpointStore(tmp_path)
+    store.discard_incomplete()  # what the next save begins with
+    with pytest.raises(CheckpointError, match=r"left it as .*replaced-step_00000005: rename it"):
+        store.candidates()
+    rename(store.folder / "replaced-step_00000005", store.folder / "step_00000005")
+    verify(store.latest())
 
 
 def test_incomplete_checkpoints_are_never_seen(tmp_path):
