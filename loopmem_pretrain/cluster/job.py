@@ -257,7 +257,9 @@ class Job:
     def _judge(self, code: int, hangs: bool, before: records.Record) -> Ending:
         owner = control.owner(self.run_dir)
         if owner != self.here.start:  # this node was cut off and is back: the job that SLURM knows is another start
-            return Ending("ended", f"start {owner} has taken over", EnvironmentFault.exit_code)
+            gone = f"{self.run_dir / control.FENCE} is gone, which says whether another start has taken over"
+            reason = f"start {owner} has taken over" if owner else gone
+            return Ending("ended", reason, EnvironmentFault.exit_code)
         status = records.read_json(self.run_dir / "status.json")
         fresh = {} if status == before else status
         reason = str(fresh.get("reason", f"srun ended with {code}"))
@@ -431,6 +433,7 @@ def report(complaint: str) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
+    os.environ["SLURM_EXPORT_ENV"] = "ALL"  # or srun withholds from ranks what `sbatch --export` withheld from this job
     try:
         return Job(parser().parse_args(arguments)).run()
     except (LoopMemError, OSError) as error:

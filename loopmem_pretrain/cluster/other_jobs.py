@@ -68,7 +68,7 @@ def one_task(job: Job, site: SiteConfig) -> str:
     }
     container = container_words(site, job.folders, job.code, job.gpu)
     if site.container and site.container.kind == "pyxis":
-        container = ["srun", f"--cpus-per-task={cpus}", *container]
+        container = ["srun", "--export=ALL", f"--cpus-per-task={cpus}", *container]
     python = site.container.python if site.container else site.python or sys.executable
     settings = {"PYTHON": python, "WRAP": shlex.join(container), **job.settings}
     return render(template_of(job.task), options, settings, site_setup(site), job.arguments)

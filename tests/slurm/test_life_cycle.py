@@ -41,6 +41,24 @@ def test_scancel_stays_cancelled(run):
     assert run.cluster.run("squeue", "-h") == ""
 
 
+def test_ranks_get_what_the_job_tells_them_however_little_it_was_given(run):
+    given = "--export=PATH,PYTHONPATH,CONFIG,RUN_DIR,PYTHON,RANK_PYTHON,SLURM_CONF"
+    run.submit(options=(given,))
+    assert run.cluster.wait(run.job) == "COMPLETED", run.log()
+    assert run.verdicts() == ["done"]
+
+
+@pytest.mark.slow
+def test_without_the_fence_nothing_is_started_again(run):
+    run.fault(kind="kill", step=35)
+    run.submit()
+    reaches(run, 12)
+    (run.folder / "fence").unlink()
+    assert run.cluster.wait(run.job) == "FAILED"
+    assert run.verdicts() == ["ended"]
+    assert "fence is gone" in run.log()
+
+
 @pytest.mark.slow
 def test_a_disk_that_is_away_for_a_while(run):
     """Folders in the places of files stand for it."""
