@@ -183,7 +183,11 @@ def test_an_evaluation_without_gpus(tmp_path):
     [
         ("apptainer", "convert", "<exec><--bind=/d,{run}><my image>"),
         ("apptainer", "evaluate", "<exec><--nv><--bind=/d,{run}><my image>"),
-        ("pyxis", "evaluate", "<--export=ALL><--cpus-per-task=12><--container-image=my image><--container-mounts=/d:/d,{run}:{run}>"),
+        (
+            "pyxis",
+            "evaluate",
+            "<--export=ALL><--cpus-per-task=12><--container-image=my image><--container-mounts=/d:/d,{run}:{run}>",
+        ),
     ],
 )
 def test_what_follows_runs_in_the_container(tmp_path, kind, task, words):
