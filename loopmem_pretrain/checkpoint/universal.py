@@ -150,7 +150,13 @@ def _merge_into(folder: Path, checkpoint: Path, names: Mapping[str, str], shapes
     noise = io.StringIO()
     try:
         _check_names(checkpoint, names)
-        with weights_only(checkpoint), _mapped(), contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
+        with (
+            weights_only(checkpoint),
+            _mapped(),
+            _tied_once(),
+            contextlib.redirect_stdout(noise),
+            contextlib.redirect_stderr(noise),
+        ):
             ds_to_universal.main(arguments)
     except (CheckpointError, OSError):
         raise
@@ -182,6 +188,29 @@ def _mapped() -> Iterator[None]:
             yield
     finally:
         DeepSpeedCheckpoint.get_zero_checkpoint_state = original
+
+
+@contextlib.contextmanager
+def _tied_once() -> Iterator[None]:
+    """Inside, DeepSpeed takes tied modules from the first stage alone, which has all of them.
+
+    Other stages may cut them over other data-parallel ranks: the pieces of all stages would be put together.
+    """
+    from deepspeed.checkpoint import DeepSpeedCheckpoint
+
+    original = DeepSpeedCheckpoint.get_checkpoint_info
+
+    def completed(self: Any, key: str) -> Any:
+        found = original(self, key)
+        if key == "universal_checkpoint_info":
+            return found | {"pipeline_replicated_parameter_patterns": [r"tied_modules\."]}
+        return found
+
+    DeepSpeedCheckpoint.get_checkpoint_info = completed
+    try:
+        yield
+    finally:
+        DeepSpeedCheckpoint.get_checkpoint_info = original
 
 
 def _check_names(checkpoint: Path, names: Mapping[str, str]) -> None:

@@ -87,6 +87,22 @@ def test_goes_on_at_another_size(tmp_path, sentences, undisturbed, before, after
     assert left == {"latest", "step_00000002", "step_00000004"}
 
 
+def test_stages_that_share_out_a_tied_bank_differently(tmp_path, sentences):
+    """Two of three layers on the first stage: LN_q is on its first data-parallel rank, elsewhere on the second."""
+
+    def uneven(run_dir, parallel):
+        values = config(tmp_path / run_dir, sentences, parallel)
+        return values.model_copy(
+            update={"model": values.model.model_copy(update={"num_hidden_layers": 3, "global_slots": 16})}
+        )
+
+    run(uneven("whole", {}), 1)
+    run(uneven("run", {PP: 2}), 4, stop_at_step=2)
+    assert run(uneven("run", {}), 1) == ("done", None)
+    for line, expected in zip(lines(tmp_path / "run"), lines(tmp_path / "whole"), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
 def test_there_and_back_changes_nothing(tmp_path, sentences):
     """Weights and moments survive the detour bit for bit: what follows is as if it had not been."""
     straight, detour = tmp_path / "straight", tmp_path / "detour"
@@ -119,3 +135,21 @@ import loopmem_pretrain.training.engine as engine
 engine.stage_bounds = lambda *sizes: [0, 7, 11]
 """
     assert run(config(tmp_path / "run", sentences, {PP: 2}), 2, first=other) == ("done", None)
+
+
+def test_another_order_of_parameter_groups(tmp_path, sentences, undisturbed):
+    """DeepSpeed numbers them; the order of earlier versions made ZeRO 2 reduce gradients in float32."""
+    zero2 = config(tmp_path / "run", sentences, {"zero_stage": 2}, "bf16")
+    earlier = """
+import loopmem_pretrain.training.engine as engine
+ours = engine.make_optimizer
+def other_order(*arguments):
+    optimizer = ours(*arguments)
+    optimizer.param_groups.sort(key=lambda group: group["params"][0].dtype == torch.bfloat16)
+    return optimizer
+engine.make_optimizer, engine.GROUP_ORDER = other_order, "float32 first"
+"""
+    run(zero2, 2, stop_at_step=2, first=f"import torch{earlier}")
+    assert run(zero2, 2) == ("done", None)
+    for line, expected in zip(lines(tmp_path / "run"), lines(undisturbed / "bf16"), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-2)
