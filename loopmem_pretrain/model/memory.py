@@ -214,17 +214,15 @@ def product_key_read(query: Tensor, subkeys: Tensor, values: Tensor, lookup: Loo
     on all ranks, `values` [S, D] are this rank's slots: every rank finds the same k and counts those it holds.
     """
     first, second = (query * query.shape[-1] ** -0.5).chunk(2, dim=-1)
-    rows, columns = F.linear(first, subkeys[0]), F.linear(second, subkeys[1])
-    with torch.no_grad():
-        best_rows, i = rows.topk(lookup.k, dim=-1)
-        best_columns, j = columns.topk(lookup.k, dim=-1)
-        sums = (best_rows.unsqueeze(-1) + best_columns.unsqueeze(-2)).flatten(-2)
-        pairs = sums.topk(lookup.k, dim=-1).indices
-        i, j = i.gather(-1, pairs // lookup.k), j.gather(-1, pairs % lookup.k)
-        slots = i * subkeys.shape[1] + j - lookup.slots.start
-        held = (slots >= 0) & (slots < len(values))
-        slots = slots % len(values)  # slots that others hold have weight 0: any row will do, but not one for all
-    scores = rows.gather(-1, i) + columns.gather(-1, j)
+    best_rows, i = F.linear(first, subkeys[0]).topk(lookup.k, dim=-1)
+    best_columns, j = F.linear(second, subkeys[1]).topk(lookup.k, dim=-1)
+    # Gradients go through topk, which takes no score twice: gathering half-scores, which sums share, would add their
+    # gradients up in no fixed order on a GPU, and tensor-parallel ranks would drift apart.
+    scores, pairs = (best_rows.unsqueeze(-1) + best_columns.unsqueeze(-2)).flatten(-2).topk(lookup.k, dim=-1)
+    i, j = i.gather(-1, pairs // lookup.k), j.gather(-1, pairs % lookup.k)
+    slots = i * subkeys.shape[1] + j - lookup.slots.start
+    held = (slots >= 0) & (slots < len(values))
+    slots = slots % len(values)  # slots that others hold have weight 0: any row will do, but not one for all
     return SlotRead(scores.masked_fill(~held, -math.inf), mixture_of(slots, values))
 
 
