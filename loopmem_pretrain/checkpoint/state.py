@@ -46,6 +46,7 @@ class Engine(probe.Engine, Protocol):
     public_names: dict[str, str]
     whole_shapes: dict[str, list[int]]
     bounds: list[int]
+    group_order: str
 
     def collect_states(self, folder: Path, tag: str) -> dict[str, Any]: ...
 
@@ -118,11 +119,12 @@ def _validation_loss(run: Run) -> float | None:
     return loss if step == run.position.step and math.isfinite(loss) else None
 
 
-# What a checkpoint without these keys, written before there were such sizes, was saved with.
-BEFORE_SIZES = {
+# What a checkpoint without these keys, written before there were such choices, was saved with.
+BEFORE_CHOICES = {
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
     "memory_placement": "replicated",
+    "group_order": "float32 first",
 }
 
 
@@ -136,6 +138,7 @@ def layout(run: Run) -> dict[str, Any]:
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "memory_placement": parallel.memory_placement,
         "stage_bounds": run.engine.bounds,
+        "group_order": run.engine.group_order,
     }
 
 
@@ -187,7 +190,7 @@ def _restore(run: Run, choice: Choice) -> None:
     run.position = Position(**manifest["position"])
     run.origin = manifest.get("origin")
     run.watch.restore(manifest.get("statistics"))
-    before = BEFORE_SIZES | manifest
+    before = BEFORE_CHOICES | manifest
     moved = [f"{key} {before[key]} -> {now}" for key, now in layout(run).items() if before.get(key, now) != now]
     skipped_steps = manifest.get("skipped_steps", 0)
     if is_merged(manifest):

@@ -28,6 +28,10 @@ DECAYED = {
 }
 
 
+GROUP_ORDER = "bf16 first"
+"""What `parameter_groups` is sorted by: DeepSpeed's files have groups by number, so checkpoints say so."""
+
+
 def role_of(public_name: str) -> str:
     """The parameter's role.
 
@@ -48,7 +52,10 @@ def keeps_float32(public_name: str) -> bool:
 def parameter_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig
 ) -> list[dict[str, object]]:
-    """Decayed and not, each of one dtype (ZeRO flattens a group); names are the public ones, order is the model's."""
+    """Decayed and not, each of one dtype (ZeRO flattens a group); names are the public ones, order is the model's.
+
+    bf16 comes first: in what the first group has ZeRO 2 reduces the gradients of all (GROUP_ORDER).
+    """
     decayed_roles = set(DECAYED[config.weight_decay_rule])
     if config.decay_memory_banks:
         decayed_roles.add("bank")
@@ -57,7 +64,7 @@ def parameter_groups(
         groups.setdefault((role_of(name) in decayed_roles, parameter.dtype), []).append(parameter)
     return [
         {"params": groups[key], "weight_decay": config.weight_decay if key[0] else 0.0}
-        for key in sorted(groups, key=str, reverse=True)
+        for key in sorted(groups, key=lambda key: (key[1] == torch.float32, not key[0]))
     ]
 
 

@@ -180,14 +180,16 @@ def working_dtypes(rank, world_size, config):
     dtypes = {}
     for name, parameter in engine.engine.module.named_parameters():
         dtypes.setdefault(parameter.dtype, set()).add(engine.public_names[name].split("layers.0.")[-1])
-    return losses, dtypes, engine.step_scales()
+    reduced = set() if engine.uses_pipeline else {engine.engine.optimizer._gradient_reduction_buffer_dtype()}
+    return losses, dtypes, engine.step_scales(), reduced
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2])
 def test_bf16_keeps_step_scales_and_routers_in_float32(zero_stage):
     """A raw step scale near -7 moves in steps of 0.03 in bf16; the optimizer's steps here are 0.001 to 0.01."""
     config = tiny_run(parallel={"zero_stage": zero_stage}, training={"precision": "bf16"})
-    losses, dtypes, scales = run_ranks("tests.parity.test_engines:working_dtypes", 2, config)[0]
+    losses, dtypes, scales, reduced = run_ranks("tests.parity.test_engines:working_dtypes", 2, config)[0]
+    assert reduced <= {torch.bfloat16}, "ZeRO 2 reduces all gradients in the dtype of the first parameter group"
     names = {name for name in dtypes[torch.float32] if "layers" not in name}
     assert names == {"step_scales", "halting.weight", "halting.bias"}
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(reference(config)[0]), rtol=2e-3, atol=0)
