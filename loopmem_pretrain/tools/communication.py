@@ -108,16 +108,22 @@ def pipeline(layout: Layout, stage: int) -> Traffic:
 
 
 def tied(layout: Layout, stage: int) -> Traffic:
-    """Gradients of parameters that several stages hold, once a step in float32: the shared memory, a tied embedding."""
+    """Gradients of parameters that several stages hold, once a step in float32: the shared memory, a tied embedding.
+
+    Without bf16 they go to the first data-parallel rank before that (training/pipeline_engine.py).
+    """
     parallel, stages = layout.config.parallel, layout.stages
+    held = []
+    if stages > 1:
+        held += [(weight, stages) for weight in shared_weights(layout.config.model)]
+    if stages > 1 and layout.config.model.tie_word_embeddings and stage in (0, stages - 1):
+        held += [(weight, 2) for weight in layout.weights(stage) if "embed_tokens" in weight.name]
     total = NOTHING
-    if stages == 1:
-        return total
-    for weight in shared_weights(layout.config.model):
-        total += all_reduce(WIDE * local_numel(weight, parallel), stages)
-    if layout.config.model.tie_word_embeddings and stage in (0, stages - 1):
-        embedding = next(weight for weight in layout.weights(stage) if "embed_tokens" in weight.name)
-        total += all_reduce(WIDE * local_numel(embedding, parallel), 2)
+    for weight, copies in held:
+        size = WIDE * local_numel(weight, parallel)
+        total += all_reduce(size, copies)
+        if layout.config.training.precision == "fp32" and layout.data_ranks > 1:
+            total += Traffic(size, 1)
     return total
 
 

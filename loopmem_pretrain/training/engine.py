@@ -33,12 +33,19 @@ from loopmem_pretrain.parallel.stages import stage_bounds
 from loopmem_pretrain.parallel.start import join_process_group
 from loopmem_pretrain.parallel.topology import Topology
 from loopmem_pretrain.quiet import deepspeed_chatter_held_back
-from loopmem_pretrain.training import pipeline
+from loopmem_pretrain.training import pipeline, pipeline_engine
 from loopmem_pretrain.training.ds_config import deepspeed_config
 from loopmem_pretrain.training.first_loss import FirstLoss
 from loopmem_pretrain.training.master_state import make_moments, place_step_counts, set_state
 from loopmem_pretrain.training.metrics import LoopAccumulator
-from loopmem_pretrain.training.optim import beta1, keeps_float32, learning_rate, make_optimizer, ponder_weight
+from loopmem_pretrain.training.optim import (
+    GROUP_ORDER,
+    beta1,
+    keeps_float32,
+    learning_rate,
+    make_optimizer,
+    ponder_weight,
+)
 from loopmem_pretrain.training.state_files import StateCollector
 
 log = logging.getLogger(__name__)
@@ -86,6 +93,7 @@ class TrainingEngine:
             for row in table.values()
         }
         self.bounds = stage_bounds(model, config.data.seq_length, topology.pipeline_size)
+        self.group_order = GROUP_ORDER
         self.ds_config = deepspeed_config(config, self.accumulation_steps)
         self.mpu = None if self.uses_pipeline or topology.tensor_size == 1 else topology
         arguments = (model, backend, self.first_loss.cross_entropy, self.step_context)
@@ -113,6 +121,8 @@ class TrainingEngine:
                 mpu=self.mpu,
             )
 
+        if self.uses_pipeline:
+            pipeline_engine.adapt(self.engine)
         self.engine.checkpoint_engine = StateCollector()
         self.engine._copy_recovery_script = lambda folder: None  # they cannot read the pipeline engine's files
 

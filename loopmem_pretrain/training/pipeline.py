@@ -182,6 +182,17 @@ class PipelineStage(PipelineModule):  # type: ignore[misc]
         """Weights whose gradients DeepSpeed sums over a group once a step: tied ones over their stages, and ours."""
         return [*super().get_tied_weights_and_groups(), *self.partial_weights]
 
+    def ckpt_layer_path(self, ckpt_dir: str, local_layer_idx: int) -> Any:
+        """A shared module is saved once a stage; DeepSpeed would write it for every position that uses it."""
+        return super().ckpt_layer_path(ckpt_dir, self._first_use(local_layer_idx))
+
+    def ckpt_layer_path_list(self, ckpt_dir: str, local_layer_idx: int) -> Any:
+        """Where `ckpt_layer_path` has put it, on all tensor-parallel ranks."""
+        return super().ckpt_layer_path_list(ckpt_dir, self._first_use(local_layer_idx))
+
+    def _first_use(self, index: int) -> int:
+        return next(first for first, module in enumerate(self.forward_funcs) if module is self.forward_funcs[index])
+
     def forward(self, inputs: Tensor) -> Any:
         return run_layers(self.forward_funcs, self.tied_modules, inputs, self.step_context)
 
