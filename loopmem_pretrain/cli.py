@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from loopmem_pretrain import __version__
@@ -243,7 +244,9 @@ def prepare_data(options: Any) -> int:
 def train(options: Any) -> int:
     from loopmem_pretrain.config.load import load_config
     from loopmem_pretrain.config.run import RunConfig, check_topology, run_problems
+    from loopmem_pretrain.data.dataset import open_datasets
     from loopmem_pretrain.training.launch import train_here, train_on_ranks
+    from loopmem_pretrain.training.run_folder import refuse_other_configuration
 
     if options.stop_at_step is not None and options.stop_at_step < 1:
         raise ConfigError(f"--stop-at-step {options.stop_at_step} is not valid", "give a step of 1 or more")
@@ -263,8 +266,11 @@ def train(options: Any) -> int:
         )
     if options.ranks < 1:
         raise ConfigError(f"--ranks {options.ranks} is not valid", "give 1 or more")
-    config = load_config(RunConfig, options.config, options.overrides, run_problems)  # complain once, not on every rank
+    # Complain at once and once, not on every rank.
+    config = load_config(RunConfig, options.config, options.overrides, run_problems)
     check_topology(config, options.ranks)
+    refuse_other_configuration(config, Path(config.run_dir))
+    open_datasets(config)
     flags = ["--stop-at-step", str(options.stop_at_step)] if options.stop_at_step else []
     flags += ["--trust"] if options.trust else []
     arguments = ["--config", options.config, *flags, *options.overrides]
@@ -303,8 +309,6 @@ def reshape(options: Any) -> int:
 
 
 def generate(options: Any) -> int:
-    from pathlib import Path
-
     from loopmem_pretrain.data.files import check_target, write_file
     from loopmem_pretrain.hf.load import device_of
     from loopmem_pretrain.inference.command import open_model
@@ -416,8 +420,6 @@ def plot(options: Any) -> int:
 
 
 def report(options: Any) -> int:
-    from pathlib import Path
-
     from loopmem_pretrain.data.files import check_target
     from loopmem_pretrain.tools.report import write_report
 

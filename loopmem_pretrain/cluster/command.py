@@ -53,9 +53,10 @@ def add_slurm(command: Callable[..., Any], commands: Any, with_config: Callable[
 
 
 def _plan(options: Any, faults: list[LoopMemError] | None = None) -> Any:
-    from loopmem_pretrain.cluster.submit import Request, plan
+    from loopmem_pretrain.cluster.submit import Request, noted, plan
     from loopmem_pretrain.config.load import load_config
     from loopmem_pretrain.config.site import SiteConfig
+    from loopmem_pretrain.data.dataset import open_datasets
 
     for name, least in (("nodes", 1), ("spare_nodes", 0), ("max_crashes", 0)):
         if getattr(options, name) < least:
@@ -64,7 +65,11 @@ def _plan(options: Any, faults: list[LoopMemError] | None = None) -> Any:
             )
     site = load_config(SiteConfig, options.cluster)
     asked = {name: getattr(options, name) for name in Request._fields if name != "site"}
-    return plan(Request(site=site, **asked), faults)
+    ready = plan(Request(site=site, **asked), faults)
+    if ready.after is None:  # else the job before may still be preparing them
+        with noted(faults):
+            open_datasets(ready.config)
+    return ready
 
 
 def submit(options: Any) -> int:

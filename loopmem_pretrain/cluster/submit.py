@@ -123,7 +123,7 @@ def plan(request: Request, faults: list[LoopMemError] | None = None) -> Plan:
     with noted(faults):
         _check_earlier(request, config, run_dir)
     warning = warning_seconds(run_dir, site)
-    notes.append(f"warned {warning} s before the end of a job")
+    notes.append(f"SLURM warns a job {warning} s before its time is over")
     code = code_folder(run_dir / "slurm")
     scripts = {
         "pretrain": _script(request, run_dir, code, warning),
@@ -163,10 +163,9 @@ def _check_earlier(request: Request, config: RunConfig, run_dir: Path) -> None:
     Raises:
         ConfigError: the folder has another configuration, or an export where one is to be written.
     """
-    if (run_dir / "config.yaml").exists():
-        from loopmem_pretrain.training.run_folder import refuse_other_configuration
+    from loopmem_pretrain.training.run_folder import refuse_other_configuration
 
-        refuse_other_configuration(config, run_dir)
+    refuse_other_configuration(config, run_dir)
     if "convert" in request.then and (run_dir / "hf").exists():
         raise ConfigError(
             f"--then convert would write {run_dir / 'hf'}, which is there", "move it away, or leave --then convert out"

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from loopmem_pretrain.config.run import RunConfig
+
 
 class PackedDataset:
     """A stream cut into samples of `seq_length` + 1 tokens; a rest at the end, shorter than that, is left out.
@@ -155,6 +157,18 @@ class ValidationDataset:
             raise IndexError(f"validation sample {sample_index} of {self.available}")
         dataset, sample = self._cycle.locate(sample_index)
         return self.datasets[dataset][sample]
+
+
+def open_datasets(config: "RunConfig") -> tuple[BlendedDataset, "ValidationDataset"]:
+    """All samples of a run.
+
+    Raises:
+        DataError: as `open_training` and `open_validation`.
+    """
+    return (
+        open_training(config.data, config.training.seed, config.model.vocab_size),
+        open_validation(config.data, config.validation.num_samples),
+    )
 
 
 def open_training(data: DataConfig, seed: int, model_vocab_size: int) -> BlendedDataset:

@@ -18,7 +18,7 @@ from loopmem_pretrain.checkpoint.probe import FILE as PROBE_FILE
 from loopmem_pretrain.checkpoint.store import CheckpointStore
 from loopmem_pretrain.checkpoint.universal import MERGED, read_weights, write_weights
 from loopmem_pretrain.config.run import RunConfig
-from loopmem_pretrain.data.dataset import open_training, open_validation
+from loopmem_pretrain.data.dataset import open_datasets, open_validation
 from loopmem_pretrain.data.files import write_file
 from loopmem_pretrain.data.manifest import load_manifest
 from loopmem_pretrain.data.tokenizer import load_tokenizer
@@ -71,8 +71,8 @@ def import_run(path: str | Path, config: RunConfig, where: str) -> str:
     shapes = _shapes(config)
     check_tensors(source, shapes)
     compared = _check_tokenizer(source, config)
-    dataset = open_training(config.data, config.training.seed, config.model.vocab_size)
-    sample = [int(token) for token in open_validation(config.data, config.validation.num_samples)[0]]
+    dataset, validation = open_datasets(config)
+    sample = [int(token) for token in validation[0]]
     origin = {"folder": str(source.folder.resolve()), "model_type": source.model_type}
     with first_checkpoint(config, dataset, shapes, origin) as folder:
         merged = folder / MERGED

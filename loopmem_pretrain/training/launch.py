@@ -1,16 +1,17 @@
 """Starting `loopmem train`: in this process, as one of several ranks, or as the parent of several ranks."""
 
+import atexit
 import faulthandler
 import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from loopmem_pretrain.errors import EXIT_DONE, EXIT_INTERRUPTED, EnvironmentFault, HangDetected
+from loopmem_pretrain.errors import EXIT_BUG, EXIT_DONE, EXIT_INTERRUPTED, EnvironmentFault, HangDetected
 from loopmem_pretrain.quiet import prepare_imports
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ def train_here(config_path: str, overrides: Sequence[str], stop_at_step: int | N
     config = load_config(RunConfig, config_path, overrides, run_problems)
     check_topology(config, place_from_environment().world_size)
     faulthandler.enable(2)  # SIGSEGV, and SIGABRT by NCCL or the guard, write the stacks of all threads to stderr
+    failed_with: list[int] = []
+    atexit.register(_end_at_once, failed_with)  # before torch registers its own, hence after them
     prepare_imports(config.training.device)
     import torch.distributed as dist
 
@@ -46,6 +49,8 @@ def train_here(config_path: str, overrides: Sequence[str], stop_at_step: int | N
     except Exception as error:
         run_folder.write_failure(Path(config.run_dir), error)
         fault = named(error)
+        if dist.is_initialized():
+            failed_with.append(fault.exit_code if fault is not None else EXIT_BUG)
         if fault is None or fault is error:
             raise
         raise fault from error
@@ -57,6 +62,26 @@ def train_here(config_path: str, overrides: Sequence[str], stop_at_step: int | N
     if dist.is_initialized():
         dist.destroy_process_group()
     return EXIT_DONE
+
+
+def _end_at_once(failed_with: list[int]) -> None:
+    """End a process that failed, with its exit code.
+
+    torch may have threads that wait for other ranks: it aborts, and the exit code is lost, when the interpreter takes
+    itself apart under them.
+    """
+    if failed_with:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(failed_with[0])
+
+
+class Failure(Protocol):
+    """What torch's launcher knows of a rank that ended badly."""
+
+    exitcode: int
+    timestamp: int
+    """Seconds since the epoch."""
 
 
 class Ended(NamedTuple):
@@ -143,7 +168,7 @@ def _start_ranks(ranks: int, arguments: Sequence[str], run_dir: Path) -> Ended:
     try:
         elastic_launch(launch, sys.executable)("-m", "loopmem_pretrain", "train", *arguments)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, failure = _first_failure(error.failures)
         may_restart = _may_restart(failure.exitcode, [each.exitcode for each in error.failures.values()])
         if failure.exitcode < 0:
             cause = (
@@ -175,6 +200,20 @@ def _start_ranks(ranks: int, arguments: Sequence[str], run_dir: Path) -> Ended:
         )
         return Ended(fault.exit_code, fault)
     return Ended(EXIT_DONE)
+
+
+def _first_failure(failures: Mapping[int, Failure]) -> tuple[int, Failure]:
+    """The rank that failed first, and how: within a second, one that a signal ended before those that lost contact.
+
+    Others that were ended by a signal, later or by SIGTERM, got it from the launcher.
+    """
+    rank, first = min(failures.items(), key=lambda item: item[1].timestamp)
+    if first.exitcode in RESTART_AFTER:
+        for other, failure in failures.items():
+            by_signal = failure.exitcode < 0 and -failure.exitcode not in (signal.SIGTERM, signal.SIGINT)
+            if by_signal and failure.timestamp <= first.timestamp + 1:
+                return other, failure
+    return rank, first
 
 
 def _may_restart(first: int, codes: Sequence[int]) -> bool:

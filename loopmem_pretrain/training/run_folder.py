@@ -80,13 +80,11 @@ def prepare(config: RunConfig, run_dir: Path) -> BinaryIO:
         ) from None
     busy = f"another process is training in the run folder {run_dir}"
     lock = take_lock(run_dir / LOCK, busy, "wait for it, stop it, or choose another run_dir")
-    recorded = run_dir / "config.yaml"
-    if recorded.exists():
-        refuse_other_configuration(config, run_dir)
+    refuse_other_configuration(config, run_dir)
     identity = run_dir / RUN_ID
     if not identity.exists():
         write_file(identity, f"{secrets.token_hex(8)}\n".encode())
-    write_file(recorded, dump_config(config).encode())
+    write_file(run_dir / "config.yaml", dump_config(config).encode())
     write_file(run_dir / "environment.json", (json.dumps(environment(), indent=1) + "\n").encode())
     return lock
 
@@ -102,9 +100,10 @@ def refuse_other_configuration(config: RunConfig, run_dir: Path) -> None:
     Raises:
         ConfigError: the run that is in the folder was started with another configuration (differences shown).
     """
-    if not has_begun(run_dir):
+    recorded = run_dir / "config.yaml"
+    if not recorded.exists() or not has_begun(run_dir):
         return
-    before, now = (_without_paths(each) for each in (load_config(RunConfig, run_dir / "config.yaml"), config))
+    before, now = (_without_paths(each) for each in (load_config(RunConfig, recorded), config))
     changed = [line for line in differences(before, now) if not line.startswith(MAY_CHANGE)]
     if changed:
         raise ConfigError(

@@ -20,7 +20,7 @@ from loopmem_pretrain.checkpoint.saving import Saver
 from loopmem_pretrain.checkpoint.state import resume
 from loopmem_pretrain.checkpoint.store import CheckpointStore
 from loopmem_pretrain.config.run import RunConfig
-from loopmem_pretrain.data.dataset import open_training, open_validation
+from loopmem_pretrain.data.dataset import open_datasets
 from loopmem_pretrain.data.sampler import train_batches
 from loopmem_pretrain.errors import EnvironmentFault, LoopMemError
 from loopmem_pretrain.model.flops import parameter_counts
@@ -80,12 +80,7 @@ class Trainer:
             raise
 
     def _open(self, config: RunConfig, stop_at_step: int | None) -> None:
-        self.dataset, self.validation_dataset = self.together(
-            lambda: (
-                open_training(config.data, config.training.seed, config.model.vocab_size),
-                open_validation(config.data, config.validation.num_samples),
-            )
-        )
+        self.dataset, self.validation_dataset = self.together(lambda: open_datasets(config))
         self.engine = TrainingEngine(config, self.device, self.topology)
         self.engine.on_micro_batch(self.watchdog.micro_batch)
         self.store = CheckpointStore(config.run_dir)

@@ -79,11 +79,22 @@ def test_two_ranks(tmp_path, config_file, launcher):
 
 
 def test_a_named_error_on_ranks_keeps_its_exit_code(tmp_path, config_file):
-    result = loopmem("train", "--config", config_file, "--ranks", "2", "model.vocab_size=300")
-    assert result.returncode == 3
-    assert "vocabulary smaller than a token id" in result.stderr
+    begun = loopmem("train", "--config", config_file, "--ranks", "2", "--stop-at-step", "2")
+    assert begun.returncode == 0, begun.stderr
+    (tmp_path / "run" / "checkpoints" / "latest").write_text("step_00000009\n")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000002")
+    result = loopmem("train", "--config", config_file, "--ranks", "2")
+    assert result.returncode == 4, result.stderr
+    assert "names step_00000009, which is not there" in result.stderr
     assert "what to do" in result.stderr
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
+
+
+def test_what_no_rank_could_do_is_said_before_ranks_are_started(tmp_path, config_file):
+    result = loopmem("train", "--config", config_file, "--ranks", "2", "model.vocab_size=300")
+    assert result.returncode == 3
+    assert result.stderr.count("vocabulary smaller than a token id") == 1
+    assert "(rank" not in result.stderr and not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

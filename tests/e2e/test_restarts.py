@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from loopmem_pretrain.config.load import dump_config
+from loopmem_pretrain.errors import DataError
 from tests.configs import tiny_run
 from tests.e2e.test_training import EXACT, lines, run
 
@@ -81,3 +82,16 @@ def test_a_killed_rank_is_started_again(tmp_path, sentences, undisturbed, launch
     assert json.loads((run_dir / "status.json").read_text())["status"] == "done"
     assert json.loads((run_dir / "environment.json").read_text())["world_size"] == 2
     assert measurements(run_dir) == measurements(undisturbed)
+
+
+def test_a_refused_start_ends_with_its_own_exit_code(tmp_path, sentences):
+    """Whatever the libraries do when the interpreter ends: an abort that is registered before torch's stands for it."""
+    config = tiny_run(tmp_path / "run", tmp_path / "nowhere", model={"vocab_size": 320})
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    program = (
+        "import atexit, os, sys; atexit.register(os.abort); from loopmem_pretrain.cli import main; sys.exit(main())"
+    )
+    words = [sys.executable, "-c", program, "train", "--config", str(tmp_path / "config.yaml")]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == DataError.exit_code, ended.stderr
+    assert "nowhere" in ended.stderr and "Aborted" not in ended.stderr

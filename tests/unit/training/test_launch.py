@@ -1,12 +1,13 @@
 """What the libraries say when a rank is gone or hangs becomes a named error; what may be mended is started again."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from loopmem_pretrain.errors import EnvironmentFault, HangDetected, OutOfMemory
 from loopmem_pretrain.training.failures import lost_rank, named
-from loopmem_pretrain.training.launch import Ended, _may_restart, start_again
+from loopmem_pretrain.training.launch import Ended, _first_failure, _may_restart, start_again
 from tests.distributed import run_ranks
 
 ON_RANK = "tests.unit.training.test_launch:wait_for_rank"
@@ -131,3 +132,18 @@ def test_a_new_checkpoint_renews_the_restarts():
 )
 def test_the_other_ranks_of_a_start(codes, may_restart):
     assert _may_restart(codes[0], codes) is may_restart
+
+
+@pytest.mark.parametrize(
+    ("ends", "first"),
+    [
+        ({0: (6, 100), 1: (-9, 100)}, 1),  # rank 0 lost contact with rank 1
+        ({0: (6, 100), 1: (-9, 131)}, 0),  # rank 1 did not end by itself: the launcher killed it
+        ({0: (8, 100), 1: (-15, 100)}, 0),
+        ({0: (3, 100), 1: (-6, 100)}, 0),  # NCCL aborts where another rank has gone
+        ({1: (3, 100), 0: (6, 101)}, 1),
+    ],
+)
+def test_the_rank_that_failed_first(ends, first):
+    failures = {rank: SimpleNamespace(exitcode=code, timestamp=when) for rank, (code, when) in ends.items()}
+    assert _first_failure(failures)[0] == first
