@@ -117,13 +117,13 @@ def projection_flops(config: Any, reads: int, ranks: int = 1) -> int:
 
 def _global_lookup_flops(config: Any) -> int:
     """Scores and mixture of one read of the global bank, the search of `topk` not counted."""
-    width, slots = config.hidden_size, config.global_slots
-    if config.retrieval == "dense":
-        return 4 * slots * width
-    mixture = 2 * config.retrieval_topk * width
-    if config.retrieval == "topk":
-        return mixture + 2 * config.retrieval_topk * width
-    return mixture + 2 * math.isqrt(slots) * width  # product keys: n scores of each half
+    width, slots, k = config.hidden_size, config.global_slots, config.retrieval_topk
+    scores, mixed = {
+        "dense": (slots, slots),
+        "topk": (k, k),
+        "product_keys": (math.isqrt(slots), k),  # n scores of each half
+    }[config.retrieval]
+    return 2 * (scores + mixed) * width
 
 
 def _read_flops(config: Any, slots: int, lookup: int) -> int:

@@ -34,7 +34,7 @@ def _router(tensor: Tensor, config: Any, generator: torch.Generator) -> None:
     tensor.uniform_(-bound, bound, generator=generator)
 
 
-# First match wins; METHOD: linear, embedding, head and banks N(0, 0.02^2); branch ends N(0, (0.02 / sqrt(2L))^2).
+# First match wins (the paper: linear, embedding, head and banks N(0, 0.02^2); branch ends N(0, (0.02 / sqrt(2L))^2)).
 INITIALIZERS: list[tuple[str, Initializer]] = [
     (r"(self_attn\.o_proj|mlp\.down_proj)\.weight$", _branch_end),
     (r"(self_attn\.(q|k|v)_proj|mlp\.(gate|up)_proj)\.weight$", _normal),

@@ -247,7 +247,7 @@ RETRIEVALS: Mapping[str, Callable[[Tensor, Tensor, Tensor, Lookup], SlotRead]] =
     "topk": topk_read,
     "product_keys": product_key_read,
 }
-"""How the global bank is read, by `retrieval`: a new way is a new function and a line here."""
+"""How the global bank is read, by `retrieval`; what else a new way needs: CONTRIBUTING.md, "A new variant"."""
 
 
 class LinearGate(nn.Module):
@@ -273,7 +273,7 @@ class ConstantGate(nn.Module):
 
 
 def make_gate(config: Any) -> nn.Module:
-    """The gate of `config.gate`: a new kind of gate is a new line here."""
+    """The gate of `config.gate`; what else a new kind needs: CONTRIBUTING.md, "A new variant"."""
     makers: dict[str, Callable[[], nn.Module]] = {
         "vector": lambda: LinearGate(nn.Linear(config.hidden_size, config.hidden_size)),
         "scalar": lambda: LinearGate(nn.Linear(config.hidden_size, 1)),

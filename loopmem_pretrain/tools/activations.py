@@ -133,9 +133,11 @@ def sparse_bytes(s: Sizes, readers: int) -> int:
     model, a = s.model, s.bytes
     k = min(model.retrieval_topk, s.slots(model.global_slots)) if model.retrieval == "topk" else model.retrieval_topk
     kept = a * readers * model.hidden_size + readers * k * (a + 1)  # scaled query, weights, mask
-    if model.retrieval == "topk":
-        return kept + readers * k * (a * model.hidden_size + 2 * 8)  # selected keys, int64 indices
-    return kept + readers * k * 4 * 8  # int64 indices of rows, columns and slots
+    of_a_slot = {
+        "topk": a * model.hidden_size + 2 * 8,  # selected key, int64 indices
+        "product_keys": 4 * 8,  # int64 indices of row, column, pair and slot
+    }
+    return kept + readers * k * of_a_slot[model.retrieval]
 
 
 def visit_bytes(s: Sizes) -> int:

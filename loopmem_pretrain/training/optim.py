@@ -5,7 +5,7 @@ Schedules are pure functions of the step: nothing to save, nothing to restore, e
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -24,7 +24,14 @@ ROLES: list[tuple[str, str]] = [
 ]
 DECAYED = {
     "standard": {"embedding", "router", "matrix"},
-    "paper": {"bank", "norm", "step_scale", "bias", "router", "matrix"},  # METHOD: only the embedding escaped decay
+    "paper": {
+        "bank",
+        "norm",
+        "step_scale",
+        "bias",
+        "router",
+        "matrix",
+    },  # in the paper only the embedding escaped decay
 }
 
 
@@ -82,16 +89,37 @@ def make_optimizer(
 
 def learning_rate(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig, train_steps: int) -> float:
     """Learning rate of step `step` (0 is the first)."""
-    peak, low, warmup = optimizer.lr, schedule.min_lr, schedule.warmup_steps
-    if schedule.type == "one_cycle":
-        return _one_cycle(step, low, peak, low, warmup, train_steps)
+    return SCHEDULES[schedule.type](step, optimizer.lr, schedule, train_steps)
+
+
+def _cosine_decay(step: int, peak: float, schedule: ScheduleConfig, train_steps: int) -> float:
+    warmup = schedule.warmup_steps
     if step < warmup:
-        return peak * (step + 1) / warmup
-    if schedule.type == "wsd":
-        decay_start = train_steps - schedule.decay_steps
-        progress = max(0.0, (step + 1 - decay_start) / schedule.decay_steps)
-        return peak + (low - peak) * progress
-    return _cosine(peak, low, (step + 1 - warmup) / max(1, train_steps - warmup))
+        return _warm_up(step, peak, warmup)
+    return _cosine(peak, schedule.min_lr, (step + 1 - warmup) / max(1, train_steps - warmup))
+
+
+def _warmup_stable_decay(step: int, peak: float, schedule: ScheduleConfig, train_steps: int) -> float:
+    if step < schedule.warmup_steps:
+        return _warm_up(step, peak, schedule.warmup_steps)
+    progress = max(0.0, (step + 1 - (train_steps - schedule.decay_steps)) / schedule.decay_steps)
+    return peak + (schedule.min_lr - peak) * progress
+
+
+def _one_cycle_of_rates(step: int, peak: float, schedule: ScheduleConfig, train_steps: int) -> float:
+    return _one_cycle(step, schedule.min_lr, peak, schedule.min_lr, schedule.warmup_steps, train_steps)
+
+
+def _warm_up(step: int, peak: float, warmup: int) -> float:
+    return peak * (step + 1) / warmup
+
+
+SCHEDULES: Mapping[str, Callable[[int, float, ScheduleConfig, int], float]] = {
+    "cosine": _cosine_decay,
+    "wsd": _warmup_stable_decay,
+    "one_cycle": _one_cycle_of_rates,
+}
+"""(step, optimizer.lr, schedule, train_steps) -> learning rate, by `schedule.type`."""
 
 
 def beta1(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig, train_steps: int) -> float:
@@ -104,12 +132,28 @@ def beta1(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig, train
 
 def ponder_weight(step: int, weight: float, training: TrainingConfig) -> float:
     """Weight of the ponder loss at step `step`."""
-    if training.ponder_schedule == "linear":
-        return weight * step / training.train_steps
-    if training.ponder_schedule == "cyclic":
-        value = weight * math.cos(2 * math.pi * step / training.ponder_period)
-        return value * 0.6 if value < 0 else value
-    return weight
+    return weight * PONDER_SCHEDULES[training.ponder_schedule](step, training)
+
+
+def _constant(step: int, training: TrainingConfig) -> float:
+    return 1.0
+
+
+def _linear(step: int, training: TrainingConfig) -> float:
+    return step / training.train_steps
+
+
+def _cyclic(step: int, training: TrainingConfig) -> float:
+    value = math.cos(2 * math.pi * step / training.ponder_period)
+    return value * 0.6 if value < 0 else value
+
+
+PONDER_SCHEDULES: Mapping[str, Callable[[int, TrainingConfig], float]] = {
+    "constant": _constant,
+    "linear": _linear,
+    "cyclic": _cyclic,
+}
+"""(step, training) -> share of model.ponder_weight, by `training.ponder_schedule`."""
 
 
 def _one_cycle(step: int, start: float, top: float, end: float, warmup: int, train_steps: int) -> float:
