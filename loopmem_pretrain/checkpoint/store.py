@@ -256,7 +256,7 @@ def checkpoint_at(path: str | Path) -> Path:
     if checkpoint is None:
         what = " but an exported model" if (folder / "config.json").exists() else ""
         raise CheckpointError(
-            f"{folder} holds no checkpoint{what}",
+            f"{folder} holds no checkpoint{what}" if folder.exists() else f"{folder}: no such folder",
             "give a run folder (with checkpoints/ in it) or one checkpoint folder",
         )
     return checkpoint

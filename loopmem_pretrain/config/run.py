@@ -147,15 +147,15 @@ def gradient_accumulation_steps(training: TrainingConfig, data_parallel_size: in
     """
     per_pass = training.micro_batch_size * data_parallel_size
     if training.global_batch_size % per_pass:
-        below = max(per_pass, training.global_batch_size // per_pass * per_pass)
+        nearest = per_pass * max(1, round(training.global_batch_size / per_pass))
         on_each, rest = divmod(training.global_batch_size, data_parallel_size)
         smaller = [size for size in range(1, training.micro_batch_size) if not rest and on_each % size == 0]
-        instead = f"micro_batch_size to {smaller[-1]}, or change" if smaller else "change"
+        same_batch = f"set training.micro_batch_size to {smaller[-1]}, which keeps the batch, or " if smaller else ""
         raise ConfigError(
             f"training.global_batch_size {training.global_batch_size} is not a multiple of micro_batch_size "
             f"{training.micro_batch_size} x {data_parallel_size} data-parallel ranks = {per_pass}",
-            f"set training.global_batch_size to a multiple of {per_pass}, for example {below}, or {instead} the number "
-            "of ranks",
+            f"{same_batch}set training.global_batch_size to a multiple of {per_pass}, the nearest is {nearest}, or "
+            "change the number of ranks",
         )
     return training.global_batch_size // per_pass
 

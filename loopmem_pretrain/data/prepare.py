@@ -297,10 +297,10 @@ def validation_warning(manifest: Manifest, fraction: float) -> str:
         said = f"validation_fraction {fraction:g} held no document out for validation"
     wanted = 2 * needed / tokens  # a hash chooses the documents, so the share is about right only
     advice = f"validation_fraction: {wanted:.1g} gives more" if wanted < 0.5 else "give it more text"
-    return (
-        f"{said}; training refuses it where a sample is longer, such as data.seq_length {USUAL_LENGTH:,}: {advice}, in "
-        "another output_dir"
-    )
+    refused = "training will refuse this folder"
+    if held_out.documents:
+        refused += f" where a sample is longer, such as data.seq_length {USUAL_LENGTH:,}"
+    return f"{said}; {refused}: {advice}, in another output_dir"
 
 
 def _say_complete(manifest: Manifest, progress: Progress, **extra: Any) -> None:

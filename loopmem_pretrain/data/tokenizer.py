@@ -7,6 +7,7 @@ never becomes a control token, so a document cannot end itself.
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -222,12 +223,18 @@ def train_sentencepiece(texts: Iterable[str], out_dir: str | Path, config: Train
     except RuntimeError as error:
         if taken.failure is not None:  # reading the texts failed; the trainer only passes its message on
             raise taken.failure from None
-        too_small = "required_chars" in str(error)
+        too_small, most = "required_chars" in str(error), re.search(r"value <= (\d+)", str(error))
+        why = "" if most else f": {error}"
+        lower = (
+            f"set tokenizer.train.vocab_size to at most {int(most[1]):,}"
+            if most
+            else "lower tokenizer.train.vocab_size"
+        )
         raise DataError(
-            f"sentencepiece cannot make {config.vocab_size:,} pieces from {taken.size:,} bytes of text: {error}",
+            f"sentencepiece cannot make {config.vocab_size:,} pieces from {taken.size:,} bytes of text{why}",
             "raise tokenizer.train.vocab_size, or lower character_coverage"
             if too_small
-            else "lower tokenizer.train.vocab_size, or give it more text",
+            else f"{lower}, or give it more text",
         ) from error
     record = {"config": config.model_dump(mode="json"), "text_bytes": taken.size, "text_sha256": taken.hash.hexdigest()}
     write_file(record_of(file), (json.dumps(record, indent=1) + "\n").encode())

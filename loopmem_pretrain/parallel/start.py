@@ -25,9 +25,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# A wait for the store blocks signals, so it is cut into slices (seconds).
-SLICE = 2.0
-# Between attempts to reach a store that is not there yet (seconds).
+# Of an attempt to connect to the store (seconds).
+ATTEMPT = 2.0
+# Between attempts to reach a store that is not there yet, and between looks at one (seconds).
 PAUSE = 0.2
 # How much longer a rank waits for rank 0's answer than rank 0 waits for the others; and rank 0, at most, for the others
 # to read an answer that ends the start (seconds).
@@ -208,7 +208,7 @@ def _why_nothing_answers(host: str, port: int, seconds: float) -> str:
     deadline = time.monotonic() + seconds
     while True:
         try:
-            socket.create_connection((host, port), timeout=SLICE).close()
+            socket.create_connection((host, port), timeout=ATTEMPT).close()
             return ""
         except OSError as error:
             if time.monotonic() + PAUSE > deadline:
@@ -293,17 +293,14 @@ def _joined(rank: int) -> str:
 
 
 def _wait(store: "Store", key: str, seconds: float) -> bool:
-    """Whether `key` is set within `seconds`."""
-    import torch.distributed as dist
-
-    deadline = time.monotonic() + seconds
-    while (left := deadline - time.monotonic()) > 0:
-        try:
-            store.wait([key], timedelta(seconds=min(SLICE, left)))
-            return True
-        except dist.DistStoreError:  # time is up; a store that is gone raises DistNetworkError
-            continue
-    return store.check([key])
+    """Whether `key` is set within `seconds`. Asks again and again: when store.wait gives up, torch writes a warning."""
+    deadline, pause = time.monotonic() + seconds, 0.01
+    while not store.check([key]):  # DistNetworkError where the store is gone
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, PAUSE)
+    return True
 
 
 def _first_line(error: Exception) -> str:

@@ -105,17 +105,25 @@ def test_batch_that_is_no_whole_number_of_passes(files):
     assert caught.value.problem == (
         "training.global_batch_size 100 is not a multiple of micro_batch_size 4 x 3 data-parallel ranks = 12"
     )
-    assert caught.value.fix.endswith("a multiple of 12, for example 96, or change the number of ranks")
+    assert caught.value.fix.endswith("a multiple of 12, the nearest is 96, or change the number of ranks")
+
+
+def test_the_nearest_batch_may_be_a_larger_one(files):
+    training = files.load(GOOD, "training.global_batch_size=88", "training.micro_batch_size=4").training
+    with pytest.raises(ConfigError, match="a multiple of 32, the nearest is 96,"):
+        gradient_accumulation_steps(training, 8)
 
 
 def test_micro_batches_that_would_fit_are_named(files):
     training = files.load(GOOD, "training.global_batch_size=96", "training.micro_batch_size=32").training
     with pytest.raises(ConfigError) as caught:
         gradient_accumulation_steps(training, 4)
-    assert "or micro_batch_size to 24, or change the number of ranks" in caught.value.fix
+    assert caught.value.fix.startswith(
+        "set training.micro_batch_size to 24, which keeps the batch, or set training.glob"
+    )
 
 
 def test_more_ranks_than_samples(files):
     with pytest.raises(ConfigError) as caught:
         gradient_accumulation_steps(files.load(GOOD).training, 8)
-    assert "for example 16" in caught.value.fix
+    assert "the nearest is 16" in caught.value.fix
