@@ -87,7 +87,7 @@ class Run(probe.Run, Protocol):
     def engine(self) -> Engine: ...
 
     @property
-    def watch(self) -> Watch: ...
+    def faults(self) -> Watch: ...
 
     def together(self, action: Callable[[], T]) -> T: ...
 
@@ -101,7 +101,7 @@ def facts(run: Run) -> dict[str, Any]:
         "origin": run.origin,
         "position": asdict(run.position),
         "skipped_steps": run.engine.skipped_steps,
-        "statistics": run.watch.state(),
+        "statistics": run.faults.state(),
         **layout(run),
         "versions": {name: version(name) for name in ("loopmem-pretrain", "torch", "deepspeed")},
         "data": run.dataset.describe(),
@@ -189,7 +189,7 @@ def _restore(run: Run, choice: Choice) -> None:
     run.together(lambda: check_pickles(pickles(checkpoint)[run.rank :: run.world_size]))
     run.position = Position(**manifest["position"])
     run.origin = manifest.get("origin")
-    run.watch.restore(manifest.get("statistics"))
+    run.faults.restore(manifest.get("statistics"))
     before = BEFORE_CHOICES | manifest
     moved = [f"{key} {before[key]} -> {now}" for key, now in layout(run).items() if before.get(key, now) != now]
     skipped_steps = manifest.get("skipped_steps", 0)

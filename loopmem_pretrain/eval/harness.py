@@ -34,7 +34,7 @@ from loopmem_pretrain.eval.scoring import (
     gates_closed,
     window_scores,
 )
-from loopmem_pretrain.model.decoding import decoding
+from loopmem_pretrain.model.decoding import make_decoding
 from loopmem_pretrain.model.early_exit import early_exit, exit_forward
 
 MOST_NEW_TOKENS = 256
@@ -175,11 +175,11 @@ class LoopMemHarness(WindowLM):
         cache, new, text = DynamicCache(), list[int](), ""
         cache_with_slots(cache, [self.setting.num_loops or 1] * model.config.num_hidden_layers, 1)
         while len(new) < limit and not any(stop in text for stop in stops):
-            told = decoding(tokens.shape[1], cache.get_seq_length(), tokens.device, cache=cache)
+            decoding = make_decoding(tokens.shape[1], cache.get_seq_length(), tokens.device, cache=cache)
             if early is None:
-                hidden, _ = model.model(tokens, self.setting.num_loops, told)
+                hidden, _ = model.model(tokens, self.setting.num_loops, decoding)
             else:
-                hidden, _ = exit_forward(model.model, tokens, early, self.setting.num_loops, told)
+                hidden, _ = exit_forward(model.model, tokens, early, self.setting.num_loops, decoding)
             tokens = model.lm_head(hidden[:, -1:])[..., : codec.vocab_size].argmax(-1)
             if int(tokens) == codec.eos_id:
                 break

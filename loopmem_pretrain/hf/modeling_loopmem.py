@@ -22,7 +22,7 @@ from transformers.utils.generic import ModelOutput
 from loopmem_pretrain.hf.cache import cache_with_slots, static_cache_with_slots
 from loopmem_pretrain.hf.configuration_loopmem import LoopMemConfig
 from loopmem_pretrain.model.backend import TorchBackend
-from loopmem_pretrain.model.decoding import decoding
+from loopmem_pretrain.model.decoding import make_decoding
 from loopmem_pretrain.model.early_exit import EXIT_RULES, EarlyExit, ExitStats, early_exit, exit_forward
 from loopmem_pretrain.model.init import initialize
 from loopmem_pretrain.model.loopmem import LoopMemBody, LoopStats, NumLoops, loops_of_layers, ponder_cost
@@ -175,15 +175,15 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
             earlier = 0 if cache is None else self._prepare_cache(cache, loops, batch)
             real = _real_tokens(attention_mask, [batch, earlier + tokens])
         self._check_positions(position_ids, batch, tokens)
-        told = None  # as in training, where there is nothing to tell
+        decoding = None  # as in training, where there is nothing to tell
         if cache is not None or real is not None or position_ids is not None:
-            told = decoding(tokens, earlier, inputs.device, real, position_ids, cache, width)
+            decoding = make_decoding(tokens, earlier, inputs.device, real, position_ids, cache, width)
         states: list[Tensor] = []
         on_layer = states.append if output_hidden_states else None
         hidden, stats = (
-            self.model(inputs, loops, told, on_layer=on_layer)
+            self.model(inputs, loops, decoding, on_layer=on_layer)
             if early is None
-            else exit_forward(self.model, inputs, early, loops, told, on_layer)
+            else exit_forward(self.model, inputs, early, loops, decoding, on_layer)
         )
         if labels is not None:
             logits_to_keep = 0  # the loss needs them all

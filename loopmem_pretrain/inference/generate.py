@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loopmem_pretrain.errors import ConfigError
-from loopmem_pretrain.model.decoding import decoding
+from loopmem_pretrain.model.decoding import make_decoding
 from loopmem_pretrain.model.early_exit import EXIT_RULES, early_exit, exit_forward
 from loopmem_pretrain.model.loopmem import LoopMemLM, NumLoops, loops_of_layers
 
@@ -112,11 +112,11 @@ def _generate_native(
     cache_with_slots(cache, [most if n is None else n for n in loops_of_layers(depth.num_loops, layers)], 1)
     early = early_exit(depth.exit_threshold, depth.exit_rule)
     for _ in range(max_new_tokens):
-        told = decoding(ids.shape[1], cache.get_seq_length(), ids.device, cache=cache)
+        decoding = make_decoding(ids.shape[1], cache.get_seq_length(), ids.device, cache=cache)
         if early is None:
-            hidden, _ = model.model(ids, depth.num_loops, told)
+            hidden, _ = model.model(ids, depth.num_loops, decoding)
         else:
-            hidden, _ = exit_forward(model.model, ids, early, depth.num_loops, told)
+            hidden, _ = exit_forward(model.model, ids, early, depth.num_loops, decoding)
         scores = model.lm_head(hidden[:, -1:])[0, -1].float()
         scores[codec.vocab_size :] = -math.inf  # rows that pad the vocabulary are no tokens
         token = _choose(scores, temperature, top_k)

@@ -65,7 +65,7 @@ class Decoding(NamedTuple):
         return attend(queries, *self.extend(keys, values), self.mask)
 
 
-def decoding(
+def make_decoding(
     tokens: int,
     earlier: int | Tensor,
     device: torch.device,

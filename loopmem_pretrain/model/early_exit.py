@@ -30,7 +30,7 @@ from torch import Tensor
 
 from loopmem_pretrain.model.backend import wide
 from loopmem_pretrain.model.block import Rotary
-from loopmem_pretrain.model.decoding import Decoding, attend, decoding
+from loopmem_pretrain.model.decoding import Decoding, attend, make_decoding
 from loopmem_pretrain.model.loopmem import LoopedLayer, LoopMemBody, NumLoops, expected_loops, token_norm
 from loopmem_pretrain.model.memory import SharedRead
 
@@ -108,14 +108,14 @@ class PackedAttention:
     """Which tokens are in the layer, and their attention to the keys and values of all, whoever is in it.
 
     Args:
-        told: positions, padding and cache, of loop 1.
+        decoding: positions, padding and cache, of loop 1.
         batch: B.
         length: T.
         unfilled: zeros [B * T, K, d]: keys and values of tokens that are never in the layer, at which nobody looks.
     """
 
-    def __init__(self, told: Decoding, batch: int, length: int, unfilled: Tensor) -> None:
-        self.told, self.batch, self.length = told, batch, length
+    def __init__(self, decoding: Decoding, batch: int, length: int, unfilled: Tensor) -> None:
+        self.decoding, self.batch, self.length = decoding, batch, length
         self.keys = self.values = unfilled
         """of all tokens, in their last loop, [B * T, K, d]"""
         self.index: Tensor | None = None
@@ -142,7 +142,7 @@ class PackedAttention:
         """Put keys and values into the cache for one loop; returns those of earlier tokens too, [B, K, S, d]."""
         shape = (self.batch, self.length, *self.keys.shape[1:])
         keys, values = (part.view(shape).transpose(1, 2) for part in (self.keys, self.values))
-        return self.told.extend(keys, values)
+        return self.decoding.extend(keys, values)
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """[1, heads, n, d] of the packed tokens -> [1, H, n, d]."""
@@ -151,7 +151,7 @@ class PackedAttention:
         keys, values = self.extend()
         if self.index is None:
             queries = queries.view(-1, self.batch, self.length, queries.shape[-1]).transpose(0, 1)
-            return attend(queries, keys, values, self.told.mask).transpose(0, 1).flatten(1, 2).unsqueeze(0)
+            return attend(queries, keys, values, self.decoding.mask).transpose(0, 1).flatten(1, 2).unsqueeze(0)
         # Sequence by sequence, reading keys where they lie: to gather the keys of some sequences would copy more than
         # attention in all of them reads.
         columns = torch.split(self.index % self.length, self.counts)
@@ -165,7 +165,7 @@ class PackedAttention:
 
     def _seen(self, row: int, columns: Tensor, width: int) -> Tensor | None:
         """Which of `width` keys the tokens at `columns` of a sequence see, [1, 1, n, width]; None: all."""
-        real = None if self.told.real is None else self.told.real[row]
+        real = None if self.decoding.real is None else self.decoding.real[row]
         if self.length == 1:
             return None if real is None else real[None, None, None]
         seen = torch.arange(width, device=columns.device) <= (width - self.length + columns).unsqueeze(-1)
@@ -180,14 +180,14 @@ def visit(
     hidden: Tensor,
     memory: SharedRead | None,
     loops: int,
-    told: Decoding | None,
+    decoding: Decoding | None,
     early: EarlyExit,
 ) -> tuple[Tensor, ExitStats]:
     """[B, T, D] -> ([B, T, D], ExitStats): the drawing at the head of this file."""
     (batch, length, width), precise, device = hidden.shape, wide(hidden.dtype), hidden.device
     everyone = batch * length
-    told = decoding(length, 0, device) if told is None else told
-    angles = layer.rotary(hidden, told)
+    decoding = make_decoding(length, 0, device) if decoding is None else decoding
+    angles = layer.rotary(hidden, decoding)
     rotary = Rotary(*(part.expand(batch, length, *part.shape[-2:]).flatten(0, 1) for part in angles))
     banks = layer.banks(memory, everyone * loops)
     zeta = F.softplus(layer.step_scales.to(precise))
@@ -195,12 +195,12 @@ def visit(
     nowhere = output.new_zeros(everyone)
     tokens = Tokens(hidden.reshape(1, everyone, width), torch.ones_like(nowhere)[None], output[None], rotary)
     unfilled = hidden.new_zeros(everyone, layer.self_attn.kv_heads, layer.self_attn.head_dim)
-    packed = PackedAttention(told, batch, length, unfilled)
-    if told.real is not None:
-        tokens = tokens.take(packed.narrow(told.real[:, -length:].flatten()))
+    packed = PackedAttention(decoding, batch, length, unfilled)
+    if decoding.real is not None:
+        tokens = tokens.take(packed.narrow(decoding.real[:, -length:].flatten()))
     probs, ran = [], torch.zeros(everyone, device=device, dtype=torch.long)
     for n in range(1, loops + 1):
-        packed.told = told.at(layer.slot(n))
+        packed.decoding = decoding.at(layer.slot(n))
         if not tokens.hidden.shape[1]:  # all have left: their keys and values are all that is left to do
             packed.extend()
             probs.append(nowhere)
@@ -231,7 +231,7 @@ def exit_forward(
     input_ids: Tensor,
     early: EarlyExit,
     num_loops: NumLoops = None,
-    told: Decoding | None = None,
+    decoding: Decoding | None = None,
     on_layer: Callable[[Tensor], object] | None = None,
 ) -> tuple[Tensor, list[ExitStats]]:
     """LoopMemBody.forward with early exit: [B, T] -> (hidden [B, T, D] after the final norm, one ExitStats a layer).
@@ -241,7 +241,7 @@ def exit_forward(
         input_ids: token ids, or embeddings [B, T, D].
         early: when tokens leave.
         num_loops: the most loops that a layer runs, where not max_loops.
-        told: positions, padding and cache, as for LoopMemBody.forward.
+        decoding: positions, padding and cache, as for LoopMemBody.forward.
         on_layer: is told what each layer is given.
     """
-    return model(input_ids, num_loops, told, partial(visit, early=early), on_layer)
+    return model(input_ids, num_loops, decoding, partial(visit, early=early), on_layer)

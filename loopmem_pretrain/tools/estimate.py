@@ -149,8 +149,8 @@ def _switches(layout: Layout) -> str:
     parts += ["sequence parallel"] * parallel.sequence_parallel
     parts += ["sharded banks"] * (parallel.memory_placement == "sharded")
     parts += ["loops recomputed" if training.activation_checkpointing == "loop" else "no recomputation"]
-    samples = training.micro_batch_size
-    parts.append(f"{layout.micro_batches} micro-batches of {samples} sample{'s' * (samples > 1)} a step")
+    passes, samples = layout.micro_batches, counted(training.micro_batch_size, "sample")
+    parts.append(f"{passes:,} micro-batch{'es' * (passes > 1)} of {samples} a step")
     return ", ".join(parts)
 
 

@@ -99,7 +99,7 @@ class LogHook:
         # Also before every checkpoint: weights that are not finite must end the run before they are saved.
         if step % config.logging.interval_steps and not trainer.save_is_due and not trainer.pending:
             return
-        losses = trainer.watch.read()
+        losses = trainer.faults.read()
         metrics = self._measure(trainer, losses)
         for logger in self.loggers:
             logger.log(metrics)
@@ -108,7 +108,7 @@ class LogHook:
             self.bar.update(trainer.position.step, _headline(metrics))
         self._start_interval(trainer)
         trainer.agree()
-        trainer.watch.check(trainer, losses)
+        trainer.faults.check(trainer, losses)
 
     def close(self, trainer: "Trainer") -> None:
         for logger in self.loggers:

@@ -96,7 +96,7 @@ class Trainer:
         """Whether this rank was asked by SIGUSR2 to compare replicas, and whether all ranks have agreed to."""
         self.pause_seconds: float = 0.0
         self.saver = Saver(self)
-        self.watch: FaultWatch = FaultWatch(config.faults)
+        self.faults: FaultWatch = FaultWatch(config.faults)
         self.time_limit = TimeLimit(config.faults.time_limit_seconds, control.job_end())
         self.pending: dict[str, Any] = {}
         """Measurements that wait for the next line of metrics.jsonl, such as a validation loss."""
@@ -122,12 +122,12 @@ class Trainer:
                 while self.position.step < self.stop_at_step and not self.stop_reason:
                     skipped = self.engine.skipped_steps
                     loss = self.engine.train_batch(batches, self.position.step)
-                    self.watch.record(loss, applied=self.engine.skipped_steps == skipped)
+                    self.faults.record(loss, applied=self.engine.skipped_steps == skipped)
                     self._advance()
                     self.watchdog.step_done(self.position.step)
                     for hook in self.hooks:
                         hook.after_step(self)
-                        if self.watch.spike and self._rewind(self.watch.spike):
+                        if self.faults.spike and self._rewind(self.faults.spike):
                             batches = self._batches()
                             break  # nothing of the steps just undone is to be compared or saved
             done = self.position.step >= self.config.training.train_steps
@@ -220,7 +220,7 @@ class Trainer:
     def _rewind(self, spike: Spike) -> bool:
         """Undo `spike` where there is a checkpoint from before it, and go on as a fresh start from there would."""
         with self.watchdog.phase("resume"):
-            if not self.watch.rewind(self, spike):
+            if not self.faults.rewind(self, spike):
                 return False
         for hook in reversed(self.hooks):
             hook.close(self)

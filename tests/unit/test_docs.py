@@ -14,7 +14,8 @@ from loopmem_pretrain.training.run_folder import MAY_CHANGE
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "loopmem_pretrain"
-DOCUMENTS = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
+BESIDE = [ROOT / folder / "README.md" for folder in (".", "slurm", "data_prep", "benchmarks")]
+DOCUMENTS = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", *BESIDE]
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 
 SYMBOL = re.compile(r"`([\w/]+\.py):([\w.]+)`")
