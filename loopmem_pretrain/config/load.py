@@ -10,6 +10,7 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -64,6 +65,9 @@ def load_config(
     else:
         for key, message in rules(config) if rules and not problems else []:
             problems.append(f"{loaded.place_of(key)}: {dotted(key)}: {message}")
+    if problems and (other := _other_kind(schema, loaded)):
+        wanted = _KINDS[schema.__name__][1]
+        raise ConfigError(f"{path} describes {other}, not {wanted}", "give a file of that kind")
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError(
@@ -112,14 +116,46 @@ def _without_broken(loaded: Loaded) -> Any:
 # ------------------------------------------------------------------------------------------------------ messages
 
 
+# Kinds of files by their schemas: where those are, and what such a file describes.
+_KINDS = {
+    "RunConfig": ("run", "a run (configs/train/, configs/paper/)"),
+    "PrepareConfig": ("prepare", "the preparation of data (data_prep/)"),
+    "ClusterConfig": ("cluster", "how fast a cluster is (`loopmem estimate --cluster`, configs/cluster/)"),
+    "SiteConfig": ("site", "how a site runs jobs (`loopmem slurm --cluster`, slurm/clusters/)"),
+}
+
+
+def _other_kind(schema: type[Section], loaded: Loaded) -> str:
+    """What a file describes that lacks what `schema` needs and has what another one needs; else empty."""
+    given = set(loaded.values)
+
+    def fits(other: type[Section]) -> bool:
+        return {name for name, field in other.model_fields.items() if field.is_required()} <= given
+
+    for name, (module, what) in _KINDS.items():
+        other = getattr(import_module(f"loopmem_pretrain.config.{module}"), name)
+        unknown = [len(given - set(each.model_fields)) for each in (other, schema)]
+        if (
+            schema.__name__ in _KINDS
+            and other is not schema
+            and fits(other)
+            and not fits(schema)
+            and unknown[0] < unknown[1]
+        ):
+            return what
+    return ""
+
+
 def _describe_all(schema: type[Section], loaded: Loaded, details: Sequence[Any]) -> Iterator[str]:
     """One line a problem; nothing twice about a key that was complained about, or about a list for its items."""
     keys = [tuple(str(part) for part in detail["loc"]) for detail in details]
+    listed: set[str] = set()
     for key, detail in zip(keys, details, strict=True):
         inside = any(len(other) > len(key) and other[: len(key)] == key for other in keys)
         if key not in loaded.broken and not (inside and detail["type"] == "too_short"):
-            place = loaded.place_of(key)
-            yield f"{place}: {dotted(key)}: {_describe(schema, key, detail, place)}"
+            place, said = loaded.place_of(key), _describe(schema, key, detail, loaded.place_of(key))
+            yield f"{place}: {dotted(key)}: {'unknown key; valid keys as above' if said in listed else said}"
+            listed |= {said} if said.startswith("unknown key; valid keys: ") else set()
 
 
 def _describe(schema: type[Section], key: Key, detail: Any, place: str) -> str:

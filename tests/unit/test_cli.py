@@ -110,9 +110,13 @@ def test_override_without_a_value(refused):
     assert "command line: 'train_steps' is not of the form key=value" in said
 
 
-def test_recipe_given_to_train(refused):
-    said = refused(2, "train", "--config", RECIPE)
-    assert re.search(r"demo\.yaml:\d+:1: output_dir: unknown key", said)
+def test_a_file_of_another_kind(refused):
+    recipe, run, speeds = "the preparation of data", "a run (", "how fast a cluster is"
+    assert f"{RECIPE} describes {recipe}" in refused(2, "train", "--config", RECIPE)
+    assert f"{RUN} describes {run}" in refused(2, "prepare-data", "--config", RUN, "output_dir=x")
+    words = ("slurm", "render", "--config", RUN, "--nodes", "1", "--cluster", "configs/cluster/h100.yaml")
+    said = refused(2, *words)
+    assert f"h100.yaml describes {speeds}" in said and "not how a site runs jobs" in said
 
 
 @pytest.mark.parametrize("ranks", ["0", "-1"])

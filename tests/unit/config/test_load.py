@@ -139,6 +139,12 @@ def test_unknown_key_lists_what_is_valid(bad):
     assert said.endswith("data.zzz: unknown key; valid keys: datasets, seq_length, num_workers")
 
 
+def test_valid_keys_are_listed_once(files):
+    said = files.problems(GOOD.replace("seq_length", "zzz: 5\n  yyy: 5\n  seq_length", 1)).splitlines()
+    assert said[1].endswith("data.zzz: unknown key; valid keys: datasets, seq_length, num_workers")
+    assert said[2].endswith("data.yyy: unknown key; valid keys as above")
+
+
 def test_missing_key_points_at_its_section(bad):
     assert bad("  hidden_size: 32\n", "") == "run.yaml:2:1: model.hidden_size: required, but not set anywhere"
 
