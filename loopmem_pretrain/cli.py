@@ -184,7 +184,7 @@ def build_parser() -> argparse.ArgumentParser:
     reshape_.add_argument("--out", metavar="RUN", help="write into this new run folder (default: replace in place)")
     plot_ = command("plot", plot, "Draw a run's figures as SVG and PNG.")
     plot_.add_argument("run_dir", metavar="RUN")
-    plot_.add_argument("out_dir", metavar="OUT")
+    plot_.add_argument("out_dir", metavar="OUT", nargs="?", help="default: RUN/figures")
     report_ = command("report", report, "Write a run's report.html.")
     report_.add_argument("run_dir", metavar="RUN")
     report_.add_argument("--out", metavar="FILE", help="default: RUN/report.html")
@@ -414,7 +414,7 @@ def verify_checkpoints(options: Any) -> int:
 def plot(options: Any) -> int:
     from loopmem_pretrain.tools.plot import save_plots
 
-    for path in save_plots(options.run_dir, options.out_dir):
+    for path in save_plots(options.run_dir, options.out_dir or Path(options.run_dir) / "figures"):
         print(path)
     return EXIT_DONE
 

@@ -108,7 +108,8 @@ def refuse_other_configuration(config: RunConfig, run_dir: Path) -> None:
     if changed:
         raise ConfigError(
             f"the run folder {run_dir} belongs to another configuration:\n    " + "\n    ".join(changed),
-            "choose another run_dir for this configuration, or take the changes back to continue that run",
+            "choose another run_dir for this configuration, or take the changes back to continue that run; what may "
+            "change is in docs/operations.md",
         )
 
 
