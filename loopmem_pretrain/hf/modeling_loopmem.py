@@ -22,10 +22,10 @@ from transformers.utils.generic import ModelOutput
 from loopmem_pretrain.hf.cache import cache_with_slots, static_cache_with_slots
 from loopmem_pretrain.hf.configuration_loopmem import LoopMemConfig
 from loopmem_pretrain.model.backend import TorchBackend
-from loopmem_pretrain.model.decoding import make_decoding
+from loopmem_pretrain.model.decoding import Decoding, make_decoding
 from loopmem_pretrain.model.early_exit import EXIT_RULES, EarlyExit, ExitStats, early_exit, exit_forward
 from loopmem_pretrain.model.init import initialize
-from loopmem_pretrain.model.loopmem import LoopMemBody, LoopStats, NumLoops, loops_of_layers, ponder_cost
+from loopmem_pretrain.model.loopmem import LoopMemBody, LoopStats, NumLoops, loops_of_layers, total_loss
 
 
 @dataclass
@@ -164,20 +164,9 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         cache = DynamicCache() if use_cache and past_key_values is None else past_key_values
-        (batch, tokens), width = inputs.shape[:2], None
-        earlier: Any = 0
         if isinstance(cache, StaticCache):
             self._check_static(labels, early)
-            width = static_cache_with_slots(cache, loops, batch)
-            earlier = cache.get_seq_length()
-            real = None if attention_mask is None else _in_width(attention_mask, batch, tokens, cache) != 0
-        else:
-            earlier = 0 if cache is None else self._prepare_cache(cache, loops, batch)
-            real = _real_tokens(attention_mask, [batch, earlier + tokens])
-        self._check_positions(position_ids, batch, tokens)
-        decoding = None  # as in training, where there is nothing to tell
-        if cache is not None or real is not None or position_ids is not None:
-            decoding = make_decoding(tokens, earlier, inputs.device, real, position_ids, cache, width)
+        real, earlier, decoding = self._decoding(inputs, attention_mask, position_ids, cache, loops)
         states: list[Tensor] = []
         on_layer = states.append if output_hidden_states else None
         hidden, stats = (
@@ -198,9 +187,7 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
                 labels = labels.masked_fill(~predicts, -100)
                 expected = [loops[predicts] for loops in expected]
             cross_entropy = self.backend.cross_entropy(logits[:, :-1], labels)
-            costs = [ponder_cost(loops, self.config.max_loops) for loops in expected]
-            ponder = torch.stack(costs).mean() if costs else torch.zeros_like(cross_entropy)
-            loss = cross_entropy + self.config.ponder_weight * ponder
+            loss, ponder = total_loss(cross_entropy, expected, self.config)
         output = LoopMemCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -212,6 +199,29 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
         )
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
+
+    def _decoding(
+        self,
+        inputs: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Any,
+        loops: list[int],
+    ) -> tuple[Tensor | None, Any, Decoding | None]:
+        """(where tokens are no padding, how many the cache holds, what layers are told; None where as in training)"""
+        (batch, tokens), width = inputs.shape[:2], None
+        earlier: Any = 0
+        if isinstance(cache, StaticCache):
+            width = static_cache_with_slots(cache, loops, batch)
+            earlier = cache.get_seq_length()
+            real = None if attention_mask is None else _in_width(attention_mask, batch, tokens, cache) != 0
+        else:
+            earlier = 0 if cache is None else self._prepare_cache(cache, loops, batch)
+            real = _real_tokens(attention_mask, [batch, earlier + tokens])
+        self._check_positions(position_ids, batch, tokens)
+        if cache is None and real is None and position_ids is None:
+            return real, earlier, None
+        return real, earlier, make_decoding(tokens, earlier, inputs.device, real, position_ids, cache, width)
 
     def _prepare_cache(self, cache: DynamicCache, loops: list[int], batch: int) -> int:
         """Give the cache a slot for each layer and loop; returns how many tokens it holds."""

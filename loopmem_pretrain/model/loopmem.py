@@ -243,6 +243,13 @@ def ponder_cost(expected_loops: Tensor, max_loops: int) -> Tensor:
     return (expected_loops - 1).mean() / max(1, max_loops - 1)
 
 
+def total_loss(cross_entropy: Tensor, expected: Sequence[Tensor], config: Any) -> tuple[Tensor, Tensor]:
+    """(cross-entropy + ponder_weight * ponder cost, ponder cost); `expected` is E per token, of each layer."""
+    costs = [ponder_cost(loops, config.max_loops) for loops in expected]
+    ponder = torch.stack(costs).mean() if costs else torch.zeros_like(cross_entropy)
+    return cross_entropy + config.ponder_weight * ponder, ponder
+
+
 Visit = Callable[[LoopedLayer, Tensor, SharedRead | None, int, Decoding | None], tuple[Tensor, Any]]
 """Another way to visit a layer, early exit's. It is called by the layer's forward, so that hooks of the layer run."""
 
@@ -331,7 +338,5 @@ class LoopMemLM(nn.Module):
         if labels is None:
             return LoopMemOutput(logits, stats, None, None, None)
         cross_entropy = self.backend.cross_entropy(logits, labels)
-        costs = [ponder_cost(layer.expected_loops(), self.config.max_loops) for layer in stats]
-        ponder = torch.stack(costs).mean() if costs else torch.zeros_like(cross_entropy)
-        loss = cross_entropy + self.config.ponder_weight * ponder
+        loss, ponder = total_loss(cross_entropy, [layer.expected_loops() for layer in stats], self.config)
         return LoopMemOutput(logits, stats, loss, cross_entropy, ponder)
