@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except LoopMemError as error:
         speaker = "loopmem" if rank == "0" else f"loopmem (rank {rank})"
-        print(f"{speaker}: error: {error}", file=sys.stderr)
+        if not error.is_told:
+            print(f"{speaker}: error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt as interrupt:
         by_signal = isinstance(interrupt, Terminated)

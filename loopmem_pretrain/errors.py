@@ -31,6 +31,8 @@ class LoopMemError(Exception):
         super().__init__(problem)
         self.problem = problem
         self.fix = fix
+        self.is_told = False
+        """Whether another rank says the same."""
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return type(self), (self.problem, self.fix)  # crosses process pools with its fix

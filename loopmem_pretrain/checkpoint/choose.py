@@ -52,10 +52,12 @@ def choose(store: CheckpointStore, rank: int, world_size: int, before: int | Non
     if not problems or before is not None:
         return None
     lines = [f"{checkpoint.name}: {line}" for checkpoint, wrong in problems.items() for line in wrong]
-    raise CheckpointError(
+    error = CheckpointError(
         f"every checkpoint in {store.folder} that could be resumed is damaged:\n    " + "\n    ".join(lines),
         "restore the files of one of them, or start a new run folder",
     )
+    error.is_told = rank > 0
+    raise error
 
 
 def _examine(checkpoint: Path, rank: int, world_size: int) -> tuple[dict[str, Any], list[str]]:

@@ -143,6 +143,7 @@ def from_rank_zero(action: Callable[[], T]) -> T:
             told[1] = EnvironmentFault(f"rank 0: {error}", "see to that file, then start the same command again")
     dist.broadcast_object_list(told, src=0)
     if told[1] is not None:
+        told[1].is_told = dist.get_rank() > 0
         raise told[1]
     return cast(T, told[0])
 

@@ -306,6 +306,7 @@ class Trainer:
         if failure[0] is not None:
             if cause is not None and not isinstance(cause, OSError):
                 raise cause
+            failure[0].is_told = self.rank > 0
             raise failure[0] from cause
 
     def together(self, action: Callable[[], T]) -> T:
@@ -325,6 +326,8 @@ class Trainer:
         dist.all_gather_object(failures, failure)
         first = failure or next((error for error in failures if error is not None), None)
         if first is not None:
+            others = failures[: self.rank] if failure is not None else failures
+            first.is_told = any(str(error) == str(first) for error in others)
             raise first
         return cast(T, result)
 
