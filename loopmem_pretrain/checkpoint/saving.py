@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 POLL = 0.05
 """Seconds between looks at whether others are done."""
 GRACE = 10.0
-"""Seconds that rank 0 of a start that ends waits for the records of ranks that may be gone."""
+"""Seconds without a new record after which rank 0 of a start that ends waits no longer for ranks that may be gone."""
 FAILURES = 2
 """Saves in a row that fail and end the run: with each interval more work could be lost."""
 
@@ -55,6 +55,8 @@ class Run(state.Run, Protocol):
     """What saving needs of a run; the trainer is one."""
 
     device: torch.device
+    pause_seconds: float
+    """What does not count as training time."""
 
 
 class Saver:
@@ -156,7 +158,9 @@ class Saver:
         if self._save is not None and not self._save.copied.is_set():
             started = time.perf_counter()
             self._save.copied.wait()
-            self.seconds += time.perf_counter() - started
+            waited = time.perf_counter() - started
+            self.seconds += waited
+            self.run.pause_seconds += waited
 
     def _take_failure(self, fault: EnvironmentFault | TrainingGaveUp, final: bool) -> None:
         self._failed_in_a_row += 1
@@ -220,7 +224,7 @@ class _Save:
         self.folder = self.store.folder / self.store.incomplete_name(self.step, token)
         self.records = records_folder(self.folder)
         self.wait_for_others = math.inf
-        """Until when (monotonic seconds) rank 0 waits for the others' records."""
+        """Until when (monotonic seconds) rank 0 waits for the others' records, and as long as they keep coming."""
         self.states, self.texts, self.facts, self.seconds = states, dict(texts), facts, seconds
         self.writes_sample, self.sample, self.buffers = run.engine.has_loss, sample, buffers
         self.failure: str | TrainingGaveUp | None = None
@@ -294,18 +298,19 @@ class _Save:
         """Of all ranks, when they are there."""
         missing = [_record_name(rank) for rank in range(self.world_size)]
         records: list[dict[str, Any]] = []
+        newest = time.monotonic()
         while missing:
             # The folder's list: NFS would for a minute go on to say that a name which was not there is not there.
             there = set(os.listdir(self.records))
-            records += [
-                json.loads((self.records / name).read_text(encoding="utf-8")) for name in missing if name in there
-            ]
+            found = [name for name in missing if name in there]
+            records += [json.loads((self.records / name).read_text(encoding="utf-8")) for name in found]
             missing = [name for name in missing if name not in there]
+            newest = time.monotonic() if found else newest
             if not missing:
                 break
             if self.given_up.wait(POLL):
                 raise _GivenUp
-            if time.monotonic() > self.wait_for_others:
+            if time.monotonic() > max(self.wait_for_others, newest + GRACE):
                 raise EnvironmentFault(f"{len(missing)} of {self.world_size} ranks have not written their part")
         return records
 

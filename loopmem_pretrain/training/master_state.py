@@ -47,11 +47,10 @@ def place_step_counts(optimizer: Any) -> None:
     Loading leaves them where the start that saved had them, and that may have kept its optimizer elsewhere.
     """
     inner = optimizer.optimizer
-    for group in inner.param_groups:
-        for parameter in group["params"]:
-            state = inner.state.get(parameter, {})
-            if "step" in state:
-                state["step"] = state["step"].to(parameter.device if group.get("fused") else "cpu")
+    fused = any(group.get("fused") for group in inner.param_groups)
+    for parameter, state in inner.state.items():  # not those of the groups: ZeRO 3 keeps them empty between steps
+        if "step" in state:
+            state["step"] = state["step"].to(parameter.device if fused else "cpu")
 
 
 def set_state(parameter: Any, state: State, value: Tensor) -> None:

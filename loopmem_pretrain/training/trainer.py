@@ -92,6 +92,8 @@ class Trainer:
         self.signal: str | None = None
         self.save_asked = False
         """Whether a checkpoint of this step was asked for (RUN/SAVE); the same on every rank."""
+        self.has_ended = False
+        """Whether no step follows in this start."""
         self.check_asked = self.check_replicas = False
         """Whether this rank was asked by SIGUSR2 to compare replicas, and whether all ranks have agreed to."""
         self.pause_seconds: float = 0.0
@@ -109,14 +111,15 @@ class Trainer:
 
     def train(self) -> run_folder.Status:
         """Run until the last step, `stop_at_step`, or a request to stop; returns how it ended."""
-        with contextlib.closing(self.watchdog):
+        # Signals are noted until the last save is over: a launcher sends SIGTERM as soon as one rank has gone.
+        with contextlib.closing(self.watchdog), self._signals():
             return self._train()
 
     def _train(self) -> run_folder.Status:
         self.write_status("running", "training")
         failure: BaseException | None = None
         try:
-            with self._signals(), self.watchdog.phase("step"):
+            with self.watchdog.phase("step"):
                 self._stop_before_the_first_step()
                 batches = self._batches()
                 while self.position.step < self.stop_at_step and not self.stop_reason:
@@ -144,6 +147,7 @@ class Trainer:
             failure = error
             raise
         finally:
+            self.has_ended = True
             with self.watchdog.phase("end"):
                 if failure is None:
                     try:
@@ -254,7 +258,8 @@ class Trainer:
         is_due = self.time_limit.is_due(self.saver.longest_seconds)
         request = control.stop_request(self.run_dir) if self.rank == 0 else ""
         save = self.rank == 0 and control.save_request(self.run_dir)
-        mine = (stop, self.check_asked, self.saver.has_failed, is_due, bool(request), save)
+        check, self.check_asked = self.check_asked, False  # now: another signal may come while this rank waits below
+        mine = (stop, check, self.saver.has_failed, is_due, bool(request), save)
         asked = torch.tensor([int(value) for value in mine], device=self.device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         stop, check, save_failed, is_due, requested, save = asked.tolist()
@@ -267,7 +272,7 @@ class Trainer:
         if save:
             self.on_rank_zero(lambda: control.save_begins(self.run_dir))
         self.save_asked |= bool(save)  # until a checkpoint is written, a rewind may come between
-        self.check_replicas, self.check_asked = bool(check), False
+        self.check_replicas = bool(check)
         if save_failed:
             with self.pause("save"):
                 self.saver.finish()
@@ -349,7 +354,9 @@ class Trainer:
                 self.check_asked = True
             else:
                 self.signal = signal.Signals(number).name
-                if self.rank == 0:  # not through logging or print, whose locks the interrupted code may hold
+                if (
+                    self.rank == 0 and not self.has_ended
+                ):  # not through logging or print, whose locks the interrupted code may hold
                     once_more = "; once more ends at once, without" if number == signal.SIGINT else ""
                     os.write(
                         2, f"\nloopmem: {self.signal}: saving after the next line of the log{once_more}\n".encode()

@@ -143,6 +143,38 @@ def test_a_run_that_gives_up_leaves_the_save_under_way_whole(tmp_path, sentences
     assert run(config) == ("done", None)
 
 
+SLOWLY_AND_TOLD_TO_GO = """
+import os, signal, threading, time
+import loopmem_pretrain.checkpoint.saving as saving
+rank_0, write, close = os.environ["RANK"] == "0", saving._Save._write, saving.Saver.close
+def closing(saver):
+    if rank_0:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    close(saver)
+saving._Save._write = lambda save: (time.sleep(2 if rank_0 else 2.5), write(save))
+saving.GRACE, saving.Saver.close = 1, closing
+"""
+
+
+def test_a_save_comes_to_its_end_though_the_launcher_says_sigterm(tmp_path, sentences):
+    """As it does when the first rank of a run that gave up has gone; the others may take longer to write."""
+    _, error = run(config_for(tmp_path, sentences), first=SLOWLY_AND_TOLD_TO_GO, before=GIVES_UP.format(step=10))
+    assert error.exit_code == 7
+    assert newest(tmp_path) == "step_00000010"
+
+
+def test_waiting_for_a_copy_is_no_training_time(tmp_path, sentences):
+    slow_copy = """
+import time, loopmem_pretrain.checkpoint.saving as saving
+copy = saving._Save._copy
+saving._Save._copy = lambda save: (time.sleep(4 if save.step == 10 else 0), copy(save))
+"""
+    assert run(config_for(tmp_path, sentences, logging={"interval_steps": 5}), first=slow_copy) == ("done", None)
+    after = next(line for line in lines(tmp_path) if line["step"] == 15)
+    assert after["saving_seconds"] > 3
+    assert 5 * after["seconds_per_step"] < 3
+
+
 def test_a_save_that_fails_while_the_run_gives_up_is_told(tmp_path, sentences):
     config = config_for(tmp_path / "run", sentences, checkpoint={"interval_steps": 4})
     logged = TO_A_FILE.format(str(tmp_path / "log"))
