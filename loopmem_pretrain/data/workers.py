@@ -53,13 +53,15 @@ def tokenize(texts: list[bytes], tokenizer: Tokenizer, task: Task) -> dict[Split
     result: dict[SplitName, Tokens] = {}
     for split, part in parts.items():
         if part:
-            documents = tokenizer.encode_batch([text.decode("utf-8") for text in part])
+            encoded = tokenizer.encode_batch([text.decode("utf-8") for text in part])
+            size = sum(len(text) for text, document in zip(part, encoded, strict=True) if document)
+            documents = [document for document in encoded if document]
             if task.append_eos:
                 for document in documents:
                     document.append(tokenizer.eos_id)
-            lengths = [len(document) for document in documents if document]
+            lengths = [len(document) for document in documents]
             ids = np.fromiter(chain.from_iterable(documents), np.dtype(task.dtype), sum(lengths))
-            result[split] = Tokens(ids, lengths, sum(map(len, part)))
+            result[split] = Tokens(ids, lengths, size)
     return result
 
 

@@ -80,7 +80,7 @@ class WindowLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         for number, (texts, prompt, continuation) in enumerate(requests):
             if not continuation:
                 raise DataError(f"{texts!r}: the continuation has no token of its own", "leave this item out")
-            ids = [*prompt, *continuation]
+            ids = [*(prompt or [self.eos_id]), *continuation]  # a prompt of blanks is the continuation's beginning
             self.shortened += len(ids) - 1 > self.max_length
             windows += continuation_windows(number, ids, len(continuation), self.max_length)
         nats, greedy = [0.0] * len(requests), [True] * len(requests)

@@ -112,7 +112,8 @@ _LIMITS = """## Limits
 - The model continues text as its training data would, with what is wrong or harmful there.
 - Sequences in training had {seq_length:,} tokens; nothing was learned about later positions.
 - Ids that only pad the vocabulary are never generated (`suppress_tokens` of generation_config.json). Tokens that are
-  added to the tokenizer get these ids: once they are trained, take theirs out,
+  added to the tokenizer get these ids: `tokenizer.split_special_tokens = False` lets it read them in texts, and once
+  they are trained, take theirs out,
   `model.generation_config.suppress_tokens = list(range(len(tokenizer), model.config.vocab_size)) or None`.
 - The licence of these weights is for whoever publishes this folder to add here.
 """

@@ -21,7 +21,7 @@ from transformers.utils.generic import ModelOutput
 
 from loopmem_pretrain.hf.cache import cache_with_slots, static_cache_with_slots
 from loopmem_pretrain.hf.configuration_loopmem import LoopMemConfig
-from loopmem_pretrain.model.backend import TorchBackend
+from loopmem_pretrain.model.backend import TorchBackend, wide
 from loopmem_pretrain.model.decoding import Decoding, make_decoding
 from loopmem_pretrain.model.early_exit import EXIT_RULES, EarlyExit, ExitStats, early_exit, exit_forward
 from loopmem_pretrain.model.init import initialize
@@ -95,6 +95,7 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
     """The language model: LoopMemBody and a head."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    accepts_loss_kwargs = True  # num_items_in_batch
 
     def __init__(self, config: LoopMemConfig) -> None:
         super().__init__(config)
@@ -122,6 +123,7 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> LoopMemCausalLMOutput | tuple[Any, ...]:
         """Logits of the next token after each of `input_ids` [B, T], and the loss.
 
@@ -148,6 +150,8 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
             output_attentions: is refused: attention weights are never made.
             output_hidden_states: returns `hidden_states`. None: as the config says.
             return_dict: False for a plain tuple.
+            num_items_in_batch: labels that count in all micro-batches of a step, as Trainer passes it: the losses are
+                then what this micro-batch adds to their mean over the step.
 
         Raises:
             ValueError: a request this model cannot meet.
@@ -184,10 +188,13 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
             expected = [layer.expected_loops()[:, :-1] for layer in stats]
             if real is not None:
                 predicts = real[:, earlier:-1] & real[:, earlier + 1 :]
-                labels = labels.masked_fill(~predicts, -100)
-                expected = [loops[predicts] for loops in expected]
-            cross_entropy = self.backend.cross_entropy(logits[:, :-1], labels)
+                labels = labels.masked_fill(~predicts.to(labels.device), -100)
+                expected = [loops[predicts.to(loops.device)] for loops in expected]
+            cross_entropy, share = self._cross_entropy(logits[:, :-1], labels, num_items_in_batch)
             loss, ponder = total_loss(cross_entropy, expected, self.config)
+            if share is not None:
+                ponder = ponder * share
+                loss = cross_entropy + self.config.ponder_weight * ponder
         output = LoopMemCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -199,6 +206,16 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
         )
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
+
+    def _cross_entropy(
+        self, logits: Tensor, labels: Tensor, num_items: Tensor | int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The mean over labels; or their sum over `num_items`, and which share of those they are."""
+        if num_items is None:
+            return self.backend.cross_entropy(logits, labels), None
+        count = torch.as_tensor(num_items, device=logits.device)
+        flat = logits.flatten(0, 1).to(wide(logits.dtype))
+        return F.cross_entropy(flat, labels.flatten(), reduction="sum") / count, (labels != -100).sum() / count
 
     def _decoding(
         self,
@@ -297,6 +314,17 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
         if not isinstance(threshold, Real) or not 0 < threshold <= 1:
             raise ValueError(f"exit_threshold={threshold!r} is not valid; valid: above 0, at most 1 (1 runs all loops)")
         return early_exit(threshold, self.config.exit_rule if rule is None else rule)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """What `generate_batch` and a paged cache begin with.
+
+        Raises:
+            ValueError: always; without it transformers would log an error and return prompts as they are.
+        """
+        raise ValueError(
+            "continuous batching and paged caches hold one entry a layer, and this model needs one for each loop: "
+            "leave cache_implementation out and call generate with a padded batch"
+        )
 
     @staticmethod
     def create_masks_for_generate(

@@ -245,7 +245,7 @@ def ponder_cost(expected_loops: Tensor, max_loops: int) -> Tensor:
 
 def total_loss(cross_entropy: Tensor, expected: Sequence[Tensor], config: Any) -> tuple[Tensor, Tensor]:
     """(cross-entropy + ponder_weight * ponder cost, ponder cost); `expected` is E per token, of each layer."""
-    costs = [ponder_cost(loops, config.max_loops) for loops in expected]
+    costs = [ponder_cost(loops, config.max_loops).to(cross_entropy.device) for loops in expected]
     ponder = torch.stack(costs).mean() if costs else torch.zeros_like(cross_entropy)
     return cross_entropy + config.ponder_weight * ponder, ponder
 

@@ -292,6 +292,24 @@ def test_a_hugging_face_tokenizer_of_many_tokens(corpus: Path, tmp_path: Path) -
     assert load_tokenizer(tmp_path / "out/tokenizer").eos_id == len(vocabulary)
 
 
+def test_documents_of_which_the_tokenizer_keeps_nothing(tmp_path: Path) -> None:
+    """sentencepiece's own normalisation drops characters that are no blanks; no bare end mark is left of them."""
+    import sentencepiece
+
+    from loopmem_pretrain.eval.documents import prepared_domains
+
+    made = {"model_prefix": str(tmp_path / "spm"), "vocab_size": 340, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(DOCUMENTS), byte_fallback=True, **made)
+    texts = [*DOCUMENTS[:100], *("\u200b" * count for count in range(1, 30))]
+    (tmp_path / "0.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    wanted = recipe(tmp_path, tmp_path / "out", tokenizer=TokenizerConfig(path=str(tmp_path / "spm.model")))
+    manifest = prepare(wanted)
+    assert (manifest.counts.documents_kept, manifest.counts.empty_documents) == (100, 29)
+    assert sum(split.text_bytes for split in manifest.splits.values()) == sum(map(len, DOCUMENTS[:100]))
+    (domain,) = prepared_domains([tmp_path / "out"])
+    assert all(domain.texts)
+
+
 def character_tokenizer(folder: Path, end: str) -> TokenizerConfig:
     """A Hugging Face tokenizer of single characters; a file of its own says which token ends a document."""
     folder.mkdir(exist_ok=True)

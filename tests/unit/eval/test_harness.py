@@ -130,3 +130,11 @@ def test_settings_that_mean_the_same(write):
 )
 def test_another_text_than_greedy_decoding_writes(write, wishes, problem):
     assert problem in refusal(write, until=["\n"], **wishes)
+
+
+def test_a_prompt_of_blanks_alone(folder):
+    """The harness moves its blanks to the continuation, all of which is then scored: after the end of a document."""
+    model = opened(folder)
+    request = lambda *texts: [Instance("loglikelihood", {}, texts, 0)]  # noqa: E731
+    blanks, nothing = (model.loglikelihood(request(*texts))[0][0] for texts in ((" ", " x"), ("", "  x")))
+    assert blanks == pytest.approx(nothing)

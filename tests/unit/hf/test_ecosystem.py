@@ -49,6 +49,11 @@ def test_tokens_that_are_added(tmp_path, tokenizer_path, tokenizer):
     codec.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|end|>"]})
     end = codec.convert_tokens_to_ids("<|end|>")
     assert end == tokenizer.vocab_size + 1
+    assert end not in codec("The quick<|end|>").input_ids, "spelled out, as </s> is"
+    codec.split_special_tokens = False
+    codec.save_pretrained(tmp_path / "chat")
+    for each in (codec, AutoTokenizer.from_pretrained(tmp_path / "chat")):
+        assert each("The quick<|end|>").input_ids == [*codec("The quick").input_ids, end]
     with torch.no_grad():  # a model that has learned to say nothing else
         last = model(IDS[:1], output_hidden_states=True).hidden_states[-1][0, -1]
         model.lm_head.weight[end] = last * 100
@@ -64,6 +69,25 @@ def test_tokens_that_are_added(tmp_path, tokenizer_path, tokenizer):
     model.resize_token_embeddings(len(codec), mean_resizing=False)
     exec(advice, {"model": model, "tokenizer": codec})
     assert model.generation_config.suppress_tokens is None
+
+
+def test_paged_caches_are_refused(looped):
+    """transformers would log an error in a thread and return the prompt."""
+    _, model = looped
+    for ask in (
+        lambda: model.generate(IDS[:1], max_new_tokens=2, cache_implementation="paged"),
+        lambda: model.generate_batch([[5, 6, 7]]),
+    ):
+        with pytest.raises(ValueError, match="one for each loop"):
+            ask()
+
+
+def test_trainer_counts_tokens_over_accumulated_batches(looped, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    _, model = looped
+    settings = TrainingArguments(str(tmp_path), gradient_accumulation_steps=2, report_to=[], use_cpu=True)
+    assert Trainer(model, settings).model_accepts_loss_kwargs
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

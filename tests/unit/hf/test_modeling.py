@@ -53,6 +53,38 @@ def test_ignored_labels_are_not_counted(looped):
     torch.testing.assert_close(model(IDS, labels=labels).cross_entropy, expected)
 
 
+def test_micro_batches_add_up_to_the_mean_over_all_tokens(looped):
+    """As Trainer accumulates gradients: one sample has 11 labels, the other 2."""
+    _, model = looped
+    labels = IDS.clone()
+    labels[1, 3:] = -100
+    counted = (labels[:, 1:] != -100).sum(1)
+    outputs = [model(IDS[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=counted.sum()) for i in range(2)]
+    separate = [model(IDS[i : i + 1], labels=labels[i : i + 1]) for i in range(2)]
+    share = counted / counted.sum()
+    torch.testing.assert_close(
+        sum(output.cross_entropy for output in outputs), model(IDS, labels=labels).cross_entropy, rtol=1e-6, atol=1e-6
+    )
+    for key in ("cross_entropy", "ponder_cost", "loss"):
+        expected = sum(part * output[key] for part, output in zip(share, separate, strict=True))
+        torch.testing.assert_close(sum(output[key] for output in outputs), expected, rtol=1e-6, atol=1e-6)
+    nothing = model(IDS[:1], labels=torch.full_like(IDS[:1], -100), num_items_in_batch=5)
+    assert nothing.loss == 0, "a micro-batch without labels beside others that have some"
+
+
+def test_a_loss_whose_parts_lie_on_several_devices():
+    """As `device_map` spreads layers: `meta` stands for the device of the head."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    _, model = pair("full")
+    model.lm_head.to("meta")
+    add_hook_to_module(model.lm_head, AlignDevicesHook(execution_device="meta", io_same_device=False))
+    mask = torch.ones_like(IDS)
+    mask[1, :4] = 0
+    for given in ({}, {"attention_mask": mask}, {"attention_mask": mask, "num_items_in_batch": 20}):
+        assert model(IDS, labels=IDS, **given).loss.device.type == "meta"
+
+
 @pytest.mark.parametrize("num_loops", [1, 2, 5])
 def test_forced_loops(looped, num_loops):
     native, model = looped
