@@ -82,7 +82,7 @@ def test_a_layout_that_does_not_fit_the_ranks_is_said_before_the_plans_that_do(c
     said = printed(capsys, "--ranks", "16", "--cluster", CLUSTER)
     assert re.search(r"^parameters +\d", said)
     assert "This configuration does not fit 16 ranks:\n  training.global_batch_size 256 is not a multiple of" in said
-    assert "or micro_batch_size to 16, or change the number of ranks" in said
+    assert "set training.micro_batch_size to 16, which keeps the batch, or set" in said
     assert "Plans for 16 GPUs of 80.0 GB" in said and "training.micro_batch_size=16" in said
     assert "DOES NOT FIT" not in said and "nothing here was measured" not in said
     said = printed(capsys, "--ranks", "6", "parallel.pipeline_model_parallel_size=4")
