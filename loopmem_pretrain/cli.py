@@ -245,7 +245,7 @@ def prepare_data(options: Any) -> int:
 def train(options: Any) -> int:
     from loopmem_pretrain.config.load import load_config
     from loopmem_pretrain.config.run import RunConfig, check_topology, run_problems
-    from loopmem_pretrain.data.dataset import open_datasets
+    from loopmem_pretrain.data.dataset import check_datasets
     from loopmem_pretrain.training.launch import train_here, train_on_ranks
     from loopmem_pretrain.training.run_folder import refuse_other_configuration
 
@@ -271,7 +271,7 @@ def train(options: Any) -> int:
     config = load_config(RunConfig, options.config, options.overrides, run_problems)
     check_topology(config, options.ranks)
     refuse_other_configuration(config, Path(config.run_dir))
-    open_datasets(config)
+    check_datasets(config)
     flags = ["--stop-at-step", str(options.stop_at_step)] if options.stop_at_step else []
     flags += ["--trust"] if options.trust else []
     arguments = ["--config", options.config, *flags, *options.overrides]

@@ -56,7 +56,7 @@ def _plan(options: Any, faults: list[LoopMemError] | None = None) -> Any:
     from loopmem_pretrain.cluster.submit import Request, noted, plan
     from loopmem_pretrain.config.load import load_config
     from loopmem_pretrain.config.site import SiteConfig
-    from loopmem_pretrain.data.dataset import open_datasets
+    from loopmem_pretrain.data.dataset import check_datasets
 
     for name, least in (("nodes", 1), ("spare_nodes", 0), ("max_crashes", 0)):
         if getattr(options, name) < least:
@@ -68,7 +68,7 @@ def _plan(options: Any, faults: list[LoopMemError] | None = None) -> Any:
     ready = plan(Request(site=site, **asked), faults)
     if ready.after is None:  # else the job before may still be preparing them
         with noted(faults):
-            open_datasets(ready.config)
+            check_datasets(ready.config)
     return ready
 
 

@@ -159,19 +159,28 @@ class ValidationDataset:
         return self.datasets[dataset][sample]
 
 
-def open_datasets(config: "RunConfig") -> tuple[BlendedDataset, "ValidationDataset"]:
+def open_datasets(config: "RunConfig", check_indexes: bool = True) -> tuple[BlendedDataset, ValidationDataset]:
     """All samples of a run.
 
     Raises:
         DataError: as `open_training` and `open_validation`.
     """
     return (
-        open_training(config.data, config.training.seed, config.model.vocab_size),
-        open_validation(config.data, config.validation.num_samples),
+        open_training(config.data, config.training.seed, config.model.vocab_size, check_indexes),
+        open_validation(config.data, config.validation.num_samples, check_indexes),
     )
 
 
-def open_training(data: DataConfig, seed: int, model_vocab_size: int) -> BlendedDataset:
+def check_datasets(config: "RunConfig") -> None:
+    """What can be seen of a run's data in a moment: all but the indexes of shards.
+
+    Raises:
+        DataError: as `open_datasets`.
+    """
+    open_datasets(config, check_indexes=False)
+
+
+def open_training(data: DataConfig, seed: int, model_vocab_size: int, check_indexes: bool = True) -> BlendedDataset:
     """The training samples of a run.
 
     Raises:
@@ -179,17 +188,18 @@ def open_training(data: DataConfig, seed: int, model_vocab_size: int) -> Blended
     """
     manifests = _load_manifests(data)
     check_vocabulary(manifests, model_vocab_size)
-    return BlendedDataset(_open(data, "train", manifests), _weights(data, manifests), seed)
+    return BlendedDataset(_open(data, "train", manifests, check_indexes), _weights(data, manifests), seed)
 
 
-def open_validation(data: DataConfig, num_samples: int) -> ValidationDataset:
+def open_validation(data: DataConfig, num_samples: int, check_indexes: bool = True) -> ValidationDataset:
     """The validation samples of a run.
 
     Raises:
         DataError: as `open_training`, or there are too few validation samples.
     """
     manifests = _load_manifests(data)
-    return ValidationDataset(_open(data, "validation", manifests), _weights(data, manifests), num_samples)
+    opened = _open(data, "validation", manifests, check_indexes)
+    return ValidationDataset(opened, _weights(data, manifests), num_samples)
 
 
 def check_same_tokenizer(manifests: Mapping[str, Manifest]) -> None:
@@ -261,11 +271,11 @@ def _weights(data: DataConfig, manifests: Mapping[str, Manifest]) -> list[float]
     ]
 
 
-def _open(data: DataConfig, split: SplitName, manifests: Mapping[str, Manifest]) -> list[PackedDataset]:
-    return [
-        PackedDataset(TokenStream(dataset.path, split, manifests[dataset.path]), data.seq_length)
-        for dataset in data.datasets
-    ]
+def _open(
+    data: DataConfig, split: SplitName, manifests: Mapping[str, Manifest], check_indexes: bool
+) -> list[PackedDataset]:
+    streams = (TokenStream(each.path, split, manifests[each.path], check_indexes) for each in data.datasets)
+    return [PackedDataset(stream, data.seq_length) for stream in streams]
 
 
 def _common_length(datasets: Sequence[PackedDataset]) -> int:

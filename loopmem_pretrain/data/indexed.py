@@ -43,13 +43,16 @@ class TokenStream:
         folder: written by `loopmem prepare-data`.
         split: `train` or `validation`.
         manifest: of that folder when it is loaded already.
+        check_indexes: whether to compare the shards' indexes with the manifest, for which megatron-core is imported.
 
     Raises:
         DataError: a file is missing, truncated or not what the manifest says (file, expected, found), or the
             split holds no token.
     """
 
-    def __init__(self, folder: str | Path, split: SplitName, manifest: Manifest | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, split: SplitName, manifest: Manifest | None = None, check_indexes: bool = True
+    ) -> None:
         self.folder = Path(folder)
         self.split = split
         self.manifest = manifest or load_manifest(folder)
@@ -64,7 +67,7 @@ class TokenStream:
             )
         verify_shards(self.folder, self.manifest, hashes=False)
         self._item_size = 2 if self.manifest.dtype == "uint16" else 4
-        for shard in shards:
+        for shard in shards if check_indexes else ():
             self._check_index(shard)
         self._files = [_File(self.folder / f"{shard.prefix}.bin") for shard in shards]
         self._starts = [0, *accumulate(shard.tokens for shard in shards)]  # of each shard in the stream, and the end
