@@ -19,7 +19,7 @@ class ProgressBar:
         self.label, self.total, self.unit = label, total, unit
         self.start, self.started, self.last_line = start, time.monotonic(), 0.0
         self.bar = None
-        self.waiting = ""
+        self.waiting, self.is_complete = "", False
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -36,7 +36,9 @@ class ProgressBar:
             return
         parts = [self._amount(done), headline, self._left(done)]
         self.waiting = f"{self.label}: " + "  ".join(part for part in parts if part)
-        if done == self.total or time.monotonic() - self.last_line >= LINE_SECONDS:
+        completes = done == self.total and not self.is_complete  # which may be said again and again
+        self.is_complete |= completes
+        if completes or time.monotonic() - self.last_line >= LINE_SECONDS:
             self._print()
 
     def close(self) -> None:

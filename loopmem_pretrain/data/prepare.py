@@ -48,7 +48,8 @@ from loopmem_pretrain.data.workers import Task, Tokens, start_pool, tokenize_bat
 from loopmem_pretrain.errors import DataError, EnvironmentFault
 from loopmem_pretrain.words import counted
 
-_BATCH_BYTES = 1 << 20  # of text in a batch: large against a hand-over between processes, small against a shard
+_BATCH_BYTES = 1 << 20  # of text in a batch: large against a hand-over between processes, small against a usual shard
+_LEAST_BYTES = 1 << 14  # of text in a batch of small shards
 _IN_FLIGHT = 3  # batches a process has waiting or finished, so that none stands idle behind a slow one
 _TOKENIZER_FOLDER = "tokenizer"
 USUAL_LENGTH = 4096
@@ -161,6 +162,7 @@ class _Run:
             self._commit(len(self.files), Cursor(), self._counts())
 
     def _batches(self) -> Iterator[Batch]:
+        most = min(_BATCH_BYTES, max(_LEAST_BYTES, self.config.shard_tokens))  # a shard is closed between batches
         for index in range(self.source, len(self.config.sources)):
             start = self.cursor if index == self.source else Cursor()
             texts: list[bytes] = []
@@ -168,7 +170,7 @@ class _Run:
             for document in iter_documents(self.config.sources[index], self.tally, start, self.files[index]):
                 texts.append(document.text)
                 size += len(document.text)
-                if size >= _BATCH_BYTES:
+                if size >= most:
                     yield Batch(texts, index, document.after, self._counts())
                     texts, size = [], 0
             if texts:  # the last one of a source; what followed it in the source was broken, empty or filtered

@@ -1,6 +1,6 @@
-"""Importing this module teaches transformers the model type `loopmem`: folders load without trust_remote_code.
+"""Teaches transformers the model type `loopmem`: folders load without trust_remote_code.
 
-    import loopmem_pretrain.hf.auto
+    import loopmem_pretrain.hf
     model = AutoModelForCausalLM.from_pretrained("exported")  # this package's classes; no code of the folder runs
 
 transformers has no entry point for this, so it takes an import; importing the package alone loads no transformers.

@@ -104,6 +104,8 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
         self.lm_head = self.backend.lm_head(config.hidden_size, config.vocab_size)
         for name, module in self.named_modules():
             module.public_name = name  # type: ignore[assignment]  # _init_weights is handed modules without names
+        if config.tie_word_embeddings:
+            self.register_load_state_dict_pre_hook(_tied_head)
         self.post_init()
 
     def forward(
@@ -311,7 +313,7 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
             return None
         if not self.config.max_loops:
             raise ValueError(f"exit_threshold={threshold}: this model does not loop (max_loops 0); leave it out")
-        if not isinstance(threshold, Real) or not 0 < threshold <= 1:
+        if not isinstance(threshold, Real) or threshold is True or not 0 < threshold <= 1:
             raise ValueError(f"exit_threshold={threshold!r} is not valid; valid: above 0, at most 1 (1 runs all loops)")
         return early_exit(threshold, self.config.exit_rule if rule is None else rule)
 
@@ -423,6 +425,13 @@ def _in_width(attention_mask: Tensor, batch: int, tokens: int, cache: StaticCach
         held = width - tokens if torch.compiler.is_compiling() else int(cache.get_seq_length())
         _require_shape(attention_mask, [batch, held + tokens])
     return _as_wide(attention_mask, width)
+
+
+def _tied_head(module: nn.Module, state: dict[str, Any], prefix: str, *others: Any) -> None:
+    """A tied head is the embedding: a state that has one of them has both."""
+    embedding = f"{prefix}model.embed_tokens.weight"
+    if embedding in state:
+        state.setdefault(f"{prefix}lm_head.weight", state[embedding])
 
 
 def _real_tokens(attention_mask: Tensor | None, shape: list[int]) -> Tensor | None:

@@ -148,10 +148,15 @@ class LogHook:
         trainer.pending.clear()
         if loops:
             scales = trainer.engine.step_scales()
-            zeta = [[math.log1p(math.exp(s)) for s in layer] for layer in scales]
+            zeta = [[softplus(s) for s in layer] for layer in scales]
             weight = ponder_weight(step, config.model.ponder_weight, config.training)
             metrics |= {"ponder_weight": weight, **loops, "step_scales": scales, "zeta": zeta}
         return metrics
+
+
+def softplus(s: float) -> float:
+    """log(1 + e^s), also where a diverging run has made e^s too large for a float."""
+    return max(s, 0.0) + math.log1p(math.exp(-abs(s)))
 
 
 class ReplicaHook:

@@ -18,7 +18,7 @@ PROGRAM = """
 import sys
 how, folder, saved = sys.argv[1:]
 if how == "package":
-    import loopmem_pretrain.hf.auto
+    import loopmem_pretrain.hf
     trust = {}
 else:
     sys.modules["loopmem_pretrain"] = None
@@ -108,7 +108,7 @@ def test_base_model_takes_a_language_model(folder):
     """In this process, with the package's classes."""
     from transformers import AutoModel, AutoModelForCausalLM
 
-    import loopmem_pretrain.hf.auto  # noqa: F401
+    import loopmem_pretrain.hf  # noqa: F401
 
     ids = torch.arange(12)[None]
     base, model = AutoModel.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
