@@ -191,6 +191,8 @@ def _restore(run: Run, choice: Choice) -> None:
     run.origin = manifest.get("origin")
     run.faults.restore(manifest.get("statistics"))
     before = BEFORE_CHOICES | manifest
+    if is_merged(manifest):
+        del before["group_order"]  # whole parameters have none
     moved = [f"{key} {before[key]} -> {now}" for key, now in layout(run).items() if before.get(key, now) != now]
     skipped_steps = manifest.get("skipped_steps", 0)
     if is_merged(manifest):

@@ -123,6 +123,8 @@ class TrainingEngine:
 
         if self.uses_pipeline:
             pipeline_engine.adapt(self.engine)
+        elif parallel.zero_stage == 2 and parallel.offload_optimizer == "cpu":
+            _forget_skipped_gradients(self.engine.optimizer)
         self.engine.checkpoint_engine = StateCollector()
         self.engine._copy_recovery_script = lambda folder: None  # they cannot read the pipeline engine's files
 
@@ -370,6 +372,21 @@ def prepare_parameters(module: torch.nn.Module, names: Mapping[str, str], config
             module.partial_weights.append((parameter, group))
         else:
             parameter.register_hook(partial(all_reduced, group=group))  # type: ignore[no-untyped-call]
+
+
+def _forget_skipped_gradients(optimizer: Any) -> None:
+    """With ZeRO 2 and an offloaded optimizer DeepSpeed 0.19.8 keeps the sums of a step that it has skipped.
+
+    Under bf16 it adds the next step's gradients to them, so that one NaN would never go away.
+    """
+    reset = optimizer.reset_cpu_buffers
+
+    def reset_all() -> None:
+        reset()
+        for group in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[group] = optimizer.all_grad_tensors[group] = None
+
+    optimizer.reset_cpu_buffers = reset_all
 
 
 def _prepare_for_zero3(module: torch.nn.Module) -> None:

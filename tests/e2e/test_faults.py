@@ -79,6 +79,7 @@ QUICK = [
     ("dp2 zero3", "bf16", "inf"),
     ("tp2 pp2", "bf16", "nan"),
     ("dp2 zero2", "bf16", "loss"),
+    ("dp2 zero2 offload", "bf16", "nan"),
 ]
 ALL = [(layout, precision, how) for layout in LAYOUTS for precision in ("fp32", "bf16") for how in ("nan", "loss")]
 
