@@ -12,10 +12,7 @@ def run(name: str, dtype: torch.dtype):
     """The model on all T + 1 golden tokens with unshifted labels: its loss is the golden one over T positions."""
     golden = load_golden(name)
     model = LoopMemForCausalLM(LoopMemConfig(**golden.spec)).to(dtype)
-    params = dict(golden.params)
-    if golden.spec["tie_word_embeddings"]:
-        params["lm_head.weight"] = params["model.embed_tokens.weight"]
-    model.load_state_dict(params, strict=True)
+    model.load_state_dict(golden.params, strict=True)  # of a tied model without a head of its own
     output = model(input_ids=golden.token_ids, labels=golden.token_ids, output_loop_stats=True)
     output.loss.backward()
     return golden, model, output

@@ -26,6 +26,14 @@ def test_a_plain_line_shows_small_sizes_too(capsys, total, unit, lines):
     assert capsys.readouterr().err.splitlines() == lines
 
 
+def test_the_end_is_said_once(capsys):
+    """Compressed text is longer than its file: the end is reached long before the work is done."""
+    bar = ProgressBar("eval", 1000)
+    for _ in range(5):
+        bar.update(1000)
+    assert capsys.readouterr().err.count("1,000/1,000") == 1
+
+
 def test_facts_of_a_stage(capsys):
     with stage_bars() as progress:
         progress(5, 5, {"stage": "tokenize", "documents": 1, "tokens": 7, "shards": 1, "broken_lines": 2})

@@ -182,3 +182,11 @@ def test_empty_validation_split(write_folder: WriteFolder) -> None:
     with pytest.raises(DataError, match="the validation split is empty") as caught:
         TokenStream(write_folder("data", train=SHARDS), "validation")
     assert "validation_fraction" in caught.value.fix
+
+
+def test_another_tokenizer_than_the_manifests(folder: Path) -> None:
+    """Ids would mean something else, and nothing else would tell."""
+    file = next((folder / "tokenizer").iterdir())
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(DataError, match=f"{file.name}: sha256 .*, expected"):
+        TokenStream(folder, "train", check_indexes=False)

@@ -310,6 +310,14 @@ def test_documents_of_which_the_tokenizer_keeps_nothing(tmp_path: Path) -> None:
     assert all(domain.texts)
 
 
+def test_small_shards_of_small_corpora(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of a mebibyte would make one shard of all of it, and leave nothing to a run that is interrupted."""
+    monkeypatch.setattr(prepare_module, "_BATCH_BYTES", 1 << 20)
+    manifest = prepare(recipe(corpus, tmp_path / "out", shard_tokens=20_000))
+    shards = manifest.splits["train"].shards
+    assert len(shards) > 3 and all(shard.tokens >= 20_000 for shard in shards[:-1])
+
+
 def character_tokenizer(folder: Path, end: str) -> TokenizerConfig:
     """A Hugging Face tokenizer of single characters; a file of its own says which token ends a document."""
     folder.mkdir(exist_ok=True)

@@ -115,3 +115,9 @@ def test_base_model_takes_a_language_model(folder):
     assert type(model).__module__ == "loopmem_pretrain.hf.modeling_loopmem"
     assert torch.equal(model.lm_head(base(ids).last_hidden_state), model(ids).logits)
     assert not any(name.startswith("lm_head") for name, _ in base.named_parameters())
+
+
+def test_importing_any_of_the_package_registers_the_model_type():
+    code = "import loopmem_pretrain.hf.configuration_loopmem; from transformers import AutoConfig; "
+    code += "assert AutoConfig.for_model('loopmem').max_loops"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,6 +7,7 @@ import torch
 
 from loopmem_pretrain.config.model import ModelConfig
 from loopmem_pretrain.model.loopmem import LoopStats
+from loopmem_pretrain.training.hooks import softplus
 from loopmem_pretrain.training.metrics import LoopAccumulator
 from tests.configs import TINY_MODEL
 
@@ -40,3 +41,8 @@ def test_nothing_finite_is_nan_and_forgotten_by_the_next_read():
     for layer in (0, 1):
         accumulator.add(layer, visit(2.0), torch.tensor(1.0), 0.5)
     assert accumulator.read_and_reset()["lambdas"] == [[2, 2, 2], [2, 2, 2]]
+
+
+def test_zeta_of_a_step_scale_that_has_diverged():
+    assert softplus(1e4) == 1e4 and softplus(-1e4) == 0
+    assert softplus(-7.0) == pytest.approx(math.log1p(math.exp(-7)))
