@@ -6,6 +6,7 @@ Strict pydantic takes lists for tuples only from JSON, hence the detour over it.
 field has failed, so rules between fields are plain functions that return a list of problems.
 """
 
+import copy
 import difflib
 import json
 import re
@@ -58,13 +59,14 @@ def load_config(
     for override in overrides:
         apply_override(loaded, override)
     problems = loaded.problems
+    values, config = _without_broken(loaded), None
     try:
-        config = schema.model_validate_json(json.dumps(_without_broken(loaded)))
+        config = schema.model_validate_json(json.dumps(values))
+        broken_rules = rules(config) if rules else []
     except ValidationError as error:
         problems += _describe_all(schema, loaded, error.errors())
-    else:
-        for key, message in rules(config) if rules and not problems else []:
-            problems.append(f"{loaded.place_of(key)}: {dotted(key)}: {message}")
+        broken_rules = _broken_whatever_is_meant(schema, values, error.errors(), problems, rules) if rules else []
+    problems += [f"{loaded.place_of(key)}: {dotted(key)}: {message}" for key, message in broken_rules]
     if problems and (other := _other_kind(schema, loaded)):
         wanted = _KINDS[schema.__name__][1]
         raise ConfigError(f"{path} describes {other}, not {wanted}", "give a file of that kind")
@@ -74,6 +76,7 @@ def load_config(
             f"{count} in the configuration\n  " + "\n  ".join(dict.fromkeys(problems)),
             "correct what is named above; docs/config.md lists every field",
         )
+    assert config is not None, "what could not be validated is a problem"
     return config
 
 
@@ -98,6 +101,57 @@ def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}
     return {k: v for key, inner in value.items() for k, v in _leaves(inner, f"{prefix}.{key}".lstrip(".")).items()}
+
+
+def _broken_whatever_is_meant(
+    schema: type[ConfigT],
+    values: Any,
+    details: Sequence[Any],
+    problems: Sequence[str],
+    rules: Callable[[ConfigT], list[tuple[Key, str]]],
+) -> list[tuple[Key, str]]:
+    """Rules between fields that are broken by what could be read, whatever the keys that could not are meant to be.
+
+    Those are left out; what a configuration cannot lack is a small number once and a large one once. What a rule says
+    counts if it says it both times and of other fields only.
+    """
+    keys = [tuple(detail["loc"]) for detail in details]
+    doubtful = {str(key[-1]) for key in keys}
+    doubtful |= {key.split(".")[-1] for line in problems for key in re.findall(r"did you mean ([\w.]+)\?", line)}
+    said: list[list[tuple[Key, str]]] = []
+    for number in (1, 2**20):
+        config = _without(schema, values, keys, number)
+        if config is not None:
+            said.append(rules(config))
+    always = [each for each in said[0] if all(each in other for other in said)] if said else []
+    return [(key, text) for key, text in always if doubtful.isdisjoint(re.findall(r"\w+", f"{key[-1]} {text}"))]
+
+
+def _without(schema: type[ConfigT], values: Any, keys: Sequence[tuple[int | str, ...]], instead: int) -> ConfigT | None:
+    """The configuration without these keys, with `instead` for those it cannot lack; None where that is none."""
+    values = copy.deepcopy(values)
+    for key in keys:
+        _section(values, key).pop(key[-1], None)
+    try:
+        return schema.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        for detail in error.errors():
+            if detail["type"] == "missing" and detail["loc"] in keys:
+                _section(values, detail["loc"])[detail["loc"][-1]] = instead
+    try:
+        return schema.model_validate_json(json.dumps(values))
+    except ValidationError:
+        return None
+
+
+def _section(values: Any, key: tuple[int | str, ...]) -> dict[Any, Any]:
+    """The mapping that `key` is in; an empty one where there is none."""
+    for part in key[:-1]:
+        try:
+            values = values[part]
+        except (KeyError, IndexError, TypeError):
+            return {}
+    return values if isinstance(values, dict) else {}
 
 
 def _without_broken(loaded: Loaded) -> Any:

@@ -145,6 +145,19 @@ def test_valid_keys_are_listed_once(files):
     assert said[2].endswith("data.yyy: unknown key; valid keys as above")
 
 
+def test_rules_are_checked_beside_fields_that_are_wrong(files):
+    text = GOOD.replace("hidden_size: 32", "hidden_size: 31\n  zzz: 1").replace("seq_length: 16", "seq_length: -16")
+    assert text.count("seq_length: -16") == 1
+    said = files.problems(text)
+    assert "model.zzz: unknown key" in said and "seq_length: must be greater" in said
+    assert "model.num_attention_heads: 4 does not divide hidden_size 31" in said
+
+
+def test_rules_do_not_judge_the_default_of_what_could_not_be_read(files):
+    said = files.problems(GOOD, "model.ponder_weigth=0.1", "model.ponder_weight=0", "training.ponder_schedule=linear")
+    assert said.startswith("1 problem") and "did you mean ponder_weight?" in said
+
+
 def test_missing_key_points_at_its_section(bad):
     assert bad("  hidden_size: 32\n", "") == "run.yaml:2:1: model.hidden_size: required, but not set anywhere"
 
