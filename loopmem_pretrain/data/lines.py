@@ -47,7 +47,7 @@ def read_lines(path: Path, offset: int) -> Iterator[Lines]:
             if b"\0" in stream.peek(4096):
                 raise DataError(
                     f"{path}: binary, or UTF-16, not UTF-8 text: there is a NUL byte near its beginning",
-                    "remove it from sources.paths or convert it to UTF-8",
+                    "leave it out, or convert it to UTF-8",
                 )
             if stream is raw:
                 raw.seek(offset)

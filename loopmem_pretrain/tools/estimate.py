@@ -66,6 +66,7 @@ def _model(config: RunConfig) -> list[str]:
     counts = parameter_counts(model)
     samples = training.micro_batch_size
     forward = forward_flops_per_token(model, data.seq_length, tokens=samples * data.seq_length)
+    alone = forward_flops_per_token(model, data.seq_length).total
     per_token = training_flops_per_token(model, data.seq_length, samples)
     tokens_per_step = training.global_batch_size * data.seq_length
     tokens = tokens_per_step * training.train_steps
@@ -74,6 +75,11 @@ def _model(config: RunConfig) -> list[str]:
         *((f"  {name}", value, _share(value, counts.total)) for name, value in counts._asdict().items() if value),
         ("forward FLOPs per token", forward.total, f"{model.max_loops or 1} loops a layer, T = {data.seq_length}"),
         *((f"  {name}", value, _share(value, forward.total)) for name, value in forward._asdict().items() if value),
+        *(
+            [("  token by token", alone, "where each read is projected, not the slots")]
+            if alone != forward.total
+            else []
+        ),
         ("training FLOPs per token", per_token, "3 x forward, recomputation not counted"),
         ("tokens per step", tokens_per_step, f"{training.global_batch_size} samples of {data.seq_length}"),
         ("tokens", tokens, f"{training.train_steps:,} steps"),
