@@ -123,7 +123,7 @@ def plan(request: Request, faults: list[LoopMemError] | None = None) -> Plan:
     with noted(faults):
         _check_earlier(request, config, run_dir)
     warning = warning_seconds(run_dir, site)
-    notes.append(f"SLURM warns a job {warning} s before its time is over")
+    notes.append(f"the warning comes {warning} s before the time of a job is over")
     code = code_folder(run_dir / "slurm")
     scripts = {
         "pretrain": _script(request, run_dir, code, warning),
