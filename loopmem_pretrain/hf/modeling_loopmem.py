@@ -193,10 +193,7 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
                 labels = labels.masked_fill(~predicts.to(labels.device), -100)
                 expected = [loops[predicts.to(loops.device)] for loops in expected]
             cross_entropy, share = self._cross_entropy(logits[:, :-1], labels, num_items_in_batch)
-            loss, ponder = total_loss(cross_entropy, expected, self.config)
-            if share is not None:
-                ponder = ponder * share
-                loss = cross_entropy + self.config.ponder_weight * ponder
+            loss, ponder = total_loss(cross_entropy, expected, self.config, share)
         output = LoopMemCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -211,10 +208,10 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
 
     def _cross_entropy(
         self, logits: Tensor, labels: Tensor, num_items: Tensor | int | None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | float]:
         """The mean over labels; or their sum over `num_items`, and which share of those they are."""
         if num_items is None:
-            return self.backend.cross_entropy(logits, labels), None
+            return self.backend.cross_entropy(logits, labels), 1.0
         count = torch.as_tensor(num_items, device=logits.device)
         flat = logits.flatten(0, 1).to(wide(logits.dtype))
         return F.cross_entropy(flat, labels.flatten(), reduction="sum") / count, (labels != -100).sum() / count

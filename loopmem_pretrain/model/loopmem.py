@@ -243,10 +243,15 @@ def ponder_cost(expected_loops: Tensor, max_loops: int) -> Tensor:
     return (expected_loops - 1).mean() / max(1, max_loops - 1)
 
 
-def total_loss(cross_entropy: Tensor, expected: Sequence[Tensor], config: Any) -> tuple[Tensor, Tensor]:
-    """(cross-entropy + ponder_weight * ponder cost, ponder cost); `expected` is E per token, of each layer."""
+def total_loss(
+    cross_entropy: Tensor, expected: Sequence[Tensor], config: Any, share: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(cross-entropy + ponder_weight * ponder cost, ponder cost); `expected` is E per token, of each layer.
+
+    `share`: of the tokens over which the cross-entropy is a mean, where these are a part of them.
+    """
     costs = [ponder_cost(loops, config.max_loops).to(cross_entropy.device) for loops in expected]
-    ponder = torch.stack(costs).mean() if costs else torch.zeros_like(cross_entropy)
+    ponder = share * torch.stack(costs).mean() if costs else torch.zeros_like(cross_entropy)
     return cross_entropy + config.ponder_weight * ponder, ponder
 
 

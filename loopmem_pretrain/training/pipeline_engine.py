@@ -31,10 +31,9 @@ def _later(engine: Any) -> None:
 
 def _over_data_then_stages(engine: Any) -> None:
     """bf16: gradients lie in float32 buffers that stay where they are when they have been averaged."""
+    # One group a call: DeepSpeed copies all that are in one call into a buffer, four bytes a parameter.
     for gradients in engine.optimizer.fp32_groups_gradients_flat:
-        engine.buffered_allreduce_fallback(
-            grads=[gradients]
-        )  # all in one call are copied into one buffer: 4 bytes each
+        engine.buffered_allreduce_fallback(grads=[gradients])
     engine._exec_reduce_tied_grads()
 
 

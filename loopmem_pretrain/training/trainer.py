@@ -354,9 +354,8 @@ class Trainer:
                 self.check_asked = True
             else:
                 self.signal = signal.Signals(number).name
-                if (
-                    self.rank == 0 and not self.has_ended
-                ):  # not through logging or print, whose locks the interrupted code may hold
+                if self.rank == 0 and not self.has_ended:
+                    # Not through logging or print, whose locks the interrupted code may hold.
                     once_more = "; once more ends at once, without" if number == signal.SIGINT else ""
                     os.write(
                         2, f"\nloopmem: {self.signal}: saving after the next line of the log{once_more}\n".encode()
