@@ -10,7 +10,7 @@ import torch.distributed as dist
 from loopmem_pretrain.checkpoint.manifest import DamagedCheckpoint, read_manifest
 from loopmem_pretrain.checkpoint.store import CheckpointStore, damage, step_of, unlisted
 from loopmem_pretrain.errors import CheckpointError, EnvironmentFault
-from loopmem_pretrain.parallel.start import from_rank_zero
+from loopmem_pretrain.parallel.agreement import from_rank_zero
 
 log = logging.getLogger(__name__)
 

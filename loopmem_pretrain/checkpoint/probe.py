@@ -20,7 +20,7 @@ from loopmem_pretrain.checkpoint.position import Position
 from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.data.dataset import ValidationDataset
 from loopmem_pretrain.errors import CheckpointError, TrainingGaveUp
-from loopmem_pretrain.parallel.start import from_rank_zero
+from loopmem_pretrain.parallel.agreement import from_rank_zero
 
 FILE = "probe.json"
 
@@ -50,8 +50,6 @@ class Run(Protocol):
 
     @property
     def engine(self) -> Engine: ...
-
-    def on_rank_zero(self, action: Callable[[], object]) -> None: ...
 
 
 class Sample:

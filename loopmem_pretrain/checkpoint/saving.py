@@ -39,7 +39,7 @@ from loopmem_pretrain.config.load import dump_config
 from loopmem_pretrain.config.training import CheckpointConfig
 from loopmem_pretrain.data.files import sync_folder
 from loopmem_pretrain.errors import EnvironmentFault, LoopMemError, TrainingGaveUp
-from loopmem_pretrain.parallel.start import from_rank_zero
+from loopmem_pretrain.parallel.agreement import from_rank_zero
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ class Saver:
             run.engine.on_next_loss(sample.take)
         sampled = time.perf_counter() - started
         token = from_rank_zero(lambda: secrets.token_hex(4))
-        run.on_rank_zero(lambda: make_folder(run.store, step, token))
+        from_rank_zero(lambda: make_folder(run.store, step, token))
         states: dict[str, Any] = run.engine.collect_states(run.store.folder, run.store.incomplete_name(step, token))
         states[generators_file(run.rank)] = generator_states()
         states = {name: frozen(value) for name, value in states.items()}

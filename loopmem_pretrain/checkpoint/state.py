@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
@@ -29,10 +29,9 @@ from loopmem_pretrain.checkpoint.universal import MERGED, Merged, is_merged, mer
 from loopmem_pretrain.data.dataset import BlendedDataset, description_differences
 from loopmem_pretrain.data.files import write_file
 from loopmem_pretrain.errors import CheckpointError
+from loopmem_pretrain.parallel.agreement import from_rank_zero, together
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 TRUSTED = "trusted_run_ids"
 """File in the run folder with the ids of other runs whose checkpoints --trust has let in."""
@@ -88,8 +87,6 @@ class Run(probe.Run, Protocol):
 
     @property
     def faults(self) -> Watch: ...
-
-    def together(self, action: Callable[[], T]) -> T: ...
 
 
 def facts(run: Run) -> dict[str, Any]:
@@ -157,7 +154,7 @@ def resume(run: Run) -> Path | None:
         return None
     _restore(run, choice)
     # Where an older one was chosen by hand: checkpoints of the branch that is left must not come back later.
-    run.on_rank_zero(lambda: run.store.leave_branch(run.position.step))
+    from_rank_zero(lambda: run.store.leave_branch(run.position.step))
     return choice.checkpoint
 
 
@@ -173,7 +170,7 @@ def go_back(run: Run, choice: Choice) -> None:
     _restore(run, choice)
     run.position.skipped_ranges.append([run.position.samples, samples])
     run.position.samples = samples
-    run.on_rank_zero(lambda: run.store.go_back_to(run.position.step))
+    from_rank_zero(lambda: run.store.go_back_to(run.position.step))
 
 
 def _restore(run: Run, choice: Choice) -> None:
@@ -185,8 +182,8 @@ def _restore(run: Run, choice: Choice) -> None:
             f"{checkpoint} was trained on other data:\n    " + "\n    ".join(changed),
             "restore the data it was trained on, or start a new run folder",
         )
-    run.on_rank_zero(lambda: _refuse_foreign(run, checkpoint, manifest))
-    run.together(lambda: check_pickles(pickles(checkpoint)[run.rank :: run.world_size]))
+    from_rank_zero(lambda: _refuse_foreign(run, checkpoint, manifest))
+    together(lambda: check_pickles(pickles(checkpoint)[run.rank :: run.world_size]))
     run.position = Position(**manifest["position"])
     run.origin = manifest.get("origin")
     run.faults.restore(manifest.get("statistics"))
@@ -204,7 +201,7 @@ def _restore(run: Run, choice: Choice) -> None:
     not_restored = _restore_the_rest(run, checkpoint, manifest)
     compared = probe.check_probe(run, checkpoint)
     if choice.falls_back:
-        run.on_rank_zero(lambda: run.store.fall_back(checkpoint, choice.damaged))
+        from_rank_zero(lambda: run.store.fall_back(checkpoint, choice.damaged))
     if run.rank == 0:
         dealt = f", dealt out anew: {'; '.join(moved)}" if moved else ""
         log.info("resumed from %s at step %d%s; %s", os.fspath(checkpoint), run.position.step, dealt, compared)
@@ -216,7 +213,7 @@ def _restore_the_rest(run: Run, checkpoint: Path, manifest: dict[str, Any]) -> l
     """What is neither weights nor moments; returns what could not be restored, by name. A collective."""
     missing: list[list[str]] = [[]] * run.world_size
     if run.position.step:  # a run that has not begun goes on with the generators of this start
-        dist.all_gather_object(missing, run.together(lambda: restore_generators(checkpoint, run.rank)))
+        dist.all_gather_object(missing, together(lambda: restore_generators(checkpoint, run.rank)))
     lines = [
         f"states of the random generators {', '.join(names)} of rank {rank}: the checkpoint has "
         f"{manifest['world_size']} ranks (training draws no random numbers)"
@@ -226,7 +223,7 @@ def _restore_the_rest(run: Run, checkpoint: Path, manifest: dict[str, Any]) -> l
     wandb_id, recorded = run.run_dir / WANDB_ID, manifest.get("wandb_id")
     if recorded:
         content = f"{recorded}\n".encode()
-        run.on_rank_zero(lambda: None if wandb_id.exists() else write_file(wandb_id, content))
+        from_rank_zero(lambda: None if wandb_id.exists() else write_file(wandb_id, content))
     return lines
 
 
@@ -240,11 +237,11 @@ def _load_reshaped(run: Run, checkpoint: Path, skipped_steps: int) -> None:
         log.info("merging %s, which other ranks wrote", os.fspath(checkpoint))
         merge(checkpoint, folder)
 
-    run.on_rank_zero(prepare)
+    from_rank_zero(prepare)
     run.engine.load_merged(Merged(checkpoint, folder), run.position.step, skipped_steps)
     dist.barrier()
     # What other nodes still have open may stay on a shared file system; the next merging begins by removing it.
-    run.on_rank_zero(lambda: shutil.rmtree(folder, ignore_errors=True))
+    from_rank_zero(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def read_run_id(run_dir: Path) -> str:

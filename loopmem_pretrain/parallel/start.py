@@ -11,19 +11,16 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 from loopmem_pretrain.config.parallel import ParallelConfig
-from loopmem_pretrain.errors import EnvironmentFault, LoopMemError
+from loopmem_pretrain.errors import EnvironmentFault
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 # Of an attempt to connect to the store (seconds).
 ATTEMPT = 2.0
@@ -110,42 +107,15 @@ def join_process_group(backend: str, parallel: ParallelConfig) -> None:
     )
 
 
-def wait_for_rank_zero(key: str) -> None:
-    """Return when rank 0 has called `rank_zero_is_done(key)`, however long that takes.
-
-    A collective would give up after `parallel.collective_timeout_seconds`, which is about hangs, not about the time
-    that merging a large checkpoint takes. A rank 0 that ends takes the store with it (or torchrun ends all ranks).
-    """
-    from torch.distributed import distributed_c10d as c10d
-
-    while not _wait(c10d._get_default_store(), key, 60.0):
-        pass
-
-
-def rank_zero_is_done(key: str) -> None:
-    """Let the ranks go on that wait for `key`."""
-    from torch.distributed import distributed_c10d as c10d
-
-    c10d._get_default_store().set(key, "")
-
-
-def from_rank_zero(action: Callable[[], T]) -> T:
-    """What `action()` returns on rank 0, on every rank; a named error of it is raised on all of them. A collective."""
-    import torch.distributed as dist
-
-    told: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            told[0] = action()
-        except LoopMemError as error:
-            told[1] = error
-        except OSError as error:
-            told[1] = EnvironmentFault(f"rank 0: {error}", "see to that file, then start the same command again")
-    dist.broadcast_object_list(told, src=0)
-    if told[1] is not None:
-        told[1].is_told = dist.get_rank() > 0
-        raise told[1]
-    return cast(T, told[0])
+def wait(store: "Store", key: str, seconds: float) -> bool:
+    """Whether `key` is set within `seconds`. Asks again and again: when store.wait gives up, torch writes a warning."""
+    deadline, pause = time.monotonic() + seconds, 0.01
+    while not store.check([key]):  # DistNetworkError where the store is gone
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, PAUSE)
+    return True
 
 
 def ranks_in_words(ranks: list[int]) -> str:
@@ -227,9 +197,9 @@ def _meet(store: "Store", place: Place, seconds: int, backend: str) -> None:
             missing = _wait_for_all(store, place, seconds)
             store.set("backends", "" if missing else _different_backends(store, place.world_size))
             store.set("missing", ",".join(map(str, missing)))
-        elif not _wait(store, _joined(0), seconds):
+        elif not wait(store, _joined(0), seconds):
             missing = [rank for rank in range(place.world_size) if not store.check([_joined(rank)])]
-        elif _wait(store, "missing", seconds + GRACE):
+        elif wait(store, "missing", seconds + GRACE):
             missing = [int(rank) for rank in store.get("missing").decode().split(",") if rank]
         else:
             missing = [0]  # it was there and fell silent
@@ -270,7 +240,7 @@ def _wait_for_all(store: "Store", place: Place, seconds: int) -> list[int]:
     deadline = time.monotonic() + seconds
     waiting = list(range(1, place.world_size))
     while waiting and time.monotonic() < deadline:
-        if _wait(store, _joined(waiting[0]), min(30.0, deadline - time.monotonic())):
+        if wait(store, _joined(waiting[0]), min(30.0, deadline - time.monotonic())):
             waiting.pop(0)
         else:
             waiting = [rank for rank in waiting if not store.check([_joined(rank)])]
@@ -285,23 +255,12 @@ def _see_off(store: "Store", place: Place, missing: list[int]) -> None:
     if place.rank == 0:
         deadline = time.monotonic() + GRACE
         for rank in range(1, place.world_size):
-            if rank not in missing and not _wait(store, f"read/{rank}", deadline - time.monotonic()):
+            if rank not in missing and not wait(store, f"read/{rank}", deadline - time.monotonic()):
                 return
 
 
 def _joined(rank: int) -> str:
     return f"joined/{rank}"
-
-
-def _wait(store: "Store", key: str, seconds: float) -> bool:
-    """Whether `key` is set within `seconds`. Asks again and again: when store.wait gives up, torch writes a warning."""
-    deadline, pause = time.monotonic() + seconds, 0.01
-    while not store.check([key]):  # DistNetworkError where the store is gone
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(pause)
-        pause = min(2 * pause, PAUSE)
-    return True
 
 
 def _first_line(error: Exception) -> str:

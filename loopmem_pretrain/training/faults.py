@@ -21,6 +21,7 @@ from torch import Tensor
 from loopmem_pretrain.checkpoint.choose import choose
 from loopmem_pretrain.checkpoint.state import go_back
 from loopmem_pretrain.errors import TrainingGaveUp
+from loopmem_pretrain.parallel.agreement import from_rank_zero
 from loopmem_pretrain.training.loggers import JsonlLogger
 from loopmem_pretrain.training.spikes import Spike, SpikeDetector
 
@@ -137,7 +138,7 @@ class FaultWatch:
         target = choice.manifest["step"]
         self.rewinds = self.rewinds + 1 if target <= self.rewound_to else 1
         if self.rewinds > self.config.max_rewinds:
-            trainer.on_rank_zero(lambda: trainer.store.go_back_to(target))
+            from_rank_zero(lambda: trainer.store.go_back_to(target))
             self._give_up(trainer, f"a loss spike after {self.config.max_rewinds} rewinds to step {target}")
         self.rewound_to = target
         go_back(trainer, choice)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from loopmem_pretrain.data.sampler import validation_batches, validation_samples
 from loopmem_pretrain.model.flops import training_flops_per_token
+from loopmem_pretrain.parallel.agreement import from_rank_zero
 from loopmem_pretrain.parallel.checks import replicas_differ
 from loopmem_pretrain.progress import ProgressBar
 from loopmem_pretrain.training.hardware import peak_flops
@@ -85,7 +86,7 @@ class LogHook:
         self.peak, self.peak_source = peak_flops(config, trainer.device)
         self.loggers: list[Logger] = []
         first_step = trainer.position.step + 1
-        trainer.on_rank_zero(lambda: self.loggers.extend(make_loggers(config, trainer.run_dir, first_step)))
+        from_rank_zero(lambda: self.loggers.extend(make_loggers(config, trainer.run_dir, first_step)))
         self.bar = (
             ProgressBar("train", config.training.train_steps, trainer.position.step) if trainer.rank == 0 else None
         )

@@ -15,6 +15,7 @@ from loopmem_pretrain.data.manifest import load_manifest
 from loopmem_pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from loopmem_pretrain.eval.scoring import Window, WindowScore, token_scores
 from loopmem_pretrain.eval.suites import TaskRequests, TaskScores, measured, open_tasks, score_task
+from loopmem_pretrain.parallel.agreement import together
 
 if TYPE_CHECKING:
     from loopmem_pretrain.training.trainer import Trainer
@@ -42,7 +43,7 @@ class TaskHook:
         """
         config = trainer.config.evaluation
         folder = Path(trainer.config.data.datasets[0].path)
-        self.suites = trainer.together(
+        self.suites = together(
             lambda: Suites(
                 open_tasks(config.tasks, config.data_dir, config.limit, config.seed),
                 load_tokenizer(folder / load_manifest(folder).tokenizer.file),

@@ -6,9 +6,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,12 +24,8 @@ from loopmem_pretrain.data.dataset import open_datasets
 from loopmem_pretrain.data.sampler import train_batches
 from loopmem_pretrain.errors import EnvironmentFault, LoopMemError
 from loopmem_pretrain.model.flops import parameter_counts
-from loopmem_pretrain.parallel.start import (
-    from_rank_zero,
-    place_from_environment,
-    rank_zero_is_done,
-    wait_for_rank_zero,
-)
+from loopmem_pretrain.parallel.agreement import from_rank_zero, together
+from loopmem_pretrain.parallel.start import place_from_environment
 from loopmem_pretrain.parallel.topology import Topology
 from loopmem_pretrain.training import run_folder
 from loopmem_pretrain.training.engine import TrainingEngine, init_distributed
@@ -41,8 +37,6 @@ from loopmem_pretrain.training.time_limit import TimeLimit
 from loopmem_pretrain.training.watchdog import Phase, Watchdog, ends_after
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 class Trainer:
@@ -67,10 +61,9 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
             # We read no uninitialised memory; filling DeepSpeed's large buffers each step would cost minutes.
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        self.turns = 0  # of on_rank_zero
         self.locks: list[Any] = []  # held by rank 0 until its process ends
         with ends_after(config.faults.slow_phase_timeout_seconds, f"opening the run folder {self.run_dir}"):
-            self.on_rank_zero(lambda: self.locks.append(run_folder.prepare(config, self.run_dir)))
+            from_rank_zero(lambda: self.locks.append(run_folder.prepare(config, self.run_dir)))
         run_folder.hold(self.run_dir)
         self.watchdog = Watchdog(self.run_dir, self.rank, config.faults)  # from here on the folder is ours
         try:
@@ -80,7 +73,7 @@ class Trainer:
             raise
 
     def _open(self, config: RunConfig, stop_at_step: int | None) -> None:
-        self.dataset, self.validation_dataset = self.together(lambda: open_datasets(config))
+        self.dataset, self.validation_dataset = together(lambda: open_datasets(config))
         self.engine = TrainingEngine(config, self.device, self.topology)
         self.engine.on_micro_batch(self.watchdog.micro_batch)
         self.store = CheckpointStore(config.run_dir)
@@ -270,7 +263,7 @@ class Trainer:
         elif is_due:
             self.stop_reason = f"stopped before {self.time_limit} over"
         if save:
-            self.on_rank_zero(lambda: control.save_begins(self.run_dir))
+            from_rank_zero(lambda: control.save_begins(self.run_dir))
         self.save_asked |= bool(save)  # until a checkpoint is written, a rewind may come between
         self.check_replicas = bool(check)
         if save_failed:
@@ -286,55 +279,6 @@ class Trainer:
         with self.watchdog.phase(phase):
             yield
         self.pause_seconds += time.perf_counter() - start
-
-    def on_rank_zero(self, action: Callable[[], object]) -> None:
-        """Run `action` on rank 0; whatever it raises, no rank is left waiting: all of them raise."""
-        failure: list[LoopMemError | None] = [None]
-        cause: Exception | None = None
-        if self.rank == 0:
-            try:
-                action()
-            except LoopMemError as error:
-                failure[0] = error
-            except OSError as error:
-                fix = "free space or mend permissions, then start the same command again"
-                failure[0], cause = EnvironmentFault(f"cannot write in {self.run_dir}: {error}", fix), error
-            except Exception as error:  # noqa: BLE001 - raised again below, after the other ranks know
-                failure[0], cause = EnvironmentFault(f"rank 0 failed: {type(error).__name__}: {error}"), error
-        self.turns += 1
-        key = f"rank-zero/{self.turns}"
-        if self.rank == 0:
-            rank_zero_is_done(key)
-        else:
-            wait_for_rank_zero(key)
-        dist.broadcast_object_list(failure, src=0)
-        if failure[0] is not None:
-            if cause is not None and not isinstance(cause, OSError):
-                raise cause
-            failure[0].is_told = self.rank > 0
-            raise failure[0] from cause
-
-    def together(self, action: Callable[[], T]) -> T:
-        """`action` on every rank, without collectives inside; where it fails on one, all raise a named error."""
-        result: Any = None
-        failure: LoopMemError | None = None
-        try:
-            result = action()
-        except LoopMemError as error:
-            failure = error
-        except OSError as error:
-            failure = EnvironmentFault(f"rank {self.rank}: {error}", "see to that file, then start again to resume")
-        except Exception as error:
-            log.exception("rank %d failed", self.rank)
-            failure = EnvironmentFault(f"rank {self.rank} failed: {type(error).__name__}: {error}")
-        failures: list[LoopMemError | None] = [None] * self.world_size
-        dist.all_gather_object(failures, failure)
-        first = failure or next((error for error in failures if error is not None), None)
-        if first is not None:
-            others = failures[: self.rank] if failure is not None else failures
-            first.is_told = any(str(error) == str(first) for error in others)
-            raise first
-        return cast(T, result)
 
     def write_status(self, status: run_folder.Status, reason: str) -> None:
         if self.rank == 0 and not self.watchdog.has_found_hang:
