@@ -2,13 +2,13 @@
 
 import shlex
 import sys
-from collections.abc import Callable
 from typing import Any
 
+from loopmem_pretrain.arguments import AddCommand, with_config
 from loopmem_pretrain.errors import EXIT_DONE, ConfigError, LoopMemError
 
 
-def add_slurm(command: Callable[..., Any], commands: Any, with_config: Callable[[Any], Any]) -> None:
+def add_slurm(command: AddCommand) -> None:
     """`loopmem slurm ...`: jobs of a SLURM cluster (docs/slurm.md)."""
     help_ = "Training as jobs of a SLURM cluster: check and submit, see how it stands, end it."
     verbs = command("slurm", status, help_).add_subparsers(required=True, metavar="VERB")

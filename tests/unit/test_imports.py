@@ -40,8 +40,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inference": BASIC | {"hf"},
     "eval": BASIC | {"hf", "inference"},
     "tools": BASIC | {"hf", "inference", "eval"},
-    "cluster": BASIC | {"training", "tools"},
-    "cli": BASIC | {"training", "hf", "inference", "eval", "tools", "cluster"},
+    "cluster": BASIC | {"training", "tools", "arguments"},
+    "arguments": set(),
+    "commands": BASIC | {"training", "hf", "inference", "eval", "tools", "arguments"},
+    "cli": {"errors", "commands", "cluster", PACKAGE},
     "__main__": {"cli"},
 }
 
@@ -161,7 +163,7 @@ def test_the_math_imports_torch_and_the_standard_library_only():
 
 def test_config_errors_and_cli_know_no_heavy_package_not_even_late():
     for path in FILES:
-        if unit_of(module_of(path)) in ("config", "errors", "cli", PACKAGE):
+        if unit_of(module_of(path)) in ("config", "errors", "arguments", "commands", "cli", PACKAGE):
             roots = {item.module.split(".")[0] for item in imports_of(path)}
             assert not roots & set(HEAVY), name_of(path)
 
