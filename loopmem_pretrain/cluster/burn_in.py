@@ -19,15 +19,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loopmem_pretrain.cluster import rank, records, slurm
-from loopmem_pretrain.errors import LoopMemError
+from loopmem_pretrain.cluster import rank, records, slurm, step
+from loopmem_pretrain.errors import EnvironmentFault, LoopMemError
 
 LIMIT = 600.0
 """Seconds for all of it: imports, the first kernels, joining."""
 REST = 60
 """Seconds that the other ranks have when one has ended: they wait for it in vain where it has failed."""
-PATIENCE = 30.0
-"""Seconds in which SLURM ends the step."""
 STEP = "burn-in"
 """Name of the job step."""
 SLOW = 0.8
@@ -41,42 +39,39 @@ BYTES = 1 << 28
 def check_nodes(
     options: argparse.Namespace, here: slurm.Allocation, nodes: Sequence[str], folder: Path
 ) -> dict[str, list[str]]:
-    """Nodes with a rank that is slow or does not come to an end, each with what is wrong."""
+    """Nodes with a rank that is slow or does not come to an end, each with what is wrong.
+
+    Raises:
+        EnvironmentFault: every rank has multiplied matrices, and not every one has added up the vector.
+    """
     reports = folder / "burn-in"
     reports.mkdir(exist_ok=True)
-    command = ["srun", f"--job-name={STEP}", f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}"]
-    command += [f"--ntasks={len(nodes) * here.tasks_per_node}", f"--ntasks-per-node={here.tasks_per_node}"]
-    command += [f"--wait={REST}"]
-    command += [f"--cpus-per-task={here.cpus_per_task}"] if here.cpus_per_task else []
+    command = [*step.srun(STEP, nodes, here.tasks_per_node, here.cpus_per_task), f"--wait={REST}"]
     command += [*shlex.split(options.srun), *shlex.split(options.wrap), options.python]
-    variables = {"MASTER_ADDR": nodes[0], "MASTER_PORT": str(here.port), rank.RANKS_PER_NODE: str(here.tasks_per_node)}
-    step = subprocess.Popen(
+    ranks = subprocess.Popen(
         [*command, "-m", "loopmem_pretrain.cluster.burn_in", str(reports), options.config, *options.arguments],
-        env={**os.environ, **variables},
+        env=step.environment(here, nodes),
         stdin=subprocess.DEVNULL,
     )
     try:
-        step.wait(LIMIT)
+        ranks.wait(LIMIT)
     except subprocess.TimeoutExpired:
-        _end(step, here.job)
+        step.end(ranks, here.job, STEP)
     found = [records.read_json(path) for path in sorted(reports.glob("rank-*.json"))]
     bandwidths = [report["gb_per_second"] for report in found if report.get("gb_per_second")]
     if bandwidths:
-        print(f"all-reduce over {len(found)} ranks: {min(bandwidths):.1f} GB/s", flush=True)
+        print(f"all-reduce over {len(bandwidths)} ranks: {min(bandwidths):.1f} GB/s", flush=True)
     else:
         print("the all-reduce has not come to an end on any rank", flush=True)
-    return judge(nodes, here.tasks_per_node, found)
-
-
-def _end(step: "subprocess.Popen[bytes]", job: str) -> None:
-    """Through SLURM: the end of srun alone would leave the ranks on their GPUs."""
-    for running in slurm.steps(job, STEP):
-        slurm.tell("scancel", "--signal=KILL", running)
-    try:
-        step.wait(PATIENCE)
-    except subprocess.TimeoutExpired:  # a node does not answer
-        step.kill()
-        step.wait()
+    bad = judge(nodes, here.tasks_per_node, found)
+    if not bad and len(bandwidths) < len(found):
+        raise EnvironmentFault(
+            f"every rank multiplies matrices, but only {len(bandwidths)} of {len(found)} have added up a vector: the "
+            "network between them does not work",
+            "see what the ranks say above, and NCCL with NCCL_DEBUG=INFO: NCCL_SOCKET_IFNAME and NCCL_IB_HCA must name "
+            "interfaces that all nodes have, and no firewall may stand between them",
+        )
+    return bad
 
 
 def judge(nodes: Sequence[str], ranks: int, reports: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:

@@ -1,5 +1,6 @@
 """The next job of a run that goes on by a chain of jobs, and the record of what this one was. Standard library only."""
 
+import hashlib
 import json
 import os
 import platform
@@ -11,7 +12,7 @@ from pathlib import Path
 from loopmem_pretrain.cluster import slurm
 from loopmem_pretrain.errors import EnvironmentFault
 
-# Of the environment only what cannot be a secret is written down.
+# Of the environment only this is written down, and of it nothing that may be a secret.
 RECORDED = (
     "SLURM_",
     "SBATCH_",
@@ -25,6 +26,7 @@ RECORDED = (
     "GLOO_",
     "LOADEDMODULES",
 )
+SECRET = re.compile("JWT|TOKEN|KEY|SECRET|PASS", re.IGNORECASE)
 
 FIELDS = {
     "time": "TimeLimit",
@@ -70,7 +72,9 @@ SHARING = {"NO": "--exclusive", "USER": "--exclusive=user", "MCS": "--exclusive=
 
 
 def submit_successor(here: slurm.Allocation, run_dir: Path, arguments: Sequence[str]) -> str:
-    """Submit this job's script again with its `arguments`, to begin when no job of this name runs; its id.
+    """Submit this job's script again with its `arguments`, to begin when this job is over; its id.
+
+    A job that SLURM itself puts back into the queue has submitted one before: `singleton` lets them follow each other.
 
     The script is asked from SLURM, so it is the one that was submitted, not what has become of the file since. What
     sbatch was told on its command line is not part of it, so it is repeated as far as SLURM says what it was.
@@ -80,10 +84,16 @@ def submit_successor(here: slurm.Allocation, run_dir: Path, arguments: Sequence[
     complaint = slurm.tell("scontrol", "write", "batch_script", here.job, str(script))
     if complaint:
         raise EnvironmentFault(f"SLURM does not give the script of job {here.job}: {complaint}", "use CONTINUE=requeue")
-    options = [f"--job-name={here.name}", "--dependency=singleton", f"--nodes={len(here.nodes)}"]
+    options = [f"--job-name={job_name(run_dir)}", f"--dependency=afterany:{here.job},singleton"]
+    options += [f"--nodes={len(here.nodes)}"]
     options += [f"--ntasks-per-node={here.tasks_per_node}", f"--chdir={os.getcwd()}"]
     options += options_of(here.job, slurm.show_job(here.job), os.environ)
     return slurm.sbatch(*options, str(script), *arguments)
+
+
+def job_name(run_dir: Path) -> str:
+    """Of all jobs that train a run, and of no other run: what waits for another job of the run goes by it."""
+    return f"loopmem-{run_dir.name.replace(' ', '_')}-{hashlib.sha256(os.fsencode(run_dir)).hexdigest()[:8]}"
 
 
 def options_of(number: str, job: Mapping[str, str], environment: Mapping[str, str]) -> list[str]:
@@ -108,6 +118,11 @@ def options_of(number: str, job: Mapping[str, str], environment: Mapping[str, st
     return [*(f"--{option}={value}" for option, value in values.items() if value), *flags]
 
 
+def is_recorded(name: str) -> bool:
+    """Whether a variable of this name is written down."""
+    return name.startswith(RECORDED) and not SECRET.search(name)
+
+
 def record_environment(here: slurm.Allocation, folder: Path) -> None:
     """RUN/logs/START/environment.json: what this start was given and ran with."""
     values = {
@@ -117,6 +132,6 @@ def record_environment(here: slurm.Allocation, folder: Path) -> None:
         "slurm": slurm.ask("scontrol", "--version").strip(),
         "python": f"{platform.python_version()} ({sys.executable})",
         "kernel": platform.release(),
-        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(RECORDED)},
+        "environment": {name: value for name, value in sorted(os.environ.items()) if is_recorded(name)},
     }
     (folder / "environment.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

@@ -19,11 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from loopmem_pretrain.cluster import records, slurm
+from loopmem_pretrain.cluster.step import environment, srun
 
 LEVELS = ("none", "node", "full")
 """none: nothing; node: what this file checks; full: also a matrix product on each GPU and an all-reduce over all."""
 LIMIT, SIGN_OF_LIFE = 180.0, 60.0
 """Seconds a node has for the checks before training, and for an answer after a crash."""
+SILENT = "gave no sign of life"
+"""What is wrong with a node that has not answered."""
+SMI_SECONDS = 60
+"""nvidia-smi that takes longer hangs, as it does when a GPU has fallen off the bus."""
 FREE_BYTES, FREE_FILES = 1 << 30, 1000
 """In the run folder, which all nodes share, and in the temporary folder of each."""
 CLOCK_SECONDS = 60.0
@@ -40,7 +45,7 @@ def check_nodes(options: argparse.Namespace, here: slurm.Allocation, folder: Pat
     """Nodes of the job that are not fit, each with what is wrong."""
     if options.health == "none":
         return {}
-    reports = _ask(here.nodes, folder / "health", LIMIT)
+    reports = _ask(here.nodes, folder / "health", LIMIT, here)
     bad = judge(here.nodes, reports)
     if options.health == "full" and len(bad) < len(here.nodes):
         from loopmem_pretrain.cluster import burn_in
@@ -50,9 +55,20 @@ def check_nodes(options: argparse.Namespace, here: slurm.Allocation, folder: Pat
     return bad
 
 
-def silent_nodes(nodes: Sequence[str], folder: Path) -> list[str]:
-    """Nodes that do not answer any more, or are not fit any more: the ranks were lost because of them."""
-    return list(judge(nodes, _ask(nodes, folder / "health-after", SIGN_OF_LIFE)))
+def unfit_nodes(nodes: Sequence[str], folder: Path, here: slurm.Allocation) -> dict[str, list[str]]:
+    """Nodes that do not answer or are not fit after the ranks have ended, each with what is wrong."""
+    return judge(nodes, _ask(nodes, folder / "health-after", SIGN_OF_LIFE, here))
+
+
+def blames_nodes(unfit: Mapping[str, Sequence[str]], nodes: Sequence[str]) -> bool:
+    """Whether a job is to go on without the nodes that are not fit.
+
+    Not where it is all of them: what they share, such as the disk, is at fault. A job's only node is where this runs,
+    so it is silent because of the disk, and bad by its own word alone.
+    """
+    if len(nodes) == 1:
+        return any(SILENT not in problems for problems in unfit.values())
+    return 0 < len(unfit) < len(nodes)
 
 
 def judge(nodes: Sequence[str], reports: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -61,7 +77,7 @@ def judge(nodes: Sequence[str], reports: Mapping[str, Mapping[str, Any]]) -> dic
     bad: dict[str, list[str]] = {}
     for node in nodes:
         if node not in reports:
-            bad[node] = ["gave no sign of life"]
+            bad[node] = [SILENT]
             continue
         problems = list(reports[node]["problems"])
         off = reports[node]["clock"] - clock
@@ -72,23 +88,22 @@ def judge(nodes: Sequence[str], reports: Mapping[str, Mapping[str, Any]]) -> dic
     return bad
 
 
-def _ask(nodes: Sequence[str], folder: Path, limit: float) -> dict[str, dict[str, Any]]:
+def _ask(nodes: Sequence[str], folder: Path, limit: float, here: slurm.Allocation) -> dict[str, dict[str, Any]]:
     """Reports by node. One step asks all; where a node is dead SLURM may end it, so the rest is asked one by one."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    _wait([_start(nodes, folder)], limit)
+    _wait([_start(nodes, folder, here)], limit)
     silent = [node for node in nodes if not (folder / f"{node}.json").exists()]
     if silent and len(nodes) > 1:
-        _wait([_start([node], folder) for node in silent], limit)
+        _wait([_start([node], folder, here) for node in silent], limit)
     found = {node: records.read_json(folder / f"{node}.json") for node in nodes}
     return {node: report for node, report in found.items() if report}
 
 
-def _start(nodes: Sequence[str], folder: Path) -> "subprocess.Popen[bytes]":
-    command = ["srun", "--job-name=health", "--overlap", f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}"]
-    command += [f"--ntasks={len(nodes)}", "--ntasks-per-node=1", "--cpus-per-task=1", "--unbuffered"]
+def _start(nodes: Sequence[str], folder: Path, here: slurm.Allocation) -> "subprocess.Popen[bytes]":
+    command = [*srun("health", nodes, tasks=1, cpus=1), "--overlap", "--unbuffered"]
     command += [sys.executable, "-m", "loopmem_pretrain.cluster.health", str(folder)]
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    return subprocess.Popen(command, env=environment(here, nodes), stdin=subprocess.DEVNULL)
 
 
 def _wait(steps: "Sequence[subprocess.Popen[bytes]]", limit: float) -> None:
@@ -139,7 +154,10 @@ def _gpu_problems() -> list[str]:
     for section in _SECTIONS:
         query = ",".join([*_FIELDS, *(f"{section}.{reason}" for reason in _REASONS)])
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
-        said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        try:
+            said = subprocess.run(command, capture_output=True, text=True, timeout=SMI_SECONDS, check=False)
+        except subprocess.TimeoutExpired:
+            return [f"nvidia-smi has not answered within {SMI_SECONDS} s"]
         if said.returncode == 0:
             break
     else:
@@ -164,7 +182,10 @@ def _topology() -> str:
     if not shutil.which("nvidia-smi"):
         return ""
     command = ["nvidia-smi", "topo", "-m"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=SMI_SECONDS, check=False).stdout
+    except subprocess.TimeoutExpired:  # told by _gpu_problems
+        return ""
 
 
 def disk_problems(folder: Path) -> list[str]:

@@ -9,7 +9,7 @@ of every outcome. Standard library only: this runs outside of the container.
 import argparse
 import contextlib
 import errno
-import itertools
+import json
 import os
 import shlex
 import signal
@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from loopmem_pretrain import control
-from loopmem_pretrain.cluster import chain, health, rank, records, slurm
+from loopmem_pretrain.cluster import chain, health, rank, records, slurm, step
+from loopmem_pretrain.cluster.step import TICK, Heartbeat, srun, what_ranks_said
 from loopmem_pretrain.errors import EnvironmentFault, HangDetected, LoopMemError
 
 T = TypeVar("T")
@@ -32,14 +33,14 @@ STEP = "train"
 """Name of the job step with the ranks."""
 SLACK = 30.0
 """Seconds before the job's end at which the ranks shall be gone."""
-TICK = 1.0
-"""Seconds between looks at the ranks."""
 MAX_STARTS = 20
 """Starts from one checkpoint, whatever ended them, after which the run gives up."""
 FINAL = (2, 3, 4, 5, 7)
 """Exit codes of a rank that the same start would end with again (errors.py)."""
 LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 """Errors of a disk for which nobody waits."""
+FLIGHT_RECORDER = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+"""Where torch writes the last collectives of each rank after a timeout: its name since 2.9, and before."""
 STACKS = 5.0
 """Seconds for hanging ranks to write where they are."""
 
@@ -106,12 +107,12 @@ class Job:
         if patiently(self._is_over):
             return 0
         patiently(self._refuse_if_busy)
+        self._refuse_if_it_cannot_go_on()
         patiently(lambda: self.folder.mkdir(parents=True, exist_ok=True))
         newest = patiently(lambda: records.newest_checkpoint(self.run_dir))
         vain = records.starts_in_vain(patiently(lambda: records.read(self.run_dir)), newest)
         if self.options.mode == "chain":
-            self.successor = chain.submit_successor(self.here, self.run_dir, self.options.arguments)
-            say(f"job {self.successor} will go on when this one is over")
+            self._submit_successor()
         patiently(lambda: control.take_over(self.run_dir, self.here.start))
         begin: records.Record = {"event": "start", "start": self.here.start, "nodes": self.here.nodes}
         begin |= {"ranks": len(self.nodes) * self.here.tasks_per_node, "checkpoint": newest}
@@ -158,6 +159,23 @@ class Job:
                 "wait for it, cancel it, or choose another run_dir",
             )
 
+    def _refuse_if_it_cannot_go_on(self) -> None:
+        """Better now than when the time is over."""
+        if self.options.mode == "requeue" and slurm.show_job(self.here.job).get("Requeue") == "0":
+            raise EnvironmentFault(
+                f"job {self.here.job} may not be put back into the queue (--no-requeue, or the site's rule), and "
+                "CONTINUE=requeue needs that",
+                "submit with --requeue, or with CONTINUE=chain (`loopmem slurm submit --continue chain`)",
+            )
+
+    def _submit_successor(self) -> None:
+        """The next job of a chain; a refusal does not keep this one from training, and it is asked for again later."""
+        try:
+            self.successor = chain.submit_successor(self.here, self.run_dir, self.options.arguments)
+            say(f"job {self.successor} will go on when this one is over")
+        except (EnvironmentFault, OSError) as fault:
+            say(f"no job that goes on could be submitted: {fault}")
+
     def _on_signal(self, number: int, frame: Any) -> None:
         if number == signal.SIGUSR1:
             self.asked = "the time of the job is nearly over (SIGUSR1)"
@@ -184,7 +202,10 @@ class Job:
         shared = health.disk_problems(self.run_dir)
         if shared:
             return Ending("failed", "; ".join(shared), EnvironmentFault.exit_code)
-        bad = patiently(lambda: health.check_nodes(self.options, self.here, self.folder))
+        try:
+            bad = patiently(lambda: health.check_nodes(self.options, self.here, self.folder))
+        except EnvironmentFault as fault:
+            return Ending("failed", f"{fault.problem}; {fault.fix}", fault.exit_code)
         if self.asked:  # which may be why nodes did not answer
             job = slurm.show_job(self.here.job)
             if job["JobState"] != "RUNNING":
@@ -209,18 +230,18 @@ class Job:
         command, environment = step_command(self.options, self.here, self.nodes), self._environment()
         say(f"{len(self.nodes) * self.here.tasks_per_node} ranks on {','.join(self.nodes)}: {shlex.join(command)}")
         say(f"logs: {rank.log_file(self.folder, 0)} and its neighbours")
-        step = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+        ranks = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
         watch = Heartbeat(self.run_dir / "heartbeat.json", self.options.start_seconds, self.options.hang_seconds)
         hangs = False
-        while step.poll() is None:
+        while ranks.poll() is None:
             time.sleep(TICK)
             if self.asked and not self.is_passed_on:
                 self._ask_to_stop()
             if watch.stands_still() and not hangs:
                 hangs = True
                 say(f"{watch}: ending the ranks; where they were is in their logs")
-                self._end_step()
-        return step.returncode, hangs, before
+                self._end_ranks(ranks)
+        return ranks.returncode, hangs, before
 
     def _environment(self) -> dict[str, str]:
         end = None
@@ -229,28 +250,27 @@ class Job:
         except EnvironmentFault as fault:  # the warning before the end still comes
             say(f"the ranks do not know when the job ends: {fault}")
         values = {
-            **os.environ,
-            "MASTER_ADDR": self.nodes[0],
-            "MASTER_PORT": str(self.here.port),
+            **step.environment(self.here, self.nodes),
             control.START: self.here.start,
             control.STOP_FILE: str(self.stop_file),
             rank.LOG_DIR: str(self.folder),
             rank.LAUNCHER: self.options.launcher,
-            rank.RANKS_PER_NODE: str(self.here.tasks_per_node),
         }
+        for name in FLIGHT_RECORDER:
+            values.setdefault(name, f"{self.folder}/nccl-")
         if end is not None:
             values[control.END_TIME] = str(end - SLACK)
         if self.here.cpus_per_task:
             values.setdefault("OMP_NUM_THREADS", str(self.here.cpus_per_task))
         return values
 
-    def _end_step(self) -> None:
+    def _end_ranks(self, ranks: "subprocess.Popen[bytes]") -> None:
         """Stacks first, then no mercy: what hangs answers to nothing else."""
-        for step in slurm.steps(self.here.job, STEP):
-            if self.options.launcher == "srun":  # launchers would die of it
-                slurm.tell("scancel", "--signal=QUIT", step)
-                time.sleep(STACKS)
-            report(slurm.tell("scancel", "--signal=KILL", step))
+        if self.options.launcher == "srun":  # launchers would die of it
+            for running in slurm.steps(self.here.job, STEP):
+                slurm.tell("scancel", "--signal=QUIT", running)
+            time.sleep(STACKS)
+        step.end(ranks, self.here.job, STEP)
 
     # ------------------------------------------------------------------------------------------------ afterwards
 
@@ -292,9 +312,17 @@ class Job:
         final = next((each for each in codes if each in FINAL), None)
         if final is not None:
             return Ending("failed", f"exit code {final}: {reason}", final)
-        silent = health.silent_nodes(self.nodes, self.folder)
-        if silent:
-            return Ending("lost nodes", f"no sign of life from {', '.join(silent)}", EnvironmentFault.exit_code, silent)
+        disk = health.disk_problems(self.run_dir)
+        if disk:
+            return Ending("failed", "; ".join(disk), EnvironmentFault.exit_code)
+        unfit = health.unfit_nodes(self.nodes, self.folder, self.here)
+        for node, problems in unfit.items():
+            say(f"{node}: {'; '.join(problems)}")
+        if health.blames_nodes(unfit, self.nodes):
+            why = "; ".join(f"{node}: {', '.join(problems)}" for node, problems in unfit.items())
+            return Ending("lost nodes", why, EnvironmentFault.exit_code, list(unfit))
+        if not any(self.folder.glob("rank-*.log")):
+            reason = f"no rank has begun; see what srun says above, and RANK_PYTHON, WRAP and SRUN_OPTIONS: {reason}"
         last = HangDetected.exit_code if hangs else codes[0] if codes else EnvironmentFault.exit_code
         newest = records.newest_checkpoint(self.run_dir)
         crashes = 1 + records.crashes_in_vain(records.read(self.run_dir), newest)
@@ -314,9 +342,15 @@ class Job:
             return ending.code
         if is_paused:
             if self.successor:
+                say(f"held: remove {self.run_dir / control.PAUSE}, then `scontrol release {self.successor}`")
                 return report(slurm.tell("scontrol", "hold", self.successor))
             slurm.put_back(self.here.job, hold=True)
             _wait_for_the_end()
+        if self.options.mode == "chain" and not self.successor:
+            self._submit_successor()
+            if not self.successor:
+                say("the run has ended early: submit it again")
+                return EnvironmentFault.exit_code
         if self.options.mode == "requeue":
             if ending.bad_nodes:
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -334,32 +368,6 @@ class Job:
             report(slurm.tell("scancel", self.successor))
 
 
-class Heartbeat:
-    """Whether rank 0 still writes heartbeat.json; by this machine's clock alone."""
-
-    def __init__(self, path: Path, start_seconds: float, hang_seconds: float) -> None:
-        self.path, self.limits = path, (start_seconds, hang_seconds)
-        self.content = b""
-        self.content = self._read()
-        self.changed = time.monotonic()
-        self.beats = False
-
-    def _read(self) -> bytes:
-        try:
-            return self.path.read_bytes()
-        except OSError:
-            return self.content  # not there yet, or the disk does not answer
-
-    def stands_still(self) -> bool:
-        content = self._read()
-        if content != self.content:
-            self.content, self.changed, self.beats = content, time.monotonic(), True
-        return time.monotonic() - self.changed > self.limits[self.beats]
-
-    def __str__(self) -> str:
-        return f"{self.path} has stood still for {self.limits[self.beats]:.0f} s"
-
-
 def _wait_for_the_end() -> NoReturn:
     """The job is back in the queue, so SLURM ends this process now."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -370,34 +378,19 @@ def _wait_for_the_end() -> NoReturn:
 def step_command(options: argparse.Namespace, here: slurm.Allocation, nodes: Sequence[str]) -> list[str]:
     """srun with a task for each rank, or for each node where a launcher starts the ranks."""
     tasks = here.tasks_per_node if options.launcher == "srun" else 1
-    command = ["srun", f"--job-name={STEP}", f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}"]
-    command += [f"--ntasks={len(nodes) * tasks}", f"--ntasks-per-node={tasks}"]
-    if here.cpus_per_task:  # since 22.05 srun does not take it over from the job: one core a rank would be left
-        command.append(f"--cpus-per-task={here.cpus_per_task * here.tasks_per_node // tasks}")
-    command += ["--kill-on-bad-exit=1", "--unbuffered", *shlex.split(options.srun)]
+    cpus = here.cpus_per_task and here.cpus_per_task * here.tasks_per_node // tasks
+    # Rank 0 ends last, and a site may have it killed a few seconds after the others (WaitTime): not with --wait=0.
+    command = [*srun(STEP, nodes, tasks, cpus), "--wait=0", "--kill-on-bad-exit=1", "--unbuffered"]
+    command += shlex.split(options.srun)
     return [*command, *shlex.split(options.wrap), options.python, *train_command(options)]
 
 
 def train_command(options: argparse.Namespace) -> list[str]:
     """What a rank runs, after its interpreter."""
     folder = Path(options.run_dir).absolute()
-    return ["-m", rank.MODULE, "train", "--config", options.config, *options.arguments, f"run_dir={folder}"]
-
-
-def what_ranks_said(folder: Path, most: int = 8) -> list[str]:
-    """The errors at the ends of the ranks' logs, each once with the ranks that said it; what is indented goes along."""
-    said: dict[str, list[str]] = {}
-    for path in sorted(folder.glob("rank-*.log")):
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 8192))
-            lines = file.read().decode("utf-8", "replace").splitlines()
-        for index, line in enumerate(lines):
-            if "rror: " in line and not line.startswith((" ", "\t")):
-                more = itertools.takewhile(lambda text: text.startswith("  "), lines[index + 1 : index + 10])
-                text = "\n".join([line.split("rror: ", 1)[1].strip(), *more])
-                said.setdefault(text, []).append(path.stem)
-    others = {text: f" and {len(ranks) - 1} more" if ranks[1:] else "" for text, ranks in said.items()}
-    return [f"{ranks[0]}{others[text]}: {text}" for text, ranks in said.items()][:most]
+    # In quotes: a value is read as YAML, where # begins a comment and a colon a mapping.
+    run_dir = f"run_dir={json.dumps(str(folder))}"
+    return ["-m", rank.MODULE, "train", "--config", options.config, *options.arguments, run_dir]
 
 
 def patiently(action: Callable[[], T]) -> T:

@@ -9,8 +9,8 @@ from typing import Any
 
 from loopmem_pretrain import control
 from loopmem_pretrain.cluster import accounting, rank, records, slurm
+from loopmem_pretrain.cluster.chain import job_name
 from loopmem_pretrain.cluster.other_jobs import FOLLOWERS
-from loopmem_pretrain.cluster.submit import job_name
 from loopmem_pretrain.errors import ConfigError, EnvironmentFault
 from loopmem_pretrain.metrics_file import METRICS_NAME, read_lines
 from loopmem_pretrain.tools.tables import table

@@ -51,6 +51,7 @@ def one_task(job: Job, site: SiteConfig) -> str:
     """Its script."""
     other = site.other_jobs
     shared = site_options(site)
+    shared.pop("exclusive", None)  # of nodes full of ranks; one task would keep a whole node from others
     if other.partition and not job.gpu:  # what else the site says is about the nodes of its own partition
         shared = {"account": site.account, "partition": other.partition}
     gpus = 1 if job.gpu else 0

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from loopmem_pretrain.cluster import submit
+from loopmem_pretrain.cluster.chain import job_name
 from loopmem_pretrain.cluster.other_jobs import Job, one_task
 from loopmem_pretrain.cluster.render import log_in
 from loopmem_pretrain.config.load import dump_config, load_config
@@ -70,7 +71,7 @@ def plan(
         "OUTPUT": str(output),
         "TASK": "prepare-data",
     }
-    name = submit.job_name(output)
+    name = job_name(output)
     jobs = {}
     if inputs and config.tokenizer.train and find_tokenizer(config.tokenizer.path) is None:
         one = {**settings, "TASK": "train-tokenizer", "INPUTS": ""}
@@ -130,7 +131,7 @@ def submit_preparation(ready: Preparation) -> dict[str, str]:
         EnvironmentFault: as `submit.submit` says.
     """
     for name, script in ready.scripts.items():
-        submit.test(name, script)
+        submit.check_script(name, script)
     folder = Path(ready.config.output_dir) / "slurm"
     submit.freeze(ready.code, RECIPE, dump_config(ready.config))
     if ready.inputs:

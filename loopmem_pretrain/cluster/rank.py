@@ -62,11 +62,12 @@ def exit_file(folder: Path, rank: int) -> Path:
 def place(environment: Mapping[str, str]) -> dict[str, str]:
     """RANK, LOCAL_RANK and WORLD_SIZE: what a launcher has set, or what srun says; LOCAL_RANK is the GPU to take.
 
-    With --gpus-per-task or --gpu-bind a task sees its own GPU alone, whose number is then 0; with --gpus-per-node it
-    sees those of all tasks of the node.
+    With --gpu-bind a task may see its own GPU alone, whose number is then 0; else it sees those of all tasks of the
+    node.
 
     Raises:
-        EnvironmentFault: several GPUs are visible, but fewer than there are ranks on this node.
+        EnvironmentFault: several GPUs are visible, but fewer than there are ranks on this node; or ranks are dealt
+            out to nodes in turn.
     """
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     if "RANK" in environment:
@@ -74,13 +75,20 @@ def place(environment: Mapping[str, str]) -> dict[str, str]:
     else:
         slurm = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
         values = {name: environment[theirs] for name, theirs in zip(names, slurm, strict=True)}
+        first = int(environment["SLURM_NODEID"]) * int(environment[RANKS_PER_NODE])
+        if int(values["RANK"]) != first + int(values["LOCAL_RANK"]):
+            raise EnvironmentFault(
+                f"rank {values['RANK']} is task {values['LOCAL_RANK']} of node {environment['SLURM_NODEID']}: those of "
+                "a node do not follow each other, so tensor-parallel groups would reach over nodes",
+                "leave --distribution out of SRUN_OPTIONS, or make it block",
+            )
     visible, ranks = _visible_devices(environment), int(environment[RANKS_PER_NODE])
     if len(visible) == 1:
         values["LOCAL_RANK"] = "0"
     elif visible and len(visible) < ranks:
         raise EnvironmentFault(
             f"rank {values['RANK']} sees GPUs {','.join(visible)} and there are {ranks} ranks on this node",
-            "ask for --gpus-per-node=N and --ntasks-per-node=N, or for --gpus-per-task=1",
+            "ask for --gpus-per-node=N and --ntasks-per-node=N",
         )
     return values
 

@@ -36,6 +36,8 @@ UNANSWERED = re.compile(
 """What commands of SLURM say when there was no answer: `scontrol requeue` of 22.05 calls it an unexpected message, and
 while munge restarts they complain of authentication."""
 UNKNOWN_JOB = "Invalid job id"
+REFUSED = "presently disabled"
+"""What SLURM says of requeueing a job that must not be."""
 
 
 class Allocation(NamedTuple):
@@ -44,7 +46,6 @@ class Allocation(NamedTuple):
     job: str
     restart: int
     """How often SLURM has put the job back into the queue."""
-    name: str
     nodes: list[str]
     tasks_per_node: int
     """Ranks a node."""
@@ -93,7 +94,6 @@ def allocation(variables: Mapping[str, str] | None = None) -> Allocation:
     return Allocation(
         job=job,
         restart=int(environment.get("SLURM_RESTART_COUNT", "0")),  # not set in the first run
-        name=environment.get("SLURM_JOB_NAME", job),
         nodes=nodes,
         tasks_per_node=per_node,
         cpus_per_task=int(environment["SLURM_CPUS_PER_TASK"]) if "SLURM_CPUS_PER_TASK" in environment else None,
@@ -130,11 +130,21 @@ def sbatch(*arguments: str, environment: Mapping[str, str] | None = None) -> str
     return result.stdout.strip().split(";")[0]
 
 
+def test_only(script: str) -> str:
+    """What SLURM would say of the script; empty where it would take it.
+
+    Raises:
+        EnvironmentFault: there is no SLURM here.
+    """
+    result = _run(["sbatch", "--test-only"], sbatch_environment(script), script)
+    return result.stderr.strip() or f"exit code {result.returncode}" if result.returncode else ""
+
+
 def sbatch_environment(script: str = "") -> dict[str, str]:
     """Variables for sbatch, without those that would make another job of the script than it says."""
     left_out = {"SBATCH_WAIT", *overriding(script)}
     # The numbers of the job that this process may belong to are not those of the new one.
-    left_out |= {name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"}
+    left_out |= {name for name in os.environ if name.startswith("SLURM_") and name not in KEPT}
     return {name: value for name, value in os.environ.items() if name not in left_out}
 
 
@@ -146,6 +156,8 @@ def overriding(script: str) -> list[str]:
     return sorted(name for name in os.environ if name.removeprefix("SBATCH_") in names and name.startswith("SBATCH_"))
 
 
+KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
+"""Which SLURM, and who asks."""
 SAME = (
     ("mem", "mem-per-cpu", "mem-per-gpu"),
     ("gpus", "gpus-per-node", "gpus-per-task", "gres"),
@@ -179,12 +191,17 @@ def _answer(command: Sequence[str], patience: float) -> "subprocess.CompletedPro
         time.sleep(PAUSE)
 
 
-def _run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
+def _run(
+    command: Sequence[str], environment: Mapping[str, str] | None = None, script: str | None = None
+) -> "subprocess.CompletedProcess[str]":
     if environment is None:  # what a user likes to see is not what is read here
         own = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
-        environment = {**own, "SLURM_TIME_FORMAT": "standard"}
+        # Seconds since the epoch: a local time means two moments when the clock is set back.
+        environment = {**own, "SLURM_TIME_FORMAT": "%s"}
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER, check=False, env=environment)
+        return subprocess.run(
+            command, input=script, capture_output=True, text=True, timeout=ANSWER, check=False, env=environment
+        )
     except FileNotFoundError:
         raise EnvironmentFault(
             f"there is no `{command[0]}` here",
@@ -250,12 +267,11 @@ def end_time(job: str) -> float | None:
     said = show_job(job).get("EndTime", "Unknown")
     if said == "Unknown":
         return None
-    try:
-        return time.mktime(time.strptime(said, "%Y-%m-%dT%H:%M:%S"))
-    except ValueError:
+    if not said.isdecimal():
         raise EnvironmentFault(
             f"when job {job} ends cannot be read: EndTime={said}", "see what `scontrol show job` says of it"
-        ) from None
+        )
+    return float(said)
 
 
 def put_back(job: str, hold: bool = False) -> None:
@@ -269,7 +285,7 @@ def put_back(job: str, hold: bool = False) -> None:
         # An attempt whose answer was lost may have been heard; the next one is refused then.
         if show_job(job)["JobState"] != "RUNNING":
             return
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline or REFUSED in complaint:
             raise EnvironmentFault(f"job {job} could not be put back into the queue: {complaint}", "submit it again")
         time.sleep(PAUSE)
 

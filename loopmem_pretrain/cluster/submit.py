@@ -2,7 +2,6 @@
 
 import contextlib
 import getpass
-import hashlib
 import itertools
 import os
 import re
@@ -17,6 +16,7 @@ from typing import Literal, NamedTuple
 
 import loopmem_pretrain
 from loopmem_pretrain.cluster import records, slurm
+from loopmem_pretrain.cluster.chain import job_name
 from loopmem_pretrain.cluster.other_jobs import Follower, after_training, submit_in_turn
 from loopmem_pretrain.cluster.render import (
     container_settings,
@@ -48,6 +48,8 @@ CONFIG = "config.yaml"
 """Beside the package of a submission."""
 LOCAL = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "ramfs", "overlay")
 """Kinds of filesystems that one node alone sees."""
+ENDED_BADLY = ("BOOT_FAIL", "CANCELLED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
+"""States of a job whose followers never begin."""
 SAVE_FACTOR, SLURM_SLACK = 2.0, 60.0
 """A job is warned so many times its longest save before its end, and SLURM's own delay (seconds) earlier."""
 
@@ -124,6 +126,8 @@ def plan(request: Request, faults: list[LoopMemError] | None = None) -> Plan:
         _check_earlier(request, config, run_dir)
     warning = warning_seconds(run_dir, site)
     notes.append(f"the warning comes {warning} s before the time of a job is over")
+    with noted(faults):
+        _check_time(request.time or site.time, warning)
     code = code_folder(run_dir / "slurm")
     scripts = {
         "pretrain": _script(request, run_dir, code, warning),
@@ -146,16 +150,36 @@ def _check_request(request: Request) -> None:
             f"{request.nodes + request.spare_nodes} nodes, and {site.name} gives {site.max_nodes} at most",
             "ask for fewer --nodes or --spare-nodes",
         )
-    if request.launcher != "srun" and site.gpu_request == "gpus-per-task":
-        raise ConfigError(
-            f"--launcher {request.launcher} starts a node's ranks in one task, which would get one GPU",
-            "use --launcher srun, or another gpu_request in the file of the cluster",
-        )
     if request.then and request.mode != "requeue":
         raise ConfigError(
             f"--then waits for one job, and with --continue {request.mode} its end need not be the end of the run",
             "use --continue requeue, or submit slurm/convert.sbatch and slurm/evaluate.sbatch when the run is done",
         )
+
+
+def _check_time(time: str, warning: int) -> None:
+    """
+    Raises:
+        ConfigError: the job would be told to stop before it has trained.
+    """
+    limit = seconds_of(time)
+    if limit and warning > limit / 2:
+        raise ConfigError(
+            f"a job of {time} ({limit} s) would be asked to save and stop {warning} s before its end",
+            f"ask for --time {2 * warning // 60 + 1} (minutes) or more, or set warning_seconds in the cluster's file "
+            "(a run that has saved is warned by what its saves took)",
+        )
+
+
+def seconds_of(time: str) -> int:
+    """Of a time as sbatch takes it: minutes, minutes:seconds, H:MM:SS, D-H, D-H:MM or D-H:MM:SS."""
+    days, has_days, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if has_days:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    else:
+        hours, minutes, seconds = {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _check_earlier(request: Request, config: RunConfig, run_dir: Path) -> None:
@@ -293,11 +317,6 @@ def _script(request: Request, run_dir: Path, code: Path, warning: int) -> str:
     return render(template_of("pretrain"), options, settings, site_setup(site))
 
 
-def job_name(run_dir: Path) -> str:
-    """Of all jobs that train a run, and of no other run: a chain goes by it."""
-    return f"loopmem-{run_dir.name.replace(' ', '_')}-{hashlib.sha256(os.fsencode(run_dir)).hexdigest()[:8]}"
-
-
 def submit(ready: Plan) -> dict[str, str]:
     """Let SLURM check the scripts, freeze what will run below RUN/slurm, and submit; the jobs' ids by template.
 
@@ -305,10 +324,10 @@ def submit(ready: Plan) -> dict[str, str]:
         EnvironmentFault: SLURM refuses a script; nothing has been written then. Or it takes one and not the next:
             what was submitted has been cancelled.
     """
-    if ready.after:  # SLURM starts at once what waits for a job that it does not know
-        slurm.ask("scontrol", "show", "job", ready.after, patience=0)
+    if ready.after:
+        check_after(ready.after)
     for task, script in ready.scripts.items():
-        test(task, script)
+        check_script(task, script)
     folder = ready.run_dir / "slurm"
     freeze(ready.code, CONFIG, dump_config(ready.config))
     (ready.run_dir / "logs").mkdir(exist_ok=True)
@@ -348,22 +367,31 @@ def freeze(folder: Path, name: str, configuration: str) -> None:
         write_file(folder / COMMIT, f"{commit}\n".encode())
 
 
-def test(task: str, script: str) -> str:
-    """What SLURM says of the script: when and where it would start.
-
-    Raises:
-        EnvironmentFault: it would refuse it, with its reason.
+def check_script(task: str, script: str) -> None:
     """
-    command, environment = ["sbatch", "--test-only"], slurm.sbatch_environment(script)
-    try:
-        said = subprocess.run(
-            command, input=script, env=environment, capture_output=True, text=True, check=False, timeout=60
-        )
-    except FileNotFoundError:
-        raise EnvironmentFault("there is no `sbatch` here", "submit from a login node of the cluster") from None
-    if said.returncode:
+    Raises:
+        EnvironmentFault: SLURM would refuse it, with its reason.
+    """
+    refusal = slurm.test_only(script)
+    if refusal:
         raise EnvironmentFault(
-            f"SLURM refuses the job ({task}.sbatch): {said.stderr.strip()}",
+            f"SLURM refuses the job ({task}.sbatch): {refusal}",
             "compare partition, time, nodes, GPUs and cores with what the cluster gives: sinfo -o '%P %l %D %c %G'",
         )
-    return said.stderr.strip()
+
+
+def check_after(job: str) -> None:
+    """
+    Raises:
+        EnvironmentFault: SLURM would start at once what waits for a job that it does not know, and cancel what waits
+            for one that has failed.
+    """
+    try:
+        state = slurm.job_fields(slurm.ask("scontrol", "show", "job", job, patience=0)).get("JobState", "")
+    except EnvironmentFault as fault:
+        if slurm.UNKNOWN_JOB not in fault.problem:
+            raise
+        fix = "if it has ended well (sacct -j), leave --after out; SLURM forgets jobs some minutes after their end"
+        raise EnvironmentFault(f"--after {job}: SLURM does not know that job", fix) from None
+    if state.startswith(ENDED_BADLY):
+        raise EnvironmentFault(f"--after {job}: that job has ended as {state}", "see its log, and let it end well")

@@ -63,7 +63,7 @@ class SiteConfig(Section):
     ranks_per_node: int | None = Field(default=None, gt=0)
     """Without GPUs: ranks a node."""
     gpu_request: Literal["gpus-per-node", "gpus-per-task", "gres"] = "gpus-per-node"
-    """How GPUs are asked for. `gpus-per-task` binds one to each rank and needs launcher srun."""
+    """How GPUs are asked for. Whichever it is, a rank sees all GPUs of its node, as NCCL needs it for NVLink."""
     gpu_memory_gb: float = Field(default=80.0, gt=0)
     """Of one GPU, 1e9 bytes: whether a plan fits is judged by it."""
     cpus_per_node: int = Field(gt=0)
@@ -79,7 +79,7 @@ class SiteConfig(Section):
     max_nodes: int | None = Field(default=None, gt=0)
     """Most nodes of a job."""
     sbatch: tuple[str, ...] = ()
-    """More options of sbatch, such as `--exclusive`."""
+    """More options of sbatch, such as `--exclusive`, which is of the training alone."""
     modules: tuple[str, ...] = ()
     """Loaded in the batch script."""
     environment: tuple[VariableConfig, ...] = ()

@@ -154,7 +154,7 @@ def _start_ranks(ranks: int, arguments: Sequence[str], run_dir: Path) -> Ended:
     for name in list(logging.root.manager.loggerDict):  # the ranks speak for themselves
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     launch = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -18,10 +18,14 @@ ONE_RANK = ("--ntasks-per-node=1", "--gpus-per-node=1")
 CHECK = """
 import argparse, json, pathlib, sys
 from loopmem_pretrain.cluster import burn_in, slurm
+from loopmem_pretrain.errors import EnvironmentFault
 burn_in.LIMIT = 4
 here = slurm.allocation()
 options = argparse.Namespace(srun="", wrap="", python=sys.argv[1], config="none", arguments=[])
-bad = burn_in.check_nodes(options, here, here.nodes, pathlib.Path(sys.argv[2]))
+try:
+    bad = burn_in.check_nodes(options, here, here.nodes, pathlib.Path(sys.argv[2]))
+except EnvironmentFault as fault:
+    bad = fault.problem
 print(json.dumps([bad, slurm.steps(here.job, burn_in.STEP)]))
 """
 
@@ -76,16 +80,45 @@ def test_a_spare_node_steps_in_for_one_that_fails(run):
     assert "2 ranks on node2,node3" in run.log()
 
 
-def test_a_node_that_hangs_is_named_and_its_step_ended(cluster, tmp_path):
-    rank = tmp_path / "python"
-    rank.write_text("""#!/bin/sh
-[ "$SLURMD_NODENAME" = node2 ] && exec sleep 1000
-echo '{"node": "'$SLURMD_NODENAME'", "tflops": 1.0, "gb_per_second": 9.0}' >"$3/rank-0000$SLURM_PROCID.json"
-""")
+def checked(cluster, folder, script):
+    """What comes of `check_nodes` on three nodes of one rank that do as the script says, steps left, and the output."""
+    rank = folder / "python"
+    rank.write_text(f"#!/bin/sh\n{script}\n")
     rank.chmod(0o755)
-    command = ("salloc", "--quiet", "--nodes=3", "--ntasks-per-node=1", sys.executable, "-c", CHECK, rank, tmp_path)
+    command = ("salloc", "--quiet", "--nodes=3", "--ntasks-per-node=1", sys.executable, "-c", CHECK, rank, folder)
     said = cluster.run(*command, PYTHONPATH=ROOT)
-    bad, steps_left = json.loads(next(line for line in said.splitlines() if line.startswith("[")))
+    return *json.loads(next(line for line in said.splitlines() if line.startswith("["))), said
+
+
+WRITES = """echo '{"node": "'$SLURMD_NODENAME'", %s}' >"$3/rank-0000$SLURM_PROCID.json"\n"""
+
+
+def test_a_node_that_hangs_is_named_and_its_step_ended(cluster, tmp_path):
+    hangs = '[ "$SLURMD_NODENAME" = node2 ] && exec sleep 1000\n'
+    bad, steps_left, said = checked(cluster, tmp_path, hangs + WRITES % '"tflops": 1.0, "gb_per_second": 9.0')
     assert bad == {"node2": ["1 of 1 ranks did not finish a matrix product"]}
     assert steps_left == []
     assert "all-reduce over 2 ranks: 9.0 GB/s" in said
+
+
+def test_a_network_that_does_not_work_is_not_trained_on(cluster, tmp_path):
+    bad, steps_left, said = checked(cluster, tmp_path, WRITES % '"tflops": 1.0' + "exec sleep 1000")
+    assert bad.startswith("every rank multiplies matrices, but only 0 of 3 have added up a vector: the network")
+    assert steps_left == []
+    assert "the all-reduce has not come to an end on any rank" in said
+
+
+SEEN = """
+import subprocess
+from loopmem_pretrain.cluster import slurm, step
+here = slurm.allocation()
+for tasks in (here.tasks_per_node, 1):
+    command = [*step.srun("look", here.nodes, tasks, None), "sh", "-c", "echo sees $CUDA_VISIBLE_DEVICES"]
+    subprocess.run(command, env=step.environment(here, here.nodes), check=True)
+"""
+
+
+@pytest.mark.parametrize("request_", ["--gpus-per-task=1", "--gpus-per-node=2", "--gres=gpu:2"])
+def test_every_task_sees_all_gpus_of_its_node(cluster, request_):
+    command = ("salloc", "--quiet", "--nodes=2", "--ntasks-per-node=2", request_, sys.executable, "-c", SEEN)
+    assert cluster.run(*command, PYTHONPATH=ROOT).splitlines().count("sees 0,1") == 4 + 2

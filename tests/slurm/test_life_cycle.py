@@ -1,5 +1,7 @@
 """What becomes of a job when its time is over, it is cancelled, a rank or a node dies: on a real SLURM, stub ranks."""
 
+import time
+
 import pytest
 
 from loopmem_pretrain.cluster.slurm import job_fields
@@ -237,6 +239,62 @@ def test_a_chain_of_jobs(run):
 
 
 @pytest.mark.slow
+def test_chains_of_two_runs_do_not_wait_for_each_other(cluster, tmp_path):
+    one, other = (Run(cluster, tmp_path / name) for name in ("one", "other"))
+    for run in (one, other):
+        run.submit("steps=400", CONTINUE="chain", options=("--no-requeue",))
+        reaches(run, 12)
+    cluster.run("scancel", "--signal=USR1", "--batch", one.job)
+    wait_for(lambda: len(one.starts()) == 3, 30, one.log)
+    assert other.verdicts() == [], "it trains all the time"
+    cluster.run("scancel", "--me")
+
+
+@pytest.mark.slow
+def test_a_next_job_that_is_refused_at_first(run):
+    """A limit on the number of jobs, for example; what was granted is used, and asked again when it is over."""
+    tools = run.folder.parent / "tools"
+    tools.mkdir()
+    real = run.cluster.run("which", "sbatch").strip()
+    refused = tools / "refused"
+    (tools / "sbatch").write_text(f"""#!/bin/sh
+[ -e {refused} ] && exec {real} "$@"
+touch {refused}
+echo "sbatch: error: AssocMaxSubmitJobLimit" >&2
+exit 1
+""")
+    (tools / "sbatch").chmod(0o755)
+    run.submit("steps=60", CONTINUE="chain", options=("--no-requeue",), PATH=f"{tools}:{run.cluster.env['PATH']}")
+    reaches(run, 12)
+    assert "no job that goes on could be submitted: sbatch failed: sbatch: error: AssocMaxSubmitJobLimit" in run.log()
+    run.cluster.run("scancel", "--signal=USR1", "--batch", run.job)
+    assert run.cluster.wait(run.job) == "COMPLETED"
+    assert run.cluster.wait(str(int(run.job) + 1)) == "COMPLETED"
+    assert run.verdicts() == ["interrupted", "done"]
+    assert run.trained() == list(range(1, 61))
+
+
+@pytest.mark.slow
+def test_a_job_that_must_not_be_requeued_says_so_before_it_trains(run):
+    run.submit(options=("--no-requeue",))
+    assert run.cluster.wait(run.job) == "FAILED"
+    assert f"job {run.job} may not be put back into the queue" in run.log() and "CONTINUE=chain" in run.log()
+    assert run.trained() == []
+
+
+@pytest.mark.slow
+def test_a_job_that_was_suspended_is_not_taken_for_hung(run):
+    run.submit("steps=200", HANG_SECONDS=10)
+    reaches(run, 12)
+    run.cluster.run("scontrol", "suspend", run.job)
+    time.sleep(13)
+    run.cluster.run("scontrol", "resume", run.job)
+    assert run.cluster.wait(run.job) == "COMPLETED"
+    assert run.verdicts() == ["done"], run.log()
+    assert run.trained() == list(range(1, 201))
+
+
+@pytest.mark.slow
 def test_the_next_job_of_a_chain_has_the_options_of_the_first(run):
     options = ("--no-requeue", "--time=9", "--exclude=node4", "--mem=2G", "--exclusive", "--comment=for the paper")
     options += ("--nice=5", "--switches=1@00:02:00", "--threads-per-core=1", "--gpu-bind=none", "--mail-type=FAIL")
@@ -245,8 +303,9 @@ def test_the_next_job_of_a_chain_has_the_options_of_the_first(run):
     reaches(run, 12)
     first, second = (job_fields(run.cluster.run("scontrol", "show", "job", int(run.job) + n)) for n in (0, 1))
     names = ("TimeLimit", "ExcNodeList", "MinMemoryNode", "OverSubscribe", "Comment", "Nice", "Switches", "TresPerNode")
-    names += ("ReqB:S:C:T", "TresBind", "MailType", "MailUser", "Requeue", "CPUs/Task", "WorkDir", "JobName")
+    names += ("ReqB:S:C:T", "TresBind", "MailType", "MailUser", "Requeue", "CPUs/Task", "WorkDir")
     assert {name: second[name] for name in names} == {name: first[name] for name in names}
+    assert second["JobName"].startswith("loopmem-run-"), "no job of another run waits for it"
     assert second["StdErr"].endswith(f"error of {second['JobId']}.err")
     assert second["StdOut"].endswith(f"/job-{second['JobId']}.out")
     assert run.cluster.wait(run.job) == "COMPLETED"

@@ -7,18 +7,22 @@ import sys
 
 import pytest
 import torch
+import yaml
 
 from loopmem_pretrain import control
 from loopmem_pretrain.checkpoint.store import CheckpointStore
 from loopmem_pretrain.cluster import accounting, burn_in, chain, health, manage, records
-from loopmem_pretrain.cluster.job import Heartbeat, what_ranks_said
+from loopmem_pretrain.cluster.job import parser, step_command, train_command
 from loopmem_pretrain.cluster.rank import node_command, place
-from loopmem_pretrain.cluster.slurm import Allocation, end_time, job_fields, was_cancelled
+from loopmem_pretrain.cluster.slurm import Allocation, end_time, job_fields, sbatch_environment, was_cancelled
+from loopmem_pretrain.cluster.step import Heartbeat, environment, what_ranks_said
+from loopmem_pretrain.cluster.submit import seconds_of
 from loopmem_pretrain.config.load import dump_config
 from loopmem_pretrain.errors import ConfigError, EnvironmentFault
 from tests.configs import tiny_run
 
-TASK = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "LOOPMEM_RANKS_PER_NODE": "4"}
+TASK = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_NTASKS": "8"}
+TASK["LOOPMEM_RANKS_PER_NODE"] = "4"
 
 
 @pytest.mark.parametrize(
@@ -34,9 +38,41 @@ def test_too_few_devices_are_refused():
         place({**TASK, "CUDA_VISIBLE_DEVICES": "0,1"})
 
 
+def test_ranks_that_are_dealt_out_to_nodes_in_turn_are_refused():
+    with pytest.raises(EnvironmentFault, match="rank 5 is task 2 of node 1: those of a node do not follow"):
+        place({**TASK, "SLURM_LOCALID": "2"})
+
+
 def test_what_a_launcher_has_set_counts():
     set_by_torchrun = {"RANK": "6", "LOCAL_RANK": "2", "WORLD_SIZE": "8"}
     assert place({**TASK, **set_by_torchrun}) == set_by_torchrun
+
+
+@pytest.mark.parametrize(
+    ("unfit", "nodes", "blames"),
+    [
+        ({"n2": [health.SILENT]}, ["n1", "n2"], True),
+        ({"n1": [health.SILENT], "n2": [health.SILENT]}, ["n1", "n2"], False),
+        ({}, ["n1", "n2"], False),
+        ({"n1": [health.SILENT]}, ["n1"], False),
+        ({"n1": ["GPU 3: 2 uncorrected memory errors"]}, ["n1"], True),
+    ],
+)
+def test_what_all_nodes_have_in_common_is_no_fault_of_theirs(unfit, nodes, blames):
+    assert health.blames_nodes(unfit, nodes) is blames
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("5", 300), ("5:30", 330), ("1:00:00", 3600), ("2-1", 176400), ("1-0:30", 88200), ("1-00:00:01", 86401)],
+)
+def test_times_as_sbatch_takes_them(time, seconds):
+    assert seconds_of(time) == seconds
+
+
+def test_what_may_be_a_secret_is_not_written_down():
+    names = ("SLURM_JWT", "SLURM_JOB_ID", "NCCL_DEBUG", "SBATCH_ACCOUNT", "SLURM_REST_TOKEN", "AWS_SECRET_ACCESS_KEY")
+    assert [name for name in names if chain.is_recorded(name)] == ["SLURM_JOB_ID", "NCCL_DEBUG", "SBATCH_ACCOUNT"]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +102,7 @@ def test_deepspeed_gives_ranks_the_devices_that_slurm_has_granted(tmp_path):
 def test_ranks_meet_at_another_port_in_each_start():
     """Of 20 restarts of a job, and of the jobs around it."""
     jobs = [(number, restart) for number in range(12_345_670, 12_345_690) for restart in range(20)]
-    ports = {Allocation(str(job), restart, "name", ["a"], 1, None).port for job, restart in jobs}
+    ports = {Allocation(str(job), restart, ["a"], 1, None).port for job, restart in jobs}
     assert len(ports) == len(jobs) and min(ports) >= 20_000 and max(ports) < 30_000
 
 
@@ -220,10 +256,69 @@ def test_a_heartbeat_that_stands_still(tmp_path, monkeypatch):
     beat = tmp_path / "heartbeat.json"
     beat.write_text("of the start before")
     watch = Heartbeat(beat, start_seconds=100, hang_seconds=10)
-    for now, content, hangs in ((99, None, False), (100, "1", False), (109, None, False), (111, None, True)):
-        if content:
-            beat.write_text(content)
-        assert watch.stands_still() is hangs, now
+    found = []
+    for now in range(1, 200):
+        if now == 100:
+            beat.write_text("1")
+        if watch.stands_still():
+            found.append(now)
+    assert found == list(range(111, 200))
+
+
+def test_who_was_stopped_cannot_say_that_others_stood_still(tmp_path, monkeypatch):
+    """A job that is suspended and resumed, and a disk that makes its reader wait."""
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    beat = tmp_path / "heartbeat.json"
+    beat.write_text("0")
+    watch = Heartbeat(beat, start_seconds=100, hang_seconds=20)
+    beat.write_text("1")
+    assert not watch.stands_still()
+    now = 500.0
+    assert not watch.stands_still(), "the ranks were stopped, too"
+    found = []
+    for now in range(501, 525):
+        if watch.stands_still():
+            found.append(now)
+    assert found == list(range(521, 525))
+
+
+HERE = Allocation(job="7", restart=0, nodes=["n1", "n2"], tasks_per_node=4, cpus_per_task=8)
+
+
+def test_every_task_sees_all_gpus_of_its_node(monkeypatch):
+    """NCCL finds NVLink between GPUs that one process sees."""
+    options = parser().parse_args(["--run-dir", "/runs/a #1: b", "--config", "c.yaml"])
+    assert not any("gpus" in word for word in step_command(options, HERE, HERE.nodes))
+    monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
+    command = step_command(options, HERE, HERE.nodes)
+    assert "--gpus-per-node=4" in command and "SLURM_GPUS_PER_TASK" not in environment(HERE, HERE.nodes)
+
+
+def test_a_run_folder_with_signs_of_yaml():
+    options = parser().parse_args(["--run-dir", "/runs/a #1: b", "--config", "c.yaml"])
+    assert yaml.safe_load(train_command(options)[-1].removeprefix("run_dir=")) == "/runs/a #1: b"
+
+
+def test_sbatch_is_told_who_asks(monkeypatch):
+    for name in ("SLURM_JWT", "SLURM_CLUSTERS", "SLURM_CONF", "SLURM_JOB_ID"):
+        monkeypatch.setenv(name, "x")
+    assert [name for name in sbatch_environment() if name.startswith("SLURM")] == [
+        "SLURM_JWT",
+        "SLURM_CLUSTERS",
+        "SLURM_CONF",
+    ]
+
+
+def test_nvidia_smi_that_hangs_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(health, "SMI_SECONDS", 0.2)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexec sleep 5\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert health._gpu_problems() == ["nvidia-smi has not answered within 0.2 s"]
+    assert health._topology() == ""
 
 
 def test_what_cannot_be_said_ends_nothing():
@@ -249,7 +344,7 @@ def test_the_ranks_errors_are_told_once(tmp_path):
         ({"JobState": "CANCELLED"}, True),
         ({"JobState": "COMPLETING", "Reason": "None"}, True),
         ({"JobState": "COMPLETING", "Reason": "NodeDown"}, False),
-        ({"JobState": "COMPLETING", "Reason": "None", "PreemptTime": "2026-01-01T00:00:00"}, False),
+        ({"JobState": "COMPLETING", "Reason": "None", "PreemptTime": "1795824000"}, False),
         ({"JobState": "NODE_FAIL", "Reason": "NodeDown"}, False),
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 
 from loopmem_pretrain.cli import main
 from loopmem_pretrain.cluster import prepare
+from loopmem_pretrain.cluster.other_jobs import Job, one_task
 from loopmem_pretrain.cluster.render import (
     container_settings,
     gpu_options,
@@ -239,7 +240,7 @@ def test_128_nodes_of_8(tmp_path):
         ({"nodes": 3}, "global_batch_size 8"),
         ({"of": site(gpu_memory_gb=1e-6)}, "does not fit"),
         ({"of": site(max_nodes=1), "spare_nodes": 1}, "gives 1 at most"),
-        ({"of": site(gpu_request="gpus-per-task"), "launcher": "torchrun"}, "would get one GPU"),
+        ({"time": "15"}, "asked to save and stop 600 s before its end"),
         ({"overrides": ["modle.x=1"]}, "modle"),
     ],
 )
@@ -333,3 +334,11 @@ def test_the_warning_comes_from_what_saves_took(tmp_path):
         '{"step": 10, "seconds_per_step": 4.0}\n{"step": 15, "sec\n{"step": 20, "seconds_per_step": 4.0}\n'
     )
     assert warning_seconds(tmp_path, site()) == 2 * (120 + 40) + 60
+
+
+def test_no_job_of_one_task_keeps_a_whole_node(tmp_path):
+    """`--exclusive` of a cluster is for nodes full of ranks."""
+    for task in ("prepare_data", "convert", "evaluate"):
+        job = Job(task, "name", "out", tmp_path, {}, [], gpu=task == "evaluate")
+        script = one_task(job, site(sbatch=("--exclusive", "--reservation=ours")))
+        assert "--exclusive" not in script and "#SBATCH --reservation=ours" in script
