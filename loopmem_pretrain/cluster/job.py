@@ -11,6 +11,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -387,10 +388,10 @@ def step_command(options: argparse.Namespace, here: slurm.Allocation, nodes: Seq
 
 def train_command(options: argparse.Namespace) -> list[str]:
     """What a rank runs, after its interpreter."""
-    folder = Path(options.run_dir).absolute()
-    # In quotes: a value is read as YAML, where # begins a comment and a colon a mapping.
-    run_dir = f"run_dir={json.dumps(str(folder))}"
-    return ["-m", rank.MODULE, "train", "--config", options.config, *options.arguments, run_dir]
+    folder = str(Path(options.run_dir).absolute())
+    # A value is read as YAML, where # may begin a comment and a colon a mapping.
+    value = folder if re.fullmatch(r"[\w/.+-]+", folder) else json.dumps(folder)
+    return ["-m", rank.MODULE, "train", "--config", options.config, *options.arguments, f"run_dir={value}"]
 
 
 def patiently(action: Callable[[], T]) -> T:
