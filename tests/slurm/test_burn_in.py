@@ -119,6 +119,9 @@ for tasks in (here.tasks_per_node, 1):
 
 
 @pytest.mark.parametrize("request_", ["--gpus-per-task=1", "--gpus-per-node=2", "--gres=gpu:2"])
-def test_every_task_sees_all_gpus_of_its_node(cluster, request_):
-    command = ("salloc", "--quiet", "--nodes=2", "--ntasks-per-node=2", request_, sys.executable, "-c", SEEN)
-    assert cluster.run(*command, PYTHONPATH=ROOT).splitlines().count("sees 0,1") == 4 + 2
+def test_every_task_sees_all_gpus_of_its_node(cluster, tmp_path, request_):
+    script, said = tmp_path / "script", tmp_path / "said"
+    script.write_text(f"#!{sys.executable}\n{SEEN}")
+    shape = ("--nodes=2", "--ntasks-per-node=2", request_, f"--output={said}", f"--chdir={tmp_path}")
+    assert cluster.wait(cluster.sbatch(*shape, script, PYTHONPATH=ROOT)) == "COMPLETED", said.read_text()
+    assert said.read_text().splitlines().count("sees 0,1") == 4 + 2
