@@ -71,6 +71,23 @@ def expected_loops(halting_probs: Tensor) -> Tensor:
     return torch.sum(halting_probs * loops, dim=-1)
 
 
+class RouterWeights(NamedTuple):
+    """A halting router's parameters as all loops of a visit read them: float32 or wider, copies of their own."""
+
+    weight: Tensor
+    """w, [1, D + 1]; its last entry is tau's"""
+    bias: Tensor
+    """b, [1]"""
+
+
+def halting_lambda(router: RouterWeights, hidden: Tensor, tau: Tensor) -> Tensor:
+    """lambda_n = sigmoid(w . [h_n; tau_n] + b), [B, T], float32 or wider, also under autocast."""
+    weight, bias = router
+    with without_autocast(hidden.device):
+        logit = F.linear(hidden.to(weight.dtype), weight[:, :-1]).squeeze(-1)
+    return torch.sigmoid(logit + weight[0, -1] * tau + bias)
+
+
 class HaltingRouter(nn.Module):
     """Says how likely a token stops. No nn.Linear: quantizers and adapters replace those, and it has to stay exact."""
 
@@ -80,12 +97,16 @@ class HaltingRouter(nn.Module):
         self.bias = nn.Parameter(torch.empty(1))
 
     def forward(self, hidden: Tensor, tau: Tensor) -> Tensor:
-        """lambda_n = sigmoid(w . [h_n; tau_n] + b), [B, T], float32 or wider, also under autocast."""
-        precise = wide(hidden.dtype)
-        weight, bias = self.weight.to(precise), self.bias.to(precise)
-        with without_autocast(hidden.device):
-            logit = F.linear(hidden.to(precise), weight[:, :-1]).squeeze(-1)
-        return torch.sigmoid(logit + weight[0, -1] * tau + bias)
+        """lambda_n of one loop: `halting_lambda`."""
+        return halting_lambda(self.read(wide(hidden.dtype)), hidden, tau)
+
+    def read(self, precise: torch.dtype) -> RouterWeights:
+        """What the loops of a visit read.
+
+        Copies also where the type stays: D + 1 numbers leave the routers of a flat buffer at odd addresses, and a
+        compiled loop takes those of all layers to be as aligned as the first layer's.
+        """
+        return RouterWeights(self.weight.to(precise, copy=True), self.bias.to(precise, copy=True))
 
 
 class LoopStats(NamedTuple):
@@ -157,7 +178,7 @@ class LoopedLayer(Block):
         if visit is not None:
             return visit(self, hidden, memory, loops, decoding)
         precise = wide(hidden.dtype)
-        zeta = F.softplus(self.step_scales.to(precise))
+        zeta, router = F.softplus(self.step_scales.to(precise)), self.halting.read(precise)
         rotary = self.rotary(hidden, decoding)
         banks = self.banks(memory, hidden.shape[0] * hidden.shape[1] * loops)
         state = LoopState(
@@ -170,7 +191,7 @@ class LoopedLayer(Block):
         for n in range(1, loops + 1):
             is_last = torch.full((), n == loops, device=hidden.device)
             step = (*self.step(zeta, n), is_last)
-            state, report = self.run_loop(state, *step, banks, rotary, self.at_loop(n, decoding))
+            state, report = self.run_loop(state, *step, router, banks, rotary, self.at_loop(n, decoding))
             reports.append(report)
         return state.output.to(hidden.dtype), collect(reports)
 
@@ -190,6 +211,7 @@ class LoopedLayer(Block):
         zeta: Tensor,
         tau: Tensor,
         is_last: Tensor,
+        router: RouterWeights,
         banks: LayerBanks | None,
         rotary: Rotary,
         decoding: Decoding | None,
@@ -200,7 +222,7 @@ class LoopedLayer(Block):
             injected, local_gate, global_gate = self.memory(state.hidden, banks)
         hidden = self.block(injected, zeta, rotary, decoding)
 
-        lam = self.halting(hidden, tau)
+        lam = halting_lambda(router, hidden, tau)
         # The last loop takes what is left, its own lambda is only reported. `where` keeps it in the graph: the router
         # has a gradient (zero) on every rank also with one loop, and one compiled loop serves them all.
         prob = state.remaining * torch.where(is_last, 1.0, lam)

@@ -41,6 +41,7 @@ from loopmem_pretrain.training.metrics import LoopAccumulator
 from loopmem_pretrain.training.optim import (
     GROUP_ORDER,
     beta1,
+    check_alignment,
     keeps_float32,
     learning_rate,
     make_optimizer,
@@ -121,6 +122,8 @@ class TrainingEngine:
                 mpu=self.mpu,
             )
 
+        if config.training.compile == "loop" and device.type == "cuda":
+            check_alignment(named)
         if self.uses_pipeline:
             pipeline_engine.adapt(self.engine)
         elif parallel.zero_stage == 2 and parallel.offload_optimizer == "cpu":

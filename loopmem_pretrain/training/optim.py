@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from loopmem_pretrain.config.training import OptimizerConfig, ScheduleConfig, TrainingConfig
+from loopmem_pretrain.errors import ConfigError
 
 # Role of a parameter by its public name; first match wins and every parameter must match.
 ROLES: list[tuple[str, str]] = [
@@ -35,8 +36,10 @@ DECAYED = {
 }
 
 
-GROUP_ORDER = "bf16 first"
+GROUP_ORDER = "bf16 first, unaligned last"
 """What `parameter_groups` is sorted by: DeepSpeed's files have groups by number, so checkpoints say so."""
+ALIGNMENT = 16
+"""Bytes that GPUs load at once, from addresses that are multiples of it."""
 
 
 def role_of(public_name: str) -> str:
@@ -61,7 +64,8 @@ def parameter_groups(
 ) -> list[dict[str, object]]:
     """Decayed and not, each of one dtype (ZeRO flattens a group); names are the public ones, order is the model's.
 
-    bf16 comes first: in what the first group has ZeRO 2 reduces the gradients of all (GROUP_ORDER).
+    bf16 comes first: in what the first group has ZeRO 2 reduces the gradients of all (GROUP_ORDER). What would leave
+    those behind it in the flat buffer at an odd address is at the end of its group: `check_alignment` says why.
     """
     decayed_roles = set(DECAYED[config.weight_decay_rule])
     if config.decay_memory_banks:
@@ -70,9 +74,32 @@ def parameter_groups(
     for name, parameter in named_parameters:
         groups.setdefault((role_of(name) in decayed_roles, parameter.dtype), []).append(parameter)
     return [
-        {"params": groups[key], "weight_decay": config.weight_decay if key[0] else 0.0}
+        {"params": sorted(groups[key], key=_is_odd), "weight_decay": config.weight_decay if key[0] else 0.0}
         for key in sorted(groups, key=lambda key: (key[1] == torch.float32, not key[0]))
     ]
+
+
+def _is_odd(parameter: nn.Parameter) -> bool:
+    return parameter.numel() * parameter.element_size() % ALIGNMENT > 0
+
+
+def check_alignment(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """For compiled loops on GPUs: all layers run the code that was compiled for the first.
+
+    That code takes the parameters of every layer to be as aligned as the first one's, and torch does not look again
+    (parameters are "static inputs" of Inductor): a load of 16 bytes from another address is an illegal memory access.
+    What a loop does not read itself may stand anywhere: step scales and routers are copied first.
+
+    Raises:
+        ConfigError: a parameter that loops read is not at a multiple of 16 bytes.
+    """
+    for name, parameter in named_parameters:
+        read_in_loops = ".layers." in name and parameter.numel() > 1 and not keeps_float32(name)
+        if read_in_loops and parameter.data_ptr() % ALIGNMENT:
+            raise ConfigError(
+                f"training.compile=loop: {name}, {[*parameter.shape]}, is not at a multiple of {ALIGNMENT} bytes",
+                "make hidden_size, intermediate_size and slot counts multiples of 8, or set training.compile=none",
+            )
 
 
 def make_optimizer(

@@ -14,12 +14,14 @@ import torch._inductor.config
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 
-from loopmem_pretrain.errors import EnvironmentFault
+from loopmem_pretrain.errors import ConfigError, EnvironmentFault
 from loopmem_pretrain.model.backend import TorchBackend
 from loopmem_pretrain.model.init import initialize
 from loopmem_pretrain.model.loopmem import LoopMemLM
+from loopmem_pretrain.training.optim import check_alignment
 from loopmem_pretrain.training.pipeline import wrap_loops, wrap_loss
 from tests.configs import tiny_run
+from tests.distributed import run_ranks
 from tests.parity import test_engines
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -157,6 +159,53 @@ def test_generated_code_equals_eager(kind, checkpointing):
 def test_training_with_compiled_loops_equals_one_process(zero_stage, checkpointing):
     training = {"compile": "loop", "activation_checkpointing": checkpointing}
     test_engines.check(tiny_run(parallel={"zero_stage": zero_stage}, training=training), 2)
+
+
+def odd_addresses(rank, world_size, config):
+    """Parameters of layers, by name, that are not at a multiple of 16 bytes in ZeRO's flat buffers."""
+    engine = test_engines.make_engine(config)
+    named = [(engine.public_names[name], parameter) for name, parameter in engine.engine.module.named_parameters()]
+    check_alignment(named)
+    return [name for name, parameter in named if ".layers." in name and parameter.data_ptr() % 16]
+
+
+@pytest.mark.parametrize("rule", ["standard", "paper"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("gate", ["vector", "scalar"])
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_what_compiled_loops_read_is_aligned(zero_stage, gate, precision, rule):
+    """On GPUs the code compiled for the first layer loads 16 bytes at once, also from the parameters of the others."""
+    config = tiny_run(
+        model={"gate": gate, "num_hidden_layers": 4, "max_loops": 3},
+        training={"precision": precision},
+        parallel={"zero_stage": zero_stage},
+        optimizer={"weight_decay_rule": rule},
+    )
+    found = run_ranks("tests.parity.test_compile:odd_addresses", 1, config)[0]
+    assert found, "routers of D + 1 numbers cannot all be aligned: nothing was looked at"
+    assert all(name.endswith(("halting.weight", "halting.bias", "step_scales", "gate.bias")) for name in found), found
+
+
+def test_sizes_that_cannot_be_aligned_are_refused():
+    flat = torch.zeros(100, dtype=torch.bfloat16)
+    named = [("model.layers.0.norm.weight", flat[:36]), ("model.layers.1.norm.weight", flat[36:72])]
+    with pytest.raises(ConfigError, match=r"training.compile=loop: model.layers.1.norm.weight, \[36\]"):
+        check_alignment(named)
+
+
+def test_a_compiled_loop_reads_no_router_where_it_lies(monkeypatch):
+    """D + 1 numbers a layer: those of most layers are at odd addresses."""
+    seen = []
+
+    def looking(graph, inputs):
+        seen.extend(tensor for tensor in inputs if isinstance(tensor, torch.Tensor))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=looking))
+    net = build({}, compile="loop")
+    net(*batch())
+    routers = [tensor for tensor in seen if tensor.shape == net.model.layers[0].halting.weight.shape]
+    assert routers and not any(isinstance(tensor, torch.nn.Parameter) for tensor in routers)
 
 
 @pytest.mark.parametrize("model", [{}, {"local_slots": 0, "global_slots": 0}], ids=["memory", "no-memory"])
