@@ -27,6 +27,7 @@ from typing import Any
 from machine import header
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # also where the package is not installed
 RESULT = "RESULT "  # what the line begins with that hands a child's numbers to its parent
 OUT_OF_MEMORY = "out of memory"
 TINY = {
@@ -91,13 +92,14 @@ def measure(options: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
     from loopmem_pretrain.config.load import load_config
     from loopmem_pretrain.config.run import RunConfig, run_problems
     from loopmem_pretrain.model.flops import training_flops_per_token
+    from loopmem_pretrain.parallel.topology import Topology
     from loopmem_pretrain.training.engine import TrainingEngine, init_distributed
     from loopmem_pretrain.training.hardware import choose_device, peak_flops
 
     config = load_config(RunConfig, job["config"], overrides(options, job), rules=run_problems)
     device = choose_device(config, local_rank=0)
-    init_distributed(device)
-    engine = TrainingEngine(config, device)
+    init_distributed(device, config.parallel)
+    engine = TrainingEngine(config, device, Topology.join(config.parallel))
     batches = random_batches(config.model.vocab_size, job["micro_batch_size"], config.data.seq_length, device)
     cuda = device.type == "cuda"
     losses: list[float] = []

@@ -4,18 +4,25 @@ import os
 import platform
 import sys
 from collections.abc import Iterable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
 def header(packages: Iterable[str]) -> str:
     """Markdown: the command line, then versions and hardware."""
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    versions = ", ".join(f"{name} {_version(name)}" for name in packages)
     return (
         f"    {' '.join(['python', *sys.argv])}\n\n"
         f"Python {platform.python_version()}, {versions}; {processor()}, {os.cpu_count()} cores, {sys.platform}; "
         f"load {os.getloadavg()[0]:.1f} before the start."
     )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
 
 
 def processor() -> str:
