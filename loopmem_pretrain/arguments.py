@@ -10,8 +10,8 @@ class AddCommand(Protocol):
     def __call__(self, name: str, run: Any, help: str, among: Any = None) -> argparse.ArgumentParser: ...
 
 
-def with_config(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def with_config(parser: argparse.ArgumentParser, example: str = "training.train_steps=100") -> argparse.ArgumentParser:
     """Add what commands that read a configuration have in common."""
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file (see configs/ and data_prep/)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, such as training.train_steps=100")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=f"overrides, such as {example}")
     return parser

@@ -4,16 +4,19 @@ Errors that users cause are printed without a traceback, with what to do; errors
 """
 
 import argparse
+import contextlib
 import io
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from loopmem_pretrain import __version__, commands
 from loopmem_pretrain.cluster.command import add_slurm
 from loopmem_pretrain.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_TERMINATED, LoopMemError
+from loopmem_pretrain.progress import unread_output_dropped
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,22 +30,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows `?`, and the rest
     try:
-        code = int(options.run(options))
+        with contextlib.nullcontext() if options.run is commands.train else _ended_by_sigterm():
+            code = int(options.run(options))
         sys.stdout.flush()  # here, where a closed pipe is understood
         return code
     except LoopMemError as error:
         speaker = "loopmem" if rank == "0" else f"loopmem (rank {rank})"
         if not error.is_told:
-            print(f"{speaker}: error: {error}", file=sys.stderr)
+            with unread_output_dropped(sys.stderr):
+                print(f"{speaker}: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt as interrupt:
-        by_signal = isinstance(interrupt, commands.Terminated)
+        by_signal = isinstance(interrupt, Terminated)
         said = "ended by SIGTERM" if by_signal else "interrupted"
-        print(f"loopmem: {said}; the same command continues where it can", file=sys.stderr)
+        if rank == "0":
+            print(f"loopmem: {said}; the same command continues where it can", file=sys.stderr)
         return EXIT_TERMINATED if by_signal else EXIT_INTERRUPTED
     except BrokenPipeError:  # `loopmem ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM in a command that has no other use for it: all is put away as after Ctrl-C."""
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    def end(number: int, frame: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Command(argparse.ArgumentParser):

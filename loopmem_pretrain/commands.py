@@ -5,7 +5,6 @@ Imports stand inside the functions, so that each command loads only what it need
 
 import argparse
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,6 @@ from loopmem_pretrain.arguments import AddCommand, with_config
 from loopmem_pretrain.errors import EXIT_DONE, ConfigError
 from loopmem_pretrain.progress import stage_bars
 from loopmem_pretrain.words import counted
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM in a command that has no other use for it: all is put away as after Ctrl-C."""
-
-
-def _end_on_sigterm() -> None:
-    def end(number: int, frame: object) -> None:
-        raise Terminated
-
-    signal.signal(signal.SIGTERM, end)
 
 
 def add_fetch_corpus(command: AddCommand) -> None:
@@ -43,7 +31,8 @@ def fetch_corpus(options: Any) -> int:
 
 
 def add_train_tokenizer(command: AddCommand) -> None:
-    with_config(command("train-tokenizer", train_tokenizer, "Train the sentencepiece tokenizer of a recipe."))
+    parser = command("train-tokenizer", train_tokenizer, "Train the sentencepiece tokenizer of a recipe.")
+    with_config(parser, "num_processes=8")
 
 
 def train_tokenizer(options: Any) -> int:
@@ -54,7 +43,6 @@ def train_tokenizer(options: Any) -> int:
     from loopmem_pretrain.data.tokenizer import load_tokenizer
     from loopmem_pretrain.data.train_tokenizer import train_tokenizer as train_tokenizer_of
 
-    _end_on_sigterm()
     with stage_bars() as progress:
         file = train_tokenizer_of(config, progress)
     print(f"{file}: {load_tokenizer(file).vocab_size:,} tokens")
@@ -62,7 +50,8 @@ def train_tokenizer(options: Any) -> int:
 
 
 def add_prepare_data(command: AddCommand) -> None:
-    with_config(command("prepare-data", prepare_data, "Turn text into token shards; the same command continues."))
+    parser = command("prepare-data", prepare_data, "Turn text into token shards; the same command continues.")
+    with_config(parser, "num_processes=8")
 
 
 def prepare_data(options: Any) -> int:
@@ -72,7 +61,6 @@ def prepare_data(options: Any) -> int:
     config = load_config(PrepareConfig, options.config, options.overrides, prepare_problems)
     from loopmem_pretrain.data.prepare import prepare, validation_warning
 
-    _end_on_sigterm()
     with stage_bars() as progress:
         manifest = prepare(config, progress)
     for name, split in manifest.splits.items():
@@ -133,7 +121,7 @@ def add_convert(command: AddCommand) -> None:
     add = command("convert", convert, help_).add_argument
     add("source", metavar="RUN", help="run folder (or one of its checkpoints); --from-hf: HF folder")
     add("target", metavar="OUT", help="folder to create; --from-hf: YAML file of the run to begin")
-    add("overrides", nargs="*", metavar="key=value", help="--from-hf: overrides, as for train")
+    add("overrides", nargs="*", default=[], metavar="key=value", help="--from-hf: overrides, as for train")
     help_ = (
         "the other way: weights of an exported folder, or of a dense Llama, Mistral or Qwen (2, 3) model, which loops\n"
         "and banks are added to, become step 0 of the run that the YAML file OUT describes (docs/retrofit.md)"

@@ -8,7 +8,7 @@ and exits with its code; anything else that escapes is a bug and keeps its trace
     2 config, usage, too little memory        7 training gave up: non-finite loss, spikes, drifting replicas
     3 data                                    8 hang
     4 checkpoint                              130 interrupted from the keyboard, 143 by SIGTERM
-    Training ends cleanly on both instead: 0.
+    Training that is under way ends cleanly on both instead: 0.
 """
 
 EXIT_DONE = 0

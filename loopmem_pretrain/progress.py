@@ -1,15 +1,25 @@
 """A progress bar on a terminal, plain lines elsewhere: a log file is no place for a bar that redraws itself."""
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TextIO
 
 from loopmem_pretrain.words import counted
 
 LINE_SECONDS = 2.0
 """A plain line so often is enough for a log."""
+
+
+@contextlib.contextmanager
+def unread_output_dropped(stream: TextIO) -> Iterator[None]:
+    """What is printed inside, and all that follows, goes nowhere once the stream's reader has gone (`| head`)."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class ProgressBar:
@@ -28,8 +38,8 @@ class ProgressBar:
                 desc=label, total=total or None, initial=start, unit=unit, unit_scale=scaled, dynamic_ncols=True
             )
 
-    def update(self, done: int, headline: str = "") -> None:
-        """`done` of `total` are done."""
+    def update(self, done: int, headline: str = "", always: bool = False) -> None:
+        """`done` of `total` are done; `always` prints a line also if the last was a moment ago."""
         if self.bar is not None:
             self.bar.set_postfix_str(headline, refresh=False)
             self.bar.update(done - self.bar.n)
@@ -38,7 +48,7 @@ class ProgressBar:
         self.waiting = f"{self.label}: " + "  ".join(part for part in parts if part)
         completes = done == self.total and not self.is_complete  # which may be said again and again
         self.is_complete |= completes
-        if completes or time.monotonic() - self.last_line >= LINE_SECONDS:
+        if completes or always or time.monotonic() - self.last_line >= LINE_SECONDS:
             self._print()
 
     def close(self) -> None:
@@ -48,7 +58,8 @@ class ProgressBar:
 
     def _print(self) -> None:
         if self.waiting:
-            print(self.waiting, file=sys.stderr, flush=True)
+            with unread_output_dropped(sys.stderr):
+                print(self.waiting, file=sys.stderr, flush=True)
             self.last_line = time.monotonic()
         self.waiting = ""
 

@@ -7,6 +7,7 @@ run at Weights & Biases, one sample and its loss. Not kept, because it is a func
 ponder weight, the order of samples.
 """
 
+import json
 import logging
 import math
 import os
@@ -146,16 +147,32 @@ def resume(run: Run) -> Path | None:
     anew and the samples go on in the same order; sums over ranks are then rounded differently.
 
     Raises:
-        CheckpointError: all are damaged; or the newest whole one was saved for other data or by another run, or holds
-            more than weights.
+        CheckpointError: all are damaged, or have gone; or the newest whole one was saved for other data or by another
+            run, or holds more than weights.
     """
     choice = choose(run.store, run.rank, run.world_size)
     if choice is None:
+        from_rank_zero(lambda: _refuse_lost_checkpoints(run.run_dir))
         return None
     _restore(run, choice)
     # Where an older one was chosen by hand: checkpoints of the branch that is left must not come back later.
     from_rank_zero(lambda: run.store.leave_branch(run.position.step))
     return choice.checkpoint
+
+
+def _refuse_lost_checkpoints(run_dir: Path) -> None:
+    """A start that ends as it should has saved: a folder that says so and has no checkpoint was not copied whole.
+
+    Raises:
+        CheckpointError: it would be trained from the beginning.
+    """
+    path = run_dir / "status.json"
+    status = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if status.get("status") in ("done", "interrupted") and status.get("step"):
+        raise CheckpointError(
+            f"{run_dir} has trained {status['step']:,} steps (status.json), and there is no checkpoint in it",
+            "restore its checkpoints/ folder, or choose another run_dir; remove status.json to train this one anew",
+        )
 
 
 def go_back(run: Run, choice: Choice) -> None:

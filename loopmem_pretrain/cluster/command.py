@@ -32,7 +32,7 @@ def add_slurm(command: AddCommand) -> None:
         help_ += "RUN/evaluation.json after it"
         verb.add_argument("--then", action="append", choices=("convert", "evaluate"), default=[], help=help_)
     help_ = "Prepare data as jobs: the tokenizer, where it is to be trained, then the token shards."
-    prepare_ = with_config(command("prepare", prepare, help_, verbs))
+    prepare_ = with_config(command("prepare", prepare, help_, verbs), "num_processes=8")
     prepare_.add_argument("--cluster", required=True, metavar="FILE", help="such as slurm/clusters/generic.yaml")
     help_ = "a job for each input file, N of them at once, into output_dir/part-00001 and so on (default: one job)"
     prepare_.add_argument("--array", type=int, metavar="N", help=help_)
@@ -89,7 +89,7 @@ def submit(options: Any) -> int:
 def _say(faults: list[LoopMemError]) -> None:
     """What `submit` would refuse: told beside the scripts, which are only printed."""
     for fault in faults:
-        print(f"loopmem: submit would refuse this: {fault}", file=sys.stderr)
+        print(f"loopmem: a submission would be refused: {fault}", file=sys.stderr)
 
 
 def render(options: Any) -> int:

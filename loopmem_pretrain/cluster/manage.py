@@ -22,10 +22,14 @@ def status(run_dir: str) -> str:
     folder = _run(run_dir)
     submitted, lines = records.starts_file(folder).exists(), records.read(folder)
     verdict = records.read_json(folder / "status.json")
+    if not verdict:
+        there = (folder / "status.json").exists()
+        verdict = {"status": "unknown" if there else "not started"}
+        verdict["reason"] = "status.json is damaged" if there else "no status.json yet"
     beat = records.read_json(folder / "heartbeat.json")
-    said = [f"{folder}: {verdict.get('status', 'not started')}, {verdict.get('reason', 'no status.json yet')}"]
+    said = [f"{folder}: {verdict['status']}, {verdict.get('reason')}"]
     if beat:
-        said.append(f"now: {beat.get('phase', 'training')}, step {beat['step']}, said {beat.get('time', '')}")
+        said.append(f"phase {beat.get('phase', 'training')}, step {beat['step']}, heartbeat of {beat.get('time', '')}")
     asked = [name for name in (control.STOP, control.PAUSE, control.SAVE) if (folder / name).exists()]
     said += [f"asked for by file: {', '.join(asked)}"] if asked else []
     if not submitted:
@@ -179,6 +183,9 @@ def cancel(run_dir: str) -> str:
 
 def stop(run_dir: str) -> str:
     """Ask the run to save, end, and stay ended, whatever has started it."""
-    path = _run(run_dir) / control.STOP
+    folder = _run(run_dir)
+    if records.read_json(folder / "status.json").get("status") == "done":
+        return f"nothing to stop: {folder} is done"
+    path = folder / control.STOP
     path.touch()
     return f"{path}: the run saves at its next line of metrics.jsonl and ends; remove the file to let it start again"

@@ -196,8 +196,7 @@ def _run(
 ) -> "subprocess.CompletedProcess[str]":
     if environment is None:  # what a user likes to see is not what is read here
         own = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
-        # Seconds since the epoch: a local time means two moments when the clock is set back.
-        environment = {**own, "SLURM_TIME_FORMAT": "%s"}
+        environment = {**own, "SLURM_TIME_FORMAT": "standard"}
     try:
         return subprocess.run(
             command, input=script, capture_output=True, text=True, timeout=ANSWER, check=False, env=environment
@@ -264,7 +263,8 @@ def end_time(job: str) -> float | None:
     Raises:
         EnvironmentFault: what SLURM says is no time.
     """
-    said = show_job(job).get("EndTime", "Unknown")
+    # Asked for in seconds since the epoch: a local time means two moments when the clock is set back.
+    said = job_fields(ask("env", "SLURM_TIME_FORMAT=%s", "scontrol", "show", "job", job)).get("EndTime", "Unknown")
     if said == "Unknown":
         return None
     if not said.isdecimal():

@@ -212,6 +212,10 @@ def _describe_all(schema: type[Section], loaded: Loaded, details: Sequence[Any])
             listed |= {said} if said.startswith("unknown key; valid keys: ") else set()
 
 
+_LEADING_ZERO = re.compile(r"0\d+")
+"""YAML reads it as text, quotes or not."""
+
+
 def _describe(schema: type[Section], key: Key, detail: Any, place: str) -> str:
     kind, got = detail["type"], detail["input"]
     if kind == "extra_forbidden":
@@ -228,11 +232,12 @@ def _describe(schema: type[Section], key: Key, detail: Any, place: str) -> str:
     if kind in _WANTED:
         message = f"must be {_WANTED[kind]}"
     if got is None:
-        where = "write keys below it or remove the line" if kind == "model_type" else "give one or remove the line"
+        rest = "leave it out" if place == COMMAND_LINE else "remove the line"
+        where = f"write keys below it or {rest}" if kind == "model_type" else f"give one or {rest}"
         return f"has no value; {where} ({message})"
     hint = ""
     if kind in ("int_type", "float_type") and isinstance(got, str) and _is_number(got):
-        hint = "; remove the quotes"
+        hint = f"; write {int(got)}" if _LEADING_ZERO.fullmatch(got) else "; remove the quotes"
     elif kind == "int_type" and isinstance(got, float) and got.is_integer():
         hint = f"; write {int(got)}"
     elif kind == "string_type" and not isinstance(got, dict | list):

@@ -171,6 +171,22 @@ def open_datasets(config: "RunConfig", check_indexes: bool = True) -> tuple[Blen
     )
 
 
+def split_warning(dataset: BlendedDataset) -> str:
+    """Why held-out text may be trained on; empty where it cannot.
+
+    A document's hash decides, against the fraction of its folder: between folders of one fraction equal texts are on
+    one side, between others they need not be.
+    """
+    fractions = {str(d.stream.folder): d.stream.manifest.recipe.get("validation_fraction") for d in dataset.datasets}
+    if len(set(fractions.values())) < 2:
+        return ""
+    said = ", ".join(f"{folder} {fraction:g}" for folder, fraction in fractions.items() if fraction is not None)
+    return (
+        f"the folders were prepared with different validation_fraction ({said}): a text that is in several of them may "
+        "be trained on in one and held out in another; prepare them with one fraction if they share texts"
+    )
+
+
 def check_datasets(config: "RunConfig") -> None:
     """What can be seen of a run's data in a moment: all but the indexes of shards.
 

@@ -184,7 +184,12 @@ def load_manifest(folder: str | Path) -> Manifest:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         if not path.parent.is_dir():
-            raise DataError(f"{folder}: no such folder", "check the path to the prepared data") from None
+            looked = "" if Path(folder).is_absolute() else f" (looked from {Path.cwd()})"
+            raise DataError(
+                f"{folder}: no such folder{looked}",
+                "check the path to the prepared data (of a run: data.datasets in its config.yaml); a relative one "
+                "counts from where the command is started",
+            ) from None
         raise DataError(
             f"{path} does not exist: the folder is no prepared data set, or preparing it was interrupted",
             "run `loopmem prepare-data` again with the same config (it continues), or correct the path",

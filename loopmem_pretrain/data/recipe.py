@@ -84,7 +84,11 @@ def check_complete(config: PrepareConfig, manifest: Manifest, folder: Path) -> N
     Raises:
         DataError: with every difference, old -> new.
     """
-    different = _differences(manifest.recipe, config.model_dump(mode="json"))
+    now = config.model_dump(mode="json")
+    different = _differences(manifest.recipe, now)
+    before, after = (recipe["tokenizer"].get("train") for recipe in (manifest.recipe, now))
+    if before and after:  # a tokenizer that is given may have been trained by another recipe
+        different += _changed(_leaves(before, "tokenizer.train"), _leaves(after, "tokenizer.train"))
     given = find_tokenizer(config.tokenizer.path)
     if given is not None:
         tokenizer = load_tokenizer(given, config.tokenizer.eos_token)
@@ -139,7 +143,10 @@ def _refuse(different: list[str], folder: Path, verb: str) -> None:
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    left, right = _leaves(_relevant(old)), _leaves(_relevant(new))
+    return _changed(_leaves(_relevant(old)), _leaves(_relevant(new)))
+
+
+def _changed(left: dict[str, Any], right: dict[str, Any]) -> list[str]:
     return [
         f"{key}: {left.get(key, 'unset')} -> {right.get(key, 'unset')}"
         for key in dict.fromkeys([*left, *right])

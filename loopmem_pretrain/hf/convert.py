@@ -173,9 +173,9 @@ def import_from_hf(path: str | Path, config_path: str | Path, overrides: Sequenc
 
 
 def sample_texts(config: RunConfig, tokenizer: Tokenizer) -> Iterator[str]:
-    """Real text to compare on: stretches of the validation split, one sequence long."""
+    """Real text to compare on: stretches of the validation split, one sequence long, as many as there are."""
     from loopmem_pretrain.data.dataset import open_validation
 
-    dataset = open_validation(config.data, SAMPLE_DOCUMENTS)
-    for index in range(SAMPLE_DOCUMENTS):
+    dataset = open_validation(config.data, num_samples=1)
+    for index in range(min(SAMPLE_DOCUMENTS, dataset.available)):
         yield tokenizer.decode(dataset[index].tolist())

@@ -64,6 +64,8 @@ def open_source(path: str | Path) -> Source:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder", "give a folder with config.json and safetensors files")
+    if (folder / "config.yaml").exists() and not (folder / "config.json").exists():
+        raise ConfigError(f"{folder} is a run folder", f"export it first: loopmem convert {folder} OUT")
     values = _json(folder / "config.json", "it is no model of transformers")
     kind, file = values.get("model_type"), folder / "config.json"
     if kind == LOOPMEM:

@@ -75,10 +75,10 @@ class Topology:
             members.setdefault(tuple(place[other] for other in fixed.get(axis, ("data",))), []).append(rank)
         return list(members.values())
 
-    def describe(self) -> str:
-        """For the log: "8 ranks = 2 tensor x 2 data x 2 pipeline"."""
-        parts = f"{self.tensor_size} tensor x {self.data_size} data x {self.pipeline_size} pipeline"
-        return f"{counted(self.world_size, 'rank')} = {parts}"
+    def describe(self, rank: str = "rank") -> str:
+        """For the log: "8 GPUs = TP 2 x PP 2 x DP 2", where a rank is called a GPU."""
+        parts = f"TP {self.tensor_size} x PP {self.pipeline_size} x DP {self.data_size}"
+        return f"{counted(self.world_size, rank)} = {parts}"
 
     # What DeepSpeed asks its `mpu`; in the plain engine model parallelism is tensor parallelism.
 

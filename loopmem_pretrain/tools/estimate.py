@@ -175,6 +175,12 @@ def _traffic(layout: Layout) -> list[str]:
 def _plans(config: RunConfig, ranks: int, gpu_bytes: float, cluster: ClusterConfig | None) -> list[str]:
     found = plans(config, ranks, gpu_bytes, cluster)
     gpus = f"{counted(ranks, 'GPU')} of {human_bytes(gpu_bytes)}"
+    if not found and not plans(config, ranks, math.inf, cluster):
+        return [
+            f"{gpus} cannot share training.global_batch_size {config.training.global_batch_size}:",
+            f"  take a number of GPUs, or a batch, of which one divides the other; also by parts of the model "
+            f"({config.model.num_hidden_layers} layers, {config.model.num_attention_heads} heads)",
+        ]
     if not found:
         return [
             f"No plan fits {gpus} with training.global_batch_size {config.training.global_batch_size}:",

@@ -64,7 +64,7 @@ def write_report(run_dir: str | Path, out_path: str | Path) -> Path:
     sections += [_sample(run), _model(run), _data(run), _environment(run), _notes(run)]
     name = run.folder.resolve().name
     page = PAGE.replace("{{title}}", escape(name)).replace("{{body}}", "\n".join(filter(None, sections)))
-    write_file(Path(out_path), page.encode())
+    write_file(Path(out_path), page.encode(errors="replace"))
     return Path(out_path)
 
 

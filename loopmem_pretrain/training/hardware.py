@@ -12,6 +12,7 @@ from loopmem_pretrain.errors import EnvironmentFault
 
 # Dense bf16 TFLOP/s from the makers' data sheets; the first name that is a word of the device's name counts.
 PEAK_TFLOPS = {
+    "GB200": 2500.0,
     "B200": 2250.0,
     "H200 NVL": 835.0,
     "H200": 989.0,
@@ -19,6 +20,9 @@ PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
     "H100": 989.0,
+    "H800 PCIe": 756.0,
+    "H800": 989.0,
+    "H20": 148.0,
     "A100": 312.0,
     "L40S": 362.0,
     "L4": 121.0,
@@ -31,6 +35,20 @@ _GPUS_GIVEN = {
     "SLURM_GPUS_ON_NODE": ("", "0"),
 }
 """Variables that tell a process of its GPUs, and their values where it has none."""
+
+
+def refuse_missing_gpus(config: RunConfig, ranks: int) -> None:
+    """
+    Raises:
+        EnvironmentFault: GPUs are asked for by name, and this machine does not have one for each rank.
+    """
+    available = torch.cuda.device_count()
+    if config.training.device == "cuda" and available < ranks:
+        raise EnvironmentFault(
+            f"training.device is 'cuda' and {ranks} ranks are to start here, but {available} GPUs are visible",
+            "start at most one rank per visible GPU (see CUDA_VISIBLE_DEVICES and nvidia-smi), "
+            "or set training.device=cpu",
+        )
 
 
 def choose_device(config: RunConfig, local_rank: int) -> torch.device:

@@ -56,6 +56,9 @@ class ValidateHook:
         sizes = {"micro_batch_size": training.micro_batch_size, "dp_size": trainer.topology.data_size}
         self.samples = validation_samples(trainer.validation_dataset, **sizes)
         self.sizes = sizes
+        asked = trainer.config.validation.num_samples
+        if self.samples != asked and trainer.rank == 0:
+            log.info("validation reads %d samples, not %d: whole micro-batches on every rank", self.samples, asked)
 
     def after_step(self, trainer: "Trainer") -> None:
         if trainer.position.step % trainer.config.validation.interval_steps and not trainer.ending:
@@ -106,7 +109,7 @@ class LogHook:
             logger.log(metrics)
         self.alarms.check(metrics)
         if self.bar:
-            self.bar.update(trainer.position.step, _headline(metrics))
+            self.bar.update(trainer.position.step, _headline(metrics), always="validation_loss" in metrics)
         self._start_interval(trainer)
         trainer.agree()
         trainer.faults.check(trainer, losses)
@@ -150,8 +153,10 @@ class LogHook:
         if loops:
             scales = trainer.engine.step_scales()
             zeta = [[softplus(s) for s in layer] for layer in scales]
-            weight = ponder_weight(step, config.model.ponder_weight, config.training)
-            metrics |= {"ponder_weight": weight, **loops, "step_scales": scales, "zeta": zeta}
+            # The mean, as of the losses: at the last step alone a cyclic weight may show the same phase on every line.
+            done = range(position.step - steps, position.step)
+            weights = [ponder_weight(t, config.model.ponder_weight, config.training) for t in done]
+            metrics |= {"ponder_weight": math.fsum(weights) / steps, **loops, "step_scales": scales, "zeta": zeta}
         return metrics
 
 

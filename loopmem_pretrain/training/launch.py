@@ -11,7 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from loopmem_pretrain.errors import EXIT_BUG, EXIT_DONE, EXIT_INTERRUPTED, EnvironmentFault, HangDetected
+from loopmem_pretrain.errors import (
+    EXIT_BUG,
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    EnvironmentFault,
+    HangDetected,
+)
 from loopmem_pretrain.quiet import prepare_imports
 
 if TYPE_CHECKING:
@@ -102,10 +109,12 @@ def train_on_ranks(ranks: int, arguments: Sequence[str], config: "RunConfig", ma
     Returns 0, also where a signal stopped the run cleanly, or the exit code of the rank that failed first.
 
     Raises:
-        EnvironmentFault: a rank was killed.
+        EnvironmentFault: a rank was killed, or there are too few GPUs.
     """
     from loopmem_pretrain.checkpoint.store import CheckpointStore
+    from loopmem_pretrain.training.hardware import refuse_missing_gpus
 
+    refuse_missing_gpus(config, ranks)  # once, not on every rank
     begin, limit = time.monotonic(), config.faults.time_limit_seconds
     store = CheckpointStore(config.run_dir)
 
@@ -193,6 +202,9 @@ def _start_ranks(ranks: int, arguments: Sequence[str], run_dir: Path) -> Ended:
         status = run_folder.read_status(run_dir) or {}
         if status.get("status") in ("interrupted", "done"):
             return Ended(EXIT_DONE)  # the ranks were given the signal too; they saved and stopped
+        if not run_folder.is_of_this_start(status):
+            log.warning("ended by %s before the first step: nothing was trained in this start", error.sigval.name)
+            return Ended(EXIT_TERMINATED if error.sigval == signal.SIGTERM else EXIT_INTERRUPTED)
         fault = EnvironmentFault(
             f"ended by {error.sigval.name} before the ranks had saved and stopped",
             "start the same command to resume from the last checkpoint; a smaller logging.interval_steps lets the "

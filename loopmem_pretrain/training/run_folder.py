@@ -17,7 +17,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -65,9 +65,10 @@ def prepare(config: RunConfig, run_dir: Path) -> BinaryIO:
     Returns the lock: keep it for as long as the process writes here.
 
     Raises:
-        ConfigError: the folder belongs to another configuration (differences shown).
+        ConfigError: the folder belongs to another configuration (differences shown), or is something else's.
         EnvironmentFault: the folder cannot be written, or another process trains in it.
     """
+    refuse_foreign_folder(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe = run_dir / ".write-test"
@@ -87,6 +88,25 @@ def prepare(config: RunConfig, run_dir: Path) -> BinaryIO:
     write_file(run_dir / "config.yaml", dump_config(config).encode())
     write_file(run_dir / "environment.json", (json.dumps(environment(), indent=1) + "\n").encode())
     return lock
+
+
+def refuse_foreign_folder(run_dir: Path) -> None:
+    """
+    Raises:
+        ConfigError: a file, or a folder of texts, of prepared data, of an exported model or of a repository.
+    """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"run_dir {run_dir} is a file", "name a folder: a new one, or that of a run to go on with")
+    if not run_dir.is_dir() or (run_dir / RUN_ID).exists():
+        return
+    present = {path.name for path in run_dir.iterdir()}
+    texts = {name for name in present - {"metrics.jsonl"} if name.endswith((".jsonl", ".jsonl.zst", ".parquet"))}
+    found = sorted(texts | present & {"manifest.json", "config.json", ".git", "setup.py"})
+    if found:
+        raise ConfigError(
+            f"{run_dir} is no run's folder: it has {', '.join(found[:3])} in it",
+            "choose another run_dir, a new or empty folder",
+        )
 
 
 def has_begun(run_dir: Path) -> bool:
@@ -180,13 +200,18 @@ def write_failure(
         is_cause = isinstance(error, LoopMemError) or lost_rank(error) is None
     try:
         before = read_status(run_dir) or {}
-        told = before.get("status") == "failed" and before.get("time", "") >= _STARTED and before.get("is_cause", True)
+        told = before.get("status") == "failed" and is_of_this_start(before) and before.get("is_cause", True)
         if before.get("status") == "done" or (told and not is_cause) or _another_start_trains_in(run_dir):
             return
         reason = fault.problem if fault is not None else f"{type(error).__name__}: {error}"
         write_status(run_dir, "failed", reason, before.get("step") if step is None else step, is_cause)
     except (LoopMemError, OSError) as obstacle:
         complain(f"cannot record the failure in {run_dir / 'status.json'}: {obstacle}")
+
+
+def is_of_this_start(status: Mapping[str, Any]) -> bool:
+    """Whether what status.json says was written since this process began."""
+    return bool(status.get("time", "") >= _STARTED)
 
 
 _held: set[Path] = set()

@@ -20,7 +20,7 @@ from loopmem_pretrain.checkpoint.saving import Saver
 from loopmem_pretrain.checkpoint.state import resume
 from loopmem_pretrain.checkpoint.store import CheckpointStore
 from loopmem_pretrain.config.run import RunConfig
-from loopmem_pretrain.data.dataset import open_datasets
+from loopmem_pretrain.data.dataset import open_datasets, split_warning
 from loopmem_pretrain.data.sampler import train_batches
 from loopmem_pretrain.errors import EnvironmentFault, LoopMemError
 from loopmem_pretrain.model.flops import parameter_counts
@@ -35,8 +35,12 @@ from loopmem_pretrain.training.hooks import Hook, make_hooks
 from loopmem_pretrain.training.spikes import Spike
 from loopmem_pretrain.training.time_limit import TimeLimit
 from loopmem_pretrain.training.watchdog import Phase, Watchdog, ends_after
+from loopmem_pretrain.words import counted
 
 log = logging.getLogger(__name__)
+
+_DEVICES = {"cpu": "CPU rank", "cuda": "GPU"}
+"""What a rank is called in the log."""
 
 
 class Trainer:
@@ -163,25 +167,33 @@ class Trainer:
     def _introduce(self) -> None:
         training, steps = self.config.training, self.engine.accumulation_steps
         log.info(
-            "%s parameters; %s; %d data x %d samples x %d accumulated = %d samples (%s tokens) a step; step %s of %s",
+            "%s: %s parameters in %s, %s, ZeRO %d",
+            self.run_dir,
             f"{parameter_counts(self.config.model).total:,}",
-            self.topology.describe(),
+            training.precision,
+            self.topology.describe(_DEVICES[self.device.type]),
+            self.config.parallel.zero_stage,
+        )
+        log.info(
+            "from step %s to %s; a step is %s (%s tokens) = DP %d x micro-batch %d x %d accumulated",
+            f"{self.position.step:,}",
+            f"{training.train_steps:,}",
+            counted(training.global_batch_size, "sample"),
+            f"{training.global_batch_size * self.config.data.seq_length:,}",
             self.topology.data_size,
             training.micro_batch_size,
             steps,
-            training.global_batch_size,
-            f"{training.global_batch_size * self.config.data.seq_length:,}",
-            f"{self.position.step:,}",
-            f"{training.train_steps:,}",
         )
         passes = self.dataset.epochs(training.train_steps * training.global_batch_size)
         for dataset, times in zip(self.dataset.datasets, passes, strict=True):
             log.info(
-                "all steps read %s %s times (%s tokens)",
+                "data in %s: %s tokens, read %s times by all steps",
                 dataset.stream.folder,
-                f"{times:,.2f}",
                 f"{len(dataset.stream):,}",
+                f"{times:,.2f}",
             )
+        if warning := split_warning(self.dataset):
+            log.warning(warning)
         if self.position.step >= self.stop_at_step:
             log.info("nothing left to train: this start ends at step %s", f"{self.stop_at_step:,}")
 
@@ -300,7 +312,7 @@ class Trainer:
                 self.signal = signal.Signals(number).name
                 if self.rank == 0 and not self.has_ended:
                     # Not through logging or print, whose locks the interrupted code may hold.
-                    once_more = "; once more ends at once, without" if number == signal.SIGINT else ""
+                    once_more = "; a second Ctrl-C ends at once, without saving" if number == signal.SIGINT else ""
                     os.write(
                         2, f"\nloopmem: {self.signal}: saving after the next line of the log{once_more}\n".encode()
                     )

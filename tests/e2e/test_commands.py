@@ -50,7 +50,7 @@ def test_train_alone_then_nothing_is_left_to_do(tmp_path, config_file):
     result = loopmem("train", "--config", config_file)
     assert result.returncode == 0, result.stderr
     assert "train: 6/6 steps" in result.stderr
-    assert re.search(r"all steps read \S+ \d+\.\d\d times \([\d,]+ tokens\)", result.stderr), result.stderr
+    assert re.search(r"data in \S+: [\d,]+ tokens, read \d+\.\d\d times by all steps", result.stderr), result.stderr
     assert "SEED_LAYERS" not in result.stdout + result.stderr
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "done"
     again = run_command("train", "--config", config_file)

@@ -344,7 +344,7 @@ def test_the_ranks_errors_are_told_once(tmp_path):
         ({"JobState": "CANCELLED"}, True),
         ({"JobState": "COMPLETING", "Reason": "None"}, True),
         ({"JobState": "COMPLETING", "Reason": "NodeDown"}, False),
-        ({"JobState": "COMPLETING", "Reason": "None", "PreemptTime": "1795824000"}, False),
+        ({"JobState": "COMPLETING", "Reason": "None", "PreemptTime": "2026-01-01T00:00:00"}, False),
         ({"JobState": "NODE_FAIL", "Reason": "NodeDown"}, False),
     ],
 )

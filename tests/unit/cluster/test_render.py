@@ -296,7 +296,7 @@ def test_render_prints_scripts_and_what_submit_would_refuse(tmp_path, capsys):
     words = ("--cluster", of, "--nodes", "1", "--config", request(tmp_path).config, "training.micro_batch_size=1")
     code, scripts, said = command(capsys, "render", *words)
     assert code == 0 and scripts.startswith("#!/bin/bash") and "#SBATCH --nodes=1" in scripts
-    assert said.count("loopmem: submit would refuse this: ") == 3
+    assert said.count("loopmem: a submission would be refused: ") == 3
     assert "the model does not fit" in said and "thesis.tex" in said and "what to do: choose another run_dir" in said
     assert "check the path to the prepared data" in said
     assert "prepared data" not in command(capsys, "render", "--after", "1234", *words)[2], "job 1234 may make them"
