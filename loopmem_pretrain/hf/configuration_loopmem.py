@@ -44,7 +44,7 @@ class LoopMemConfig(PretrainedConfig):
 
     model_type = "loopmem"
     # Trainer gathers every other output of a forward pass over all batches of an evaluation.
-    keys_to_ignore_at_inference = ["past_key_values", "cross_entropy", "ponder_cost", "loop_stats"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "cross_entropy", "ponder_cost", "loop_stats"]  # noqa: RUF012
 
     format_version: int = FORMAT_VERSION
     """Of this file and the tensors beside it."""

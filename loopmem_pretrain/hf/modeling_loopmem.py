@@ -27,6 +27,9 @@ from loopmem_pretrain.model.early_exit import EXIT_RULES, EarlyExit, ExitStats, 
 from loopmem_pretrain.model.init import initialize
 from loopmem_pretrain.model.loopmem import LoopMemBody, LoopStats, NumLoops, loops_of_layers, total_loss
 
+CACHE = "cache" if hasattr(ModelOutput, "past_key_values") else "past_key_values"
+"""What transformers calls the cache: `cache` from 5.24 on, where outputs and calls know the older name as well."""
+
 
 @dataclass
 class LoopMemCausalLMOutput(ModelOutput):
@@ -40,7 +43,10 @@ class LoopMemCausalLMOutput(ModelOutput):
     """mean next-token cross-entropy in nats"""
     ponder_cost: Tensor | None = None
     """mean over layers and predicting tokens of (E - 1) / (N - 1)"""
-    past_key_values: DynamicCache | StaticCache | None = None
+    if CACHE == "cache":
+        cache: DynamicCache | StaticCache | None = None
+    else:
+        past_key_values: DynamicCache | StaticCache | None = None
     """with a cache: keys and values of all tokens so far, a slot for each layer and loop"""
     hidden_states: tuple[Tensor, ...] | None = None
     """with output_hidden_states, [B, T, D] each: what every layer is given, and the last one's output after the final
@@ -126,6 +132,7 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        cache: DynamicCache | StaticCache | None = None,
     ) -> LoopMemCausalLMOutput | tuple[Any, ...]:
         """Logits of the next token after each of `input_ids` [B, T], and the loss.
 
@@ -154,10 +161,14 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
             return_dict: False for a plain tuple.
             num_items_in_batch: labels that count in all micro-batches of a step, as Trainer passes it: the losses are
                 then what this micro-batch adds to their mean over the step.
+            cache: `past_key_values`, as transformers calls it from 5.24 on.
 
         Raises:
             ValueError: a request this model cannot meet.
         """
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are two names of one thing: pass one of them only")
+        past_key_values = cache if past_key_values is None else past_key_values
         inputs = self._inputs(input_ids, inputs_embeds, labels)
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ValueError("output_attentions: attention weights are never made (fused attention); leave it out")
@@ -199,7 +210,7 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
             logits=logits,
             cross_entropy=cross_entropy,
             ponder_cost=ponder,
-            past_key_values=cache,
+            **{CACHE: cache},
             hidden_states=(*states, hidden) if output_hidden_states else None,
             loop_stats=tuple(stats) if output_loop_stats else None,
         )
@@ -326,13 +337,12 @@ class LoopMemForCausalLM(LoopMemPreTrainedModel, GenerationMixin):
         )
 
     @staticmethod
-    def create_masks_for_generate(
-        attention_mask: Tensor | None, past_key_values: StaticCache, inputs_embeds: Tensor, **told: Any
-    ) -> Tensor | None:
+    def create_masks_for_generate(attention_mask: Tensor | None, inputs_embeds: Tensor, **told: Any) -> Tensor | None:
         """What transformers asks for with a StaticCache: the mask in the cache's length, the same in every step."""
         if attention_mask is None:
             return None
         batch, tokens, _ = inputs_embeds.shape
+        past_key_values = told[CACHE]
         if not told.get("is_first_iteration"):  # from then on it is transformers that makes the mask longer
             return _as_wide(attention_mask, past_key_values.get_max_length())
         return _in_width(attention_mask, batch, tokens, past_key_values)
@@ -454,7 +464,10 @@ class LoopMemModelOutput(ModelOutput):
 
     last_hidden_state: Tensor | None = None
     """after the final norm, [B, T, D]"""
-    past_key_values: DynamicCache | None = None
+    if CACHE == "cache":
+        cache: DynamicCache | None = None
+    else:
+        past_key_values: DynamicCache | None = None
     """as in LoopMemCausalLMOutput"""
     hidden_states: tuple[Tensor, ...] | None = None
     """as in LoopMemCausalLMOutput"""
@@ -502,6 +515,6 @@ class LoopMemModel(LoopMemForCausalLM):
         if not request.keys().isdisjoint({"labels", "logits_to_keep"}):
             raise ValueError("this model has no head: labels and logits_to_keep are for LoopMemForCausalLM")
         output: Any = super().forward(input_ids, attention_mask, return_dict=True, **request)
-        hidden = LoopMemModelOutput(output.logits, output.past_key_values, output.hidden_states, output.loop_stats)
+        hidden = LoopMemModelOutput(output.logits, getattr(output, CACHE), output.hidden_states, output.loop_stats)
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return hidden if as_dict else hidden.to_tuple()

@@ -256,9 +256,10 @@ def test_a_next_job_that_is_refused_at_first(run):
     tools = run.folder.parent / "tools"
     tools.mkdir()
     real = run.cluster.run("which", "sbatch").strip()
-    refused = tools / "refused"
+    submitted, refused = tools / "submitted", tools / "refused"
     (tools / "sbatch").write_text(f"""#!/bin/sh
 [ -e {refused} ] && exec {real} "$@"
+[ -e {submitted} ] || {{ touch {submitted}; exec {real} "$@"; }}
 touch {refused}
 echo "sbatch: error: AssocMaxSubmitJobLimit" >&2
 exit 1
