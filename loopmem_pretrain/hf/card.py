@@ -153,7 +153,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 
 `modeling_loopmem.py` holds all of the model's code; `trust_remote_code=True` allows it to run. It needs torch and
-transformers (tried with 5.16 and 5.23). Where loopmem_pretrain is installed, `import loopmem_pretrain.hf` takes
+transformers (tried with 5.16, 5.23 and 5.24). Where loopmem_pretrain is installed, `import loopmem_pretrain.hf` takes
 the place of `trust_remote_code`. `AutoModel` loads the model without its head.
 
 Prompts of different lengths go in one batch with `tokenizer(texts, padding=True, padding_side="left")`; where the

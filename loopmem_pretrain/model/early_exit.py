@@ -31,7 +31,14 @@ from torch import Tensor
 from loopmem_pretrain.model.backend import wide
 from loopmem_pretrain.model.block import Rotary
 from loopmem_pretrain.model.decoding import Decoding, attend, make_decoding
-from loopmem_pretrain.model.loopmem import LoopedLayer, LoopMemBody, NumLoops, expected_loops, token_norm
+from loopmem_pretrain.model.loopmem import (
+    LoopedLayer,
+    LoopMemBody,
+    NumLoops,
+    expected_loops,
+    halting_lambda,
+    token_norm,
+)
 from loopmem_pretrain.model.memory import SharedRead
 
 # ------------------------------------------------------------------------------------------------ who leaves, and when
@@ -190,7 +197,7 @@ def visit(
     angles = layer.rotary(hidden, decoding)
     rotary = Rotary(*(part.expand(batch, length, *part.shape[-2:]).flatten(0, 1) for part in angles))
     banks = layer.banks(memory, everyone * loops)
-    zeta = F.softplus(layer.step_scales.to(precise))
+    zeta, router = F.softplus(layer.step_scales.to(precise)), layer.halting(precise)
     output = torch.zeros(everyone, width, device=device, dtype=precise)
     nowhere = output.new_zeros(everyone)
     tokens = Tokens(hidden.reshape(1, everyone, width), torch.ones_like(nowhere)[None], output[None], rotary)
@@ -210,7 +217,7 @@ def visit(
             injected, _, _ = layer.memory(before, banks)
         zeta_n, tau_n = layer.step(zeta, n)
         after = layer.block(injected, zeta_n, tokens.rotary, packed)
-        prob = tokens.remaining * layer.halting(after, tau_n)
+        prob = tokens.remaining * halting_lambda(router, after, tau_n)
         remaining = tokens.remaining - prob
         leaves = torch.ones_like(remaining, dtype=torch.bool)
         if n < loops:

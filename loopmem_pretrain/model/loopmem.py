@@ -96,12 +96,8 @@ class HaltingRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(1, width + 1))  # w; its last entry is tau's
         self.bias = nn.Parameter(torch.empty(1))
 
-    def forward(self, hidden: Tensor, tau: Tensor) -> Tensor:
-        """lambda_n of one loop: `halting_lambda`."""
-        return halting_lambda(self.read(wide(hidden.dtype)), hidden, tau)
-
-    def read(self, precise: torch.dtype) -> RouterWeights:
-        """What the loops of a visit read.
+    def forward(self, precise: torch.dtype) -> RouterWeights:
+        """What the loops of a visit read, to be given to `halting_lambda`.
 
         Copies also where the type stays: D + 1 numbers leave the routers of a flat buffer at odd addresses, and a
         compiled loop takes those of all layers to be as aligned as the first layer's.
@@ -178,7 +174,7 @@ class LoopedLayer(Block):
         if visit is not None:
             return visit(self, hidden, memory, loops, decoding)
         precise = wide(hidden.dtype)
-        zeta, router = F.softplus(self.step_scales.to(precise)), self.halting.read(precise)
+        zeta, router = F.softplus(self.step_scales.to(precise)), self.halting(precise)
         rotary = self.rotary(hidden, decoding)
         banks = self.banks(memory, hidden.shape[0] * hidden.shape[1] * loops)
         state = LoopState(

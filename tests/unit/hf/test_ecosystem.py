@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, GenerationConfig, pipeline
 
 from loopmem_pretrain.hf.export import huggingface_config, write_settings, write_tokenizer
 from loopmem_pretrain.hf.modeling_loopmem import LoopMemForCausalLM
+from loopmem_pretrain.model.loopmem import halting_lambda
 from tests.unit.hf.conftest import TEXTS, model_config
 from tests.unit.hf.test_cache import PROMPTS, padded
 from tests.unit.hf.test_modeling import IDS, pair
@@ -150,9 +151,10 @@ def test_quantized_linear_layers(looped, settings):
 def test_halting_is_float32_under_autocast(looped, settings):
     _, model = looped
     layer, hidden, tau = model.model.layers[0], torch.randn(2, 3, 32), torch.tensor(0.5)
-    exact = layer.halting(hidden, tau)
+    exact = halting_lambda(layer.halting(torch.float32), hidden, tau)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(layer.halting(hidden, tau), exact) and layer.self_attn.q_proj(hidden).dtype == torch.bfloat16
+        assert torch.equal(halting_lambda(layer.halting(torch.float32), hidden, tau), exact)
+        assert layer.self_attn.q_proj(hidden).dtype == torch.bfloat16
         stats = model(IDS, output_loop_stats=True, **settings).loop_stats
     assert {each.halting_probs.dtype for each in stats} == {torch.float32}
 
