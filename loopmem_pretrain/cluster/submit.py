@@ -224,14 +224,20 @@ def _estimate(config: RunConfig, site: SiteConfig, ranks: int) -> list[str]:
 def check_folder(run_dir: Path, site: SiteConfig) -> None:
     """
     Raises:
-        ConfigError: something else's.
-        EnvironmentFault: another user's, or on a disk of this node alone.
+        ConfigError: a folder of texts, of prepared data, or the like.
+        EnvironmentFault: another user's, no run's although there is something in it, or on a disk of this node alone.
     """
     if run_dir.exists() and run_dir.stat().st_uid != os.getuid():
         raise EnvironmentFault(f"the run folder {run_dir} belongs to another user", "choose another run_dir")
     from loopmem_pretrain.training.run_folder import refuse_foreign_folder
 
     refuse_foreign_folder(run_dir)
+    names = sorted(path.name for path in run_dir.iterdir()) if run_dir.is_dir() else []
+    present = [name for name in names if name != "slurm" and not name.startswith(".")]
+    if present and not {"config.yaml", "logs"} & {*present}:
+        raise EnvironmentFault(
+            f"{run_dir} is no run's folder: it has {', '.join(present[:3])} in it", "choose another run_dir"
+        )
     check_shared(run_dir, site, "run_dir")
 
 

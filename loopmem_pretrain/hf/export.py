@@ -104,7 +104,7 @@ def export(
     rounded = rounding(DTYPES[dtype]) if dense is None else dense.rounding(DTYPES[dtype])
     parameters = sum(map(math.prod, shapes.values()))
     with staged(out_dir, overwrite) as folder:
-        write_tokenizer(folder, tokenizer_path, sample_texts)
+        write_tokenizer(folder, tokenizer_path, sample_texts, seq_length)
         content = weights if dense is None else dense
         files = write_weights(folder, content, shapes, dtype, max_shard_size, on_written)
         check_written(folder, files, content, shapes, dtype)
@@ -147,14 +147,14 @@ def tokenize_samples(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[in
     return tokens
 
 
-def write_tokenizer(folder: Path, tokenizer_path: str | Path, texts: Sequence[str]) -> None:
+def write_tokenizer(folder: Path, tokenizer_path: str | Path, texts: Sequence[str], context: int | None = None) -> None:
     """Write the tokenizer's files; first of all, since transformers asks about code as soon as there is a config.json.
 
     Raises:
         ConversionError: it has no exact Hugging Face form, or gives other tokens for some of the texts.
     """
     with disk_faults(folder):
-        to_huggingface(tokenizer_path, folder)
+        to_huggingface(tokenizer_path, folder, context)
     differing = check_parity(tokenizer_path, folder, list(texts))
     if differing:
         raise ConversionError(

@@ -28,7 +28,7 @@ _MARKING = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
 _MODEL_TYPES = {1: "unigram", 2: "bpe"}
 
 
-def to_huggingface(tokenizer_path: str | Path, out_dir: str | Path) -> None:
+def to_huggingface(tokenizer_path: str | Path, out_dir: str | Path, context: int | None = None) -> None:
     """Write tokenizer.json and tokenizer_config.json for `transformers.AutoTokenizer.from_pretrained(out_dir)`.
 
     Text is only text: special tokens inside it are not parsed (`split_special_tokens`), and nothing is added at its
@@ -38,6 +38,7 @@ def to_huggingface(tokenizer_path: str | Path, out_dir: str | Path) -> None:
     Args:
         tokenizer_path: file or folder, see `load_tokenizer`.
         out_dir: folder of the exported model; made if it is not there.
+        context: tokens that the model reads at once, to which `truncation=True` cuts a text.
 
     Raises:
         DataError: the tokenizer is missing or damaged.
@@ -58,6 +59,8 @@ def to_huggingface(tokenizer_path: str | Path, out_dir: str | Path) -> None:
         "padding_side": "left",  # a batch of prompts is continued at its right end
         "model_input_names": ["input_ids", "attention_mask"],
     }
+    if context is not None:
+        settings["model_max_length"] = context
     write_file(folder / "tokenizer_config.json", (json.dumps(settings, indent=1) + "\n").encode())
     write_file(folder / "tokenizer.json", (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode())
 

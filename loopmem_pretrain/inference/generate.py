@@ -183,7 +183,7 @@ class _HuggingFaceCodec:
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
         return list(encoded["input_ids"])
 
     def decode(self, ids: list[int]) -> str:

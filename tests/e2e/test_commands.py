@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -78,6 +79,21 @@ def test_two_ranks(tmp_path, config_file, launcher):
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "done"
 
 
+def piped(command, reader):
+    """Exit code of `loopmem COMMAND` when both outputs go to a reader that ends early."""
+    line = f"{shlex.join([*LOOPMEM, *map(str, command)])} 2>&1 | {reader}; exit ${{PIPESTATUS[0]}}"
+    return subprocess.run(["bash", "-c", line], capture_output=True, timeout=120, check=False).returncode
+
+
+def test_a_reader_that_goes_away_ends_no_run(tmp_path, config_file):
+    assert piped(["train", "--config", config_file, "logging.interval_steps=1"], "head -1") == 0
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "done"
+
+
+def test_an_error_that_nobody_reads_keeps_its_exit_code(tmp_path):
+    assert piped(["train", "--config", tmp_path / "nowhere.yaml"], "true") == 2
+
+
 def test_a_named_error_on_ranks_keeps_its_exit_code(tmp_path, config_file):
     begun = loopmem("train", "--config", config_file, "--ranks", "2", "--stop-at-step", "2")
     assert begun.returncode == 0 and "Warning" not in begun.stderr, begun.stderr
@@ -139,6 +155,24 @@ def test_the_whole_path_by_command(tmp_path, config_file):
     refused = run_command("convert", run, out)
     assert refused.returncode == 2
     assert str(out) in refused.stderr
+
+
+@pytest.mark.slow
+def test_sigterm_to_a_conversion_puts_its_temporary_files_away(tmp_path, config_file):
+    """As at the end of a job's time; it holds three times the weights meanwhile."""
+    assert loopmem("train", "--config", config_file).returncode == 0
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    command = [*LOOPMEM, "convert", str(tmp_path / "run"), str(tmp_path / "out" / "hf")]
+    process = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(folder)}, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(folder.glob("loopmem-*")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and "ended by SIGTERM" in said and "Traceback" not in said
+    assert not list(folder.glob("loopmem-*")) and not list((tmp_path / "out").iterdir())
 
 
 def test_convert_what_is_no_run(tmp_path):

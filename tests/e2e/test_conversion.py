@@ -8,7 +8,10 @@ from safetensors.torch import load_file
 
 from loopmem_pretrain.checkpoint.reshape import reshape
 from loopmem_pretrain.checkpoint.universal import fp32_weights
-from loopmem_pretrain.hf.convert import convert_run
+from loopmem_pretrain.data.manifest import load_manifest
+from loopmem_pretrain.data.tokenizer import load_tokenizer
+from loopmem_pretrain.hf.convert import convert_run, sample_texts
+from tests.configs import tiny_run
 from tests.e2e.test_reshape import LAYOUTS, config
 from tests.e2e.test_training import run
 
@@ -42,3 +45,11 @@ def test_data_that_has_moved(tmp_path, sentences):
     file.write_text(yaml.safe_dump(values))
     assert "step 2" in convert_run(tmp_path / "run", tmp_path / "hf")
     assert str(tmp_path / "after") in (tmp_path / "hf" / "README.md").read_text()
+
+
+def test_fewer_validation_samples_than_are_compared(sentences):
+    """A run may have asked for two; its conversion compares on what there is."""
+    tokens = load_manifest(sentences).splits["validation"].tokens
+    of = tiny_run("unused", sentences, data={"seq_length": tokens // 3})
+    texts = list(sample_texts(of, load_tokenizer(sentences / "tokenizer")))
+    assert len(texts) in (2, 3) and all(texts)

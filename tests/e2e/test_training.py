@@ -216,6 +216,21 @@ def test_a_missing_checkpoint_is_named(copy_of_finished, sentences):
     assert error.exit_code == 4 and "step_00000010" in error.problem
 
 
+@pytest.mark.parametrize("gone", ["folder", "content"])
+def test_a_run_whose_checkpoints_have_gone_does_not_begin_anew(copy_of_finished, sentences, gone):
+    """As in a copy that was cut short; it would be trained from the first step into the same log."""
+    shutil.rmtree(copy_of_finished / "checkpoints")
+    if gone == "content":
+        (copy_of_finished / "checkpoints").mkdir()
+    before = exact(copy_of_finished)
+    _, error = run(longer(copy_of_finished, sentences))
+    assert error.exit_code == 4
+    assert error.problem == f"{copy_of_finished} has trained 10 steps (status.json), and there is no checkpoint in it"
+    assert exact(copy_of_finished) == before
+    (copy_of_finished / "status.json").unlink()
+    run(longer(copy_of_finished, sentences), stop_at_step=1)
+
+
 def test_a_half_written_checkpoint_is_ignored(copy_of_finished, sentences):
     half = copy_of_finished / "checkpoints" / ".incomplete-step_00000015"
     half.mkdir()

@@ -34,6 +34,14 @@ def test_the_end_is_said_once(capsys):
     assert capsys.readouterr().err.count("1,000/1,000") == 1
 
 
+def test_a_line_that_must_be_seen_is(capsys):
+    """Such as one with a validation loss, a moment after another line."""
+    bar = ProgressBar("train", 1000)
+    for step in range(1, 6):
+        bar.update(step, always=step == 3)
+    assert capsys.readouterr().err.splitlines() == ["train: 1/1,000 steps", "train: 3/1,000 steps"]
+
+
 def test_facts_of_a_stage(capsys):
     with stage_bars() as progress:
         progress(5, 5, {"stage": "tokenize", "documents": 1, "tokens": 7, "shards": 1, "broken_lines": 2})

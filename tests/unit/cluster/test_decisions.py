@@ -471,5 +471,10 @@ def test_a_run_that_slurm_did_not_start(tmp_path):
         with pytest.raises(ConfigError, match="was not started by SLURM") as caught:
             ask()
         assert f"loopmem slurm stop {tmp_path}" in caught.value.fix
+    assert manage.stop(str(tmp_path)) == f"nothing to stop: {tmp_path} is done"
+    assert not (tmp_path / "STOP").exists()
+    (tmp_path / "status.json").write_text('{"status": "running", "reason": "training"}')
     assert str(tmp_path / "STOP") in manage.stop(str(tmp_path))
+    (tmp_path / "status.json").write_text("")
+    assert manage.status(str(tmp_path)).startswith(f"{tmp_path}: unknown, status.json is damaged")
     assert (tmp_path / "STOP").exists()

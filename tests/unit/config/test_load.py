@@ -189,7 +189,7 @@ def test_a_problem_in_a_base_points_at_the_base(files):
         ("", "has no value; give one or remove the line (must be a whole number)"),
         ("[1]", "must be a whole number (got a list)"),
         ("{a: 1}", "must be a whole number (got a mapping)"),
-        ("0512", "must be a whole number (got '0512'); remove the quotes"),
+        ("0512", "must be a whole number (got '0512'); write 512"),
         ("1:30", "must be a whole number (got '1:30')"),
         ("2020-13-45", "must be a whole number (got '2020-13-45')"),
         ("!!int word", "'word' cannot be read as a whole number"),
@@ -392,7 +392,7 @@ def test_override_of_no_key(bad, override):
         ("data.datasets.-1=x", "data.datasets.-1: data.datasets is a list with items 0 to 0, there is no -1"),
         (
             "training.train_steps=",
-            "training.train_steps: has no value; give one or remove the line (must be a whole number)",
+            "training.train_steps: has no value; give one or leave it out (must be a whole number)",
         ),
         ("training=3", "training: must be a mapping of keys to values (got 3)"),
         ("model={max_loops: 1, max_loops: 2}", "model.max_loops: written twice (first at command line); keep one"),

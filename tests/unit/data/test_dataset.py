@@ -19,6 +19,7 @@ from loopmem_pretrain.data.dataset import (
     description_differences,
     open_training,
     open_validation,
+    split_warning,
 )
 from loopmem_pretrain.data.indexed import TokenStream
 from loopmem_pretrain.data.order import CYCLE, BlendCycle, permuted
@@ -163,6 +164,16 @@ def test_every_sample_once_an_epoch(two: tuple[Path, Path]) -> None:
         for epoch in range(len(samples) // size):
             assert sorted(samples[epoch * size : (epoch + 1) * size]) == list(range(size))
     assert blend.epochs(4000) == [300, 1000 / 7]
+
+
+@pytest.mark.parametrize(("fractions", "warns"), [((0.05, 0.05), False), ((0.05, 0.2), True)])
+def test_folders_split_at_different_fractions_are_warned_of(two: tuple[Path, Path], fractions, warns) -> None:
+    for folder, fraction in zip(two, fractions, strict=True):
+        values = json.loads((folder / "manifest.json").read_text())
+        values["recipe"]["validation_fraction"] = fraction
+        (folder / "manifest.json").write_text(json.dumps(values))
+    said = split_warning(open_training(_config(*two), seed=1, model_vocab_size=1000))
+    assert (f"({two[0]} 0.05, {two[1]} 0.2)" in said) is warns and bool(said) is warns
 
 
 def test_items_are_the_located_samples(two: tuple[Path, Path]) -> None:

@@ -458,6 +458,9 @@ def test_the_tokenizer_is_trained_when_the_recipe_says_how(corpus: Path, tmp_pat
     manifest = prepare(recipe(corpus, tmp_path / "out", tokenizer=settings))
     assert manifest.tokenizer.vocab_size == 330
     assert load_tokenizer(tmp_path / "out/tokenizer").sha256 == manifest.tokenizer.sha256
+    other = TokenizerConfig(path=str(tmp_path / "tok"), train=TrainTokenizerConfig(vocab_size=340))
+    with pytest.raises(DataError, match=r"tokenizer.train.vocab_size: 330 -> 340"):
+        prepare(recipe(corpus, tmp_path / "out", tokenizer=other))
 
 
 @pytest.fixture

@@ -99,6 +99,15 @@ def full(tmp_path_factory, tokenizer_path):
 # ------------------------------------------------------------------------------------------------- what is written
 
 
+def test_the_tokenizer_knows_the_context(full):
+    """`truncation=True`, as scripts for fine-tuning have it, cuts there."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(full[0])
+    assert tokenizer.model_max_length == SEQ_LENGTH
+    assert len(tokenizer("fox " * 500, truncation=True).input_ids) == SEQ_LENGTH
+
+
 def test_report(full):
     folder, report, model = full
     assert report.folder == folder and report.weight_files == ("model.safetensors",)

@@ -101,3 +101,24 @@ def test_credentials_of_the_command_line_are_not_recorded(monkeypatch):
     command = ["loopmem", "train", "x=https://user:word@host/a@b", "y=https://host/a", "z=a@b"]
     monkeypatch.setattr("sys.argv", command)
     assert environment()["command"] == ["loopmem", "train", "x=https://host/a@b", *command[3:]]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "config.json", ".git", "news.jsonl", "part-1.parquet"])
+def test_a_folder_of_something_else_is_refused(tmp_path, name):
+    """Prepared data, an exported model, a repository, texts: a run would be mixed into it."""
+    (tmp_path / name).write_text("")
+    with pytest.raises(ConfigError, match=f"{tmp_path} is no run's folder: it has {name} in it"):
+        prepare(tiny_run(tmp_path, "data"), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_file_is_no_run_folder(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ConfigError, match=f"run_dir {tmp_path}/run is a file"):
+        prepare(tiny_run(tmp_path / "run", "data"), tmp_path / "run")
+
+
+def test_notes_and_configs_of_a_user_may_lie_there(tmp_path):
+    for name in ("notes.txt", "my.yaml", "data"):
+        (tmp_path / name).mkdir()
+    prepare(tiny_run(tmp_path, "data"), tmp_path).close()
