@@ -22,8 +22,8 @@ class DatasetConfig(Section):
     path: FilePath
     """Folder with manifest.json and the .bin/.idx shards, absolute or relative to the working directory."""
     weight: Annotated[float | Literal["tokens"], PlainValidator(_weight)] = 1.0
-    """Share of samples drawn from this folder, above 0, relative to the other weights; `tokens`, for all folders or
-    none: as many as it has tokens, so that the folders are read as if they were one."""
+    """Share of samples drawn from this folder, above 0, relative to the other weights, rounded to a multiple of 1/65536
+    of all samples; `tokens`, for all folders or none: in proportion to its tokens, as if the folders were one."""
 
 
 class DataConfig(Section):
@@ -32,7 +32,7 @@ class DataConfig(Section):
     datasets: tuple[DatasetConfig, ...] = Field(min_length=1)
     """Folders to blend."""
     seq_length: int = Field(gt=0)
-    """T: tokens a sample; documents are packed without a document mask."""
+    """T: tokens in a sample; documents are packed without a document mask."""
     num_workers: int = Field(default=2, ge=0)
     """Threads that read samples ahead on each rank; 0 reads when the batch is asked for."""
 

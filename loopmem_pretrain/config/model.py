@@ -18,7 +18,7 @@ class ModelConfig(Section):
     intermediate_size: int = Field(gt=0)
     """F: the real width of the SwiGLU feed-forward."""
     num_hidden_layers: int = Field(gt=0)
-    """L: sets of weights, never layers times loops."""
+    """L: number of layers, each with weights of its own; loops do not count."""
     num_attention_heads: int = Field(gt=0)
     """H: query heads; divides hidden_size, unless head_dim is given."""
     num_key_value_heads: int = Field(gt=0)
@@ -28,9 +28,9 @@ class ModelConfig(Section):
     qk_norm: Literal["after_rope", "before_rope", "none"] = "after_rope"
     """Where queries and keys are RMS-normalised per head: after the rotation, before it (Qwen3), or not (Llama)."""
     attention_bias: Literal["none", "qkv", "all"] = "none"
-    """Which projections of attention have biases: none, q, k and v (Qwen2), or the output's too."""
+    """Which attention projections have biases: none; q, k and v (Qwen2); or these and the output."""
     max_loops: int = Field(ge=0)
-    """N: how often a layer may be applied; 0 means plain blocks without router and step scales."""
+    """N: how many times a layer may be applied; 0 means plain blocks without router and step scales."""
     residual_scale: Literal["learned", "one", "inverse_depth"] = "learned"
     """Scale of both residual branches: `learned` per loop (looped), `one` or `inverse_depth` 1/(l+1) (plain)."""
     local_slots: int = Field(default=0, ge=0)
@@ -38,12 +38,12 @@ class ModelConfig(Section):
     global_slots: int = Field(default=0, ge=0)
     """S_g: slots of the one bank shared by all layers; 0 leaves the bank out."""
     gate: Literal["vector", "scalar", "constant"] = "vector"
-    """What opens the memory: a gate per channel, one number per token, or sigmoid(gate_init_bias) for ever."""
+    """What opens the memory: a gate per channel, one number per token, or sigmoid(gate_init_bias), fixed."""
     gate_init_bias: float = Field(default=-3.0, ge=-50, le=50)
     """g0: the gate's bias at the start; sigmoid(-3) = 0.047, 0 gives 0.5, +3 gives 0.953."""
     retrieval: Literal["dense", "topk", "product_keys"] = "dense"
     """How the global bank is read: softmax over all slots (`dense`), over the retrieval_topk best of all (`topk`), or
-    over the best found by product keys, cheap at millions of slots. Local banks are always read densely."""
+    over the best found by product keys, which stay cheap at millions of slots. Local banks are always read densely."""
     retrieval_topk: int = Field(default=32, gt=0)
     """k: slots of the global bank that a token reads with retrieval `topk` or `product_keys`."""
     rope_theta: float = Field(default=500000.0, gt=0)

@@ -12,19 +12,21 @@ class ParallelConfig(Section):
     """Ranks = tensor x pipeline x data-parallel size; the last follows from the number of ranks started."""
 
     tensor_model_parallel_size: int = Field(default=1, ge=1)
-    """TP: ranks that share every layer: heads, feed-forward and vocabulary are cut over them. Keep it within a node."""
+    """TP: ranks that share every layer: heads, feed-forward and vocabulary are split over them. Keep it within a
+    node."""
     pipeline_model_parallel_size: int = Field(default=1, ge=1)
     """PP: stages of whole layers, each on its own ranks; needs zero_stage 1."""
     sequence_parallel: bool = False
-    """Whether tensor-parallel ranks cut the residual stream over tokens: norms, halting, gates and reads of replicated
-    banks are then computed once, not on every rank. Needs tensor_model_parallel_size > 1."""
+    """Whether tensor-parallel ranks split the residual stream over tokens: norms, halting, gates and reads of
+    replicated banks are then computed once, not on every rank. Needs tensor_model_parallel_size > 1."""
     memory_placement: Literal["replicated", "sharded"] = "replicated"
-    """How memory banks lie on tensor-parallel ranks: `replicated`, or `sharded` over slots, reads merged exactly."""
+    """How memory banks are placed on tensor-parallel ranks: `replicated`, or `sharded` over slots, whose reads are
+    merged exactly."""
     zero_stage: Literal[1, 2, 3] = 1
     """DeepSpeed ZeRO: 1 shards optimizer states (pipeline engine), 2 gradients too, 3 parameters too (plain engine).
-    Stage 0 is not offered: DeepSpeed 0.19.8 computes it wrongly."""
+    Stage 0 is not offered: DeepSpeed 0.19.8 computes it incorrectly."""
     offload_optimizer: Literal["none", "cpu"] = "none"
-    """Where float32 master weights and moments live, and where AdamW runs: on the device, or in the host's memory."""
+    """Where float32 master weights and moments live, and where AdamW runs: on the device, or in host memory."""
     offload_parameters: Literal["none", "cpu"] = "none"
     """Where parameters live while they are not used; `cpu` needs zero_stage 3."""
     check_replicas_interval: int = Field(default=0, ge=0)
@@ -32,7 +34,7 @@ class ParallelConfig(Section):
     join_timeout_seconds: int = Field(default=600, gt=0)
     """How long a start waits for ranks that have not joined before it ends and names them."""
     collective_timeout_seconds: int = Field(default=1800, gt=0)
-    """How long a rank waits in a collective for ranks that hang; longer than any save or validation takes."""
+    """How long a rank waits in a collective for ranks that hang; set it longer than any save or validation takes."""
 
     @field_validator("zero_stage", mode="before")
     @classmethod

@@ -14,14 +14,14 @@ SPECIAL_PIECES = 4 + 256  # <unk> <s> </s> <pad> and one piece for each byte val
 
 
 class FilterConfig(Section):
-    """Keeps documents whose number in one field lies in min <= value < below."""
+    """Keeps documents whose value in one numeric field satisfies min <= value < below."""
 
     field: str = Field(min_length=1)
-    """Name of a numeric field beside the text, such as `score`; dots reach into nested JSON (`metadata.score`)."""
+    """Name of a numeric field next to the text, such as `score`; dots reach into nested JSON (`metadata.score`)."""
     min: float | None = None
     """Smallest value kept; unset keeps everything below `below`."""
     below: float | None = None
-    """First value no longer kept; unset keeps everything from `min` on."""
+    """Values from here up are dropped; unset keeps everything from `min` up."""
 
 
 class SourceConfig(Section):
@@ -39,9 +39,9 @@ class SourceConfig(Section):
     split: str = "train"
     """hub: split to read."""
     revision: str | None = None
-    """hub: commit to read; pin it, or a resumed run may meet other data."""
+    """hub: commit to read; pin it, or a resumed run may read different data."""
     data_files: tuple[str, ...] = ()
-    """hub: files for a builder such as json; leave out for a named data set."""
+    """hub: files for a builder such as json; leave it out for a named data set."""
     text_field: str = Field(default="text", min_length=1)
     """Field or column that holds the text; dots reach into nested JSON. Unused for .txt."""
     document_separator: Literal["file", "blank_line"] = "file"
@@ -49,7 +49,7 @@ class SourceConfig(Section):
     filters: tuple[FilterConfig, ...] = ()
     """A document is kept when all of these hold."""
     max_documents: int | None = Field(default=None, gt=0)
-    """Stop this source after so many kept documents; unset reads it all."""
+    """Stop reading this source after this many kept documents; unset reads it all."""
     origin: str = Field(min_length=1)
     """Where the text comes from, for the manifest."""
     license: str = Field(min_length=1)
@@ -64,20 +64,21 @@ class TrainTokenizerConfig(Section):
     model_type: Literal["bpe", "unigram"] = "bpe"
     """bpe converts exactly to Hugging Face; unigram tokenizes faster, with ties on about 0.4 % of texts."""
     sample_bytes: int = Field(default=1_000_000_000, gt=0)
-    """Most text to train on, UTF-8 bytes, taken from the head of every file in proportion to the file's size."""
+    """Most text to train on, in UTF-8 bytes, taken from the beginning of every file in proportion to its size."""
     character_coverage: float = Field(default=0.9999, gt=0.9, le=1)
-    """Share of characters that get a piece of their own; the others are spelled in bytes, without loss."""
+    """Share of characters that get a piece of their own; the others are spelled in bytes without loss."""
 
 
 class TokenizerConfig(Section):
     """An existing tokenizer, or one to train first."""
 
     path: str = Field(min_length=1)
-    """tokenizer.model (sentencepiece), tokenizer.json (Hugging Face) or a folder with one; written there if trained."""
+    """tokenizer.model (sentencepiece), tokenizer.json (Hugging Face) or a folder with one; a trained
+    one is written there."""
     eos_token: str | None = None
     """Hugging Face only: the token that ends a document, where tokenizer_config.json does not name it."""
     train: TrainTokenizerConfig | None = None
-    """Train it when `path` does not exist yet; unset only ever reads `path`."""
+    """How to train it when `path` does not exist yet; unset never trains and only reads `path`."""
 
 
 class PrepareConfig(Section):
@@ -88,15 +89,16 @@ class PrepareConfig(Section):
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     """What is read, in this order."""
     tokenizer: TokenizerConfig
-    """Text to ids."""
+    """What turns text into token ids."""
     validation_fraction: float = Field(default=0.001, ge=0, lt=1)
-    """Share of documents held out, chosen by a hash of the text, so equal texts never fall on both sides."""
+    """Share of documents held out: those whose text hashes below this threshold. So equal texts fall on the same side
+    of the split, within a folder and between folders of equal validation_fraction."""
     append_eos: bool = True
     """End every document with the end-of-document token."""
     shard_tokens: int = Field(default=100_000_000, ge=1000)
     """Tokens after which a shard is closed; finished shards are what an interrupted run keeps."""
     max_broken_lines: int = Field(default=100, ge=0)
-    """Lines that are not JSON with a text, counted over all sources, before the run is refused."""
+    """Lines without valid JSON and text that are tolerated, counted over all sources; one more ends the run."""
     num_processes: int | None = Field(default=None, gt=0)
     """Processes that tokenize; unset takes every core this process may use. The shards do not depend on it."""
 

@@ -34,7 +34,7 @@ class RunConfig(Section):
     data: DataConfig
     """Token shards."""
     parallel: ParallelConfig = ParallelConfig()
-    """Spread over ranks."""
+    """How the run is spread over ranks."""
     training: TrainingConfig
     """Steps, batches, precision."""
     optimizer: OptimizerConfig
@@ -46,13 +46,13 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     """Task suites while training."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """Checkpoints."""
+    """When checkpoints are written and which are kept."""
     faults: FaultConfig = FaultConfig()
-    """Faults."""
+    """What the run survives, and when it stops by itself."""
     logging: LoggingConfig = LoggingConfig()
-    """Logs."""
+    """What is written while training."""
     alarms: AlarmConfig = AlarmConfig()
-    """Alarms."""
+    """Values that are watched and warned about."""
 
 
 def run_problems(config: RunConfig) -> list[Problem]:

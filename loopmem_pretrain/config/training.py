@@ -13,25 +13,25 @@ class TrainingConfig(Section):
     train_steps: int = Field(gt=0)
     """Optimizer steps of the whole run, over all restarts."""
     global_batch_size: int = Field(gt=0)
-    """Samples a step over all ranks; gradient accumulation is solved from it."""
+    """Samples in a step, over all ranks; the number of gradient accumulation steps follows from it."""
     micro_batch_size: int = Field(gt=0)
     """Samples one rank puts through the model at a time."""
     seed: int = Field(default=42, ge=0)
     """Seed of the initial weights and of the order of samples."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Of activations and working weights; master weights, sums of gradients and halting are float32 in both, but that
-    ZeRO 2 and 3 reduce the gradients of a micro-batch over ranks in bf16."""
+    """Type of activations and working weights; master weights, sums of gradients and halting are float32 in both,
+    except that ZeRO 2 and 3 reduce the gradients of a micro-batch over ranks in bf16."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """`auto` takes the GPU where there is one, and refuses to start without one that CUDA_VISIBLE_DEVICES or SLURM
-    speaks of; `cuda` refuses to start without."""
+    """`auto` takes the GPU where there is one, and refuses to start if CUDA_VISIBLE_DEVICES or SLURM names one that is
+    not there; `cuda` refuses to start without a GPU."""
     deterministic: bool = False
-    """Ask torch for deterministic kernels only: two runs give identical losses, at some speed."""
+    """Ask torch for deterministic kernels only: two runs give identical losses, but run somewhat slower."""
     activation_checkpointing: Literal["none", "loop"] = "none"
     """`loop` keeps only the input of each loop and recomputes the rest in the backward pass."""
     compile: Literal["none", "loop"] = "none"
     """`loop` compiles the body of one loop, and the cross-entropy, with torch.compile."""
     ponder_schedule: Literal["constant", "linear", "cyclic"] = "constant"
-    """Over steps t: w; w * t/train_steps; or w * cos(2 pi t / ponder_period), times 0.6 where negative."""
+    """Weight at step t: w; w * t/train_steps; or w * cos(2 pi t / ponder_period), times 0.6 where negative."""
     ponder_period: int = Field(default=10, gt=1)
     """Steps of one cycle of the cyclic ponder schedule (paper: 10)."""
 
@@ -88,14 +88,14 @@ class EvaluationConfig(Section):
     tasks: tuple[str, ...] = ()
     """Suites (commonsense, math) and single tasks, as in `loopmem eval --tasks`."""
     data_dir: FilePath | None = None
-    """Folder with their .jsonl files; unset reads them from the Hugging Face hub at every
-    start, on every rank: with many ranks give a folder."""
+    """Folder with their .jsonl files; unset reads them from the Hugging Face hub at every start, on every rank: with
+    many ranks give a folder."""
     interval_steps: int = Field(default=1000, gt=0)
     """Steps between evaluations; the last step evaluates too."""
     limit: int = Field(default=64, gt=0)
-    """Items a task, always the same ones: what an evaluation costs is bounded by it."""
+    """Items scored per task, always the same ones: this bounds the cost of an evaluation."""
     seed: int = Field(default=0, ge=0)
-    """Of the drawing of those items."""
+    """Seed for drawing these items."""
 
 
 class CheckpointConfig(Section):
@@ -108,22 +108,23 @@ class CheckpointConfig(Section):
     keep_last: int = Field(default=3, gt=0)
     """Newest whole checkpoints to keep; older ones are removed after a newer one is whole."""
     keep_every_steps: int = Field(default=0, ge=0)
-    """Also keep, for ever, checkpoints whose step is a multiple of this; 0 keeps none for that reason."""
+    """Also keep, permanently, checkpoints whose step is a multiple of this; 0 keeps none for this reason."""
     keep_best: int = Field(default=0, ge=0)
-    """Also keep this many checkpoints with the lowest validation loss; of equal ones the newer."""
+    """Also keep this many checkpoints with the lowest validation loss; among equals, the newer."""
 
 
 class FaultConfig(Section):
-    """What a run bears, and when it stops by itself."""
+    """What a run survives, and when it stops by itself."""
 
     max_skipped_steps: int = Field(default=10, gt=0)
-    """The run gives up after so many steps in a row whose loss or gradients are not finite; they are not applied."""
+    """The run gives up after this many steps in a row whose loss or gradients are not finite; they are not applied."""
     spike_action: Literal["off", "warn", "rewind"] = "warn"
     """On a loss spike: nothing; a warning; or back to the last checkpoint before it, leaving out the data since."""
     spike_score: float = Field(default=8.0, gt=0)
-    """A step is high when its loss is this many robust standard deviations (1.4826 MAD) above the window's median."""
+    """A step is high when its loss is this many robust standard deviations (1.4826 MAD) above the window's median;
+    MAD is the median absolute deviation."""
     spike_window_steps: int = Field(default=128, ge=16)
-    """A loss is compared with those of so many steps before it, high ones left out; half as many are needed."""
+    """A loss is compared with those of this many steps before it, high ones left out; at least half are needed."""
     spike_patience_steps: int = Field(default=5, gt=0)
     """High steps in a row that make a spike; single ones are bad samples and pass."""
     max_rewinds: int = Field(default=3, ge=0)
@@ -131,13 +132,14 @@ class FaultConfig(Section):
     time_limit_seconds: int | None = Field(default=None, gt=0)
     """A start stops cleanly, checkpoint included, before its processes have run this long; unset runs on."""
     hang_timeout_seconds: int = Field(default=900, gt=0)
-    """No micro-batch of a step or validation for so long is a hang: stacks of all threads are written, ranks end."""
+    """Without a finished micro-batch for this long, a step or validation counts as hung: stacks of all threads are
+    written and the ranks end."""
     slow_phase_timeout_seconds: int = Field(default=7200, gt=0)
-    """The same for starting, resuming, saving, and the first step and validation, which may compile."""
+    """The same limit for starting, resuming, saving, and the first step and validation, which may compile."""
 
 
 class LoggingConfig(Section):
-    """What is written while training. metrics.jsonl is always written."""
+    """What is written while training; metrics.jsonl is always written."""
 
     interval_steps: int = Field(default=10, gt=0)
     """Steps between lines of metrics.jsonl; the device is read only then."""
