@@ -25,9 +25,9 @@ _HEAD = """\
 Generated from `loopmem_pretrain/config/` by `python -m loopmem_pretrain.config.reference > docs/config.md`; a test
 holds it up to date. Change the fields there, not here.
 
-A configuration is a YAML file. `base: other.yaml` (or a list of files) is merged into others, whose paths
-are relative to it: mappings merge, everything else is replaced, later files win. `key=value` on the command line is
-applied last; dots reach into sections and list items, and the value is YAML:
+A configuration is a YAML file. `base: other.yaml` (or a list of files, relative to this one) names what it builds on:
+mappings merge, everything else is replaced, later files win, this one last. `key=value` on the command line comes after
+all files; dots reach into sections and list items, and the value is YAML:
 
     loopmem train --config configs/train/demo.yaml training.train_steps=100 data.datasets.0.path=/data/tokens
 

@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cluster": BASIC | {"training", "tools", "arguments"},
     "arguments": set(),
     "commands": BASIC | {"training", "hf", "inference", "eval", "tools", "arguments"},
-    "cli": {"errors", "commands", "cluster", PACKAGE},
+    "cli": {"errors", "commands", "cluster", "progress", PACKAGE},
     "__main__": {"cli"},
 }
 
