@@ -8,7 +8,7 @@ with sequence parallelism), a bytes of one activation, t = TP.
 
 On a GPU an RMSNorm is one kernel that keeps its input; on a CPU it keeps its input and its normalised input, both in
 float32 (`fused_norms=False`): what is printed is for a GPU, what tests measure is a CPU. Attention keeps q, k, v, its
-output and one float32 a head and token, as flash attention does.
+output and one float32 a head and token, as flash attention does. A compiled loop keeps less (`made_anew`).
 """
 
 import math
@@ -55,7 +55,7 @@ class Sizes(NamedTuple):
             sharded=parallel.memory_placement == "sharded",
             recompute=training.activation_checkpointing == "loop",
             compiled=training.compile == "loop",
-            fused_norms=fused_norms,
+            fused_norms=fused_norms or training.compile == "loop",
         )
 
     @property
@@ -95,13 +95,26 @@ def loop_bytes(s: Sizes) -> int:
     # Second norm, what gate_proj and up_proj take, and gate, SiLU(gate), up and their product.
     feed_forward = s.norm(stream) + a * full + 4 * a * s.tokens * model.intermediate_size // t
     rows = 2 * WIDE * s.stream
+    whole = attention + feed_forward + rows - (made_anew(s) if s.compiled else 0)
     if not model.max_loops:
-        return attention + feed_forward + rows
+        return whole
     # Each branch in float32, for the gradient of its scale; h in float32, for the router (in fp32 that is h itself).
     looping = 2 * WIDE * stream + (WIDE * stream if a < WIDE else 0) + 4 * WIDE * s.stream
     if s.has_memory or (not s.fused_norms and a < WIDE):
         looping += a * stream  # h itself, where the input norm does not keep it
-    return attention + feed_forward + rows + looping + (_memory_bytes(s) if s.has_memory else 0)
+    return whole + looping + (_memory_bytes(s) if s.has_memory else 0)
+
+
+def made_anew(s: Sizes) -> int:
+    """What a compiled loop makes anew from what it keeps: torch's partitioner decides; measured with torch 2.13."""
+    model, a = s.model, s.bytes
+    silu = a * s.tokens * model.intermediate_size
+    if not model.max_loops:
+        return silu
+    stream = s.stream * model.hidden_size
+    branches = 2 * (WIDE - a) * stream + WIDE * s.stream  # they are kept as they are, not in float32
+    others = (1 if model.gate == "constant" else 2) if s.has_memory else int(a == WIDE)
+    return silu + branches + others * a * stream
 
 
 def _memory_bytes(s: Sizes) -> int:

@@ -84,7 +84,7 @@ def _candidates(config: RunConfig, ranks: int, node: int) -> Iterator[RunConfig]
         rest = ranks // tp
         for pp in (size for size in range(1, min(rest, model.num_hidden_layers) + 1) if rest % size == 0):
             samples = training.global_batch_size // (rest // pp)
-            micro_batches = [1 << power for power in range(samples.bit_length()) if samples % (1 << power) == 0]
+            micro_batches = [size for size in range(1, samples + 1) if samples % size == 0]
             for sequence, placement, zero_stage, recompute, size in product(
                 (False, True) if tp > 1 else (False,),
                 ("replicated", "sharded") if tp > 1 else ("replicated",),

@@ -71,6 +71,47 @@ def run_of(model, precision, checkpointing, samples=3, seq_length=48):
     )
 
 
+def saved_by_a_compiled_visit(config):
+    """Bytes that autograd keeps of one visit of a compiled layer, beside parameters and banks."""
+    from loopmem_pretrain.training.optim import keeps_float32
+    from loopmem_pretrain.training.pipeline import wrap_loops
+
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    model = LoopMemLM(config.model, TorchBackend())
+    initialize(model.named_parameters(), config.model, 1)
+    wrap_loops(model, config.training)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if keeps_float32(name) else dtype)
+    banks = (model.model.memory(),) if model.model.memory is not None else ()
+    shape = (config.training.micro_batch_size, config.data.seq_length, config.model.hidden_size)
+    others = [*model.parameters(), *(tensor for bank in banks for tensor in bank if isinstance(tensor, torch.Tensor))]
+    known = {tensor.untyped_storage().data_ptr() for tensor in others}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor too, or its place is used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.model.layers[0](torch.randn(shape, dtype=dtype, requires_grad=True), *banks)
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["loops and memory", "no memory", "constant gate", "global bank", "topk", "plain"])
+def test_what_compiled_loops_keep(name, precision):
+    config = tiny_run(
+        model={"hidden_size": 64, "intermediate_size": 128, **MODELS[name]},
+        training={"precision": precision, "micro_batch_size": 4, "compile": "loop"},
+        data={"datasets": [{"path": "unused"}], "seq_length": 64, "num_workers": 0},
+    )
+    torch._dynamo.reset()
+    assert visit_bytes(Sizes.of(config)) == pytest.approx(saved_by_a_compiled_visit(config), rel=0.02)
+
+
 @pytest.mark.parametrize("checkpointing", ["none", "loop"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", MODELS)
