@@ -20,6 +20,12 @@ submit() {
     sbatch --parsable "${after[@]}" "${@:2}" | cut -d ';' -f 1
 }
 
+take_back() {
+    [ -z "${tokenizer:-}" ] || scancel ${conversion:-} ${training:-} ${data:-} "$tokenizer"
+    echo "nothing is left in the queue: a job was refused" >&2
+}
+trap take_back ERR
+
 # shellcheck disable=SC2086 # the options are several words
 {
     tokenizer=$(TASK=train-tokenizer INPUTS='' submit '' ${PREPARE_OPTIONS:-} "$here/prepare_data.sbatch")

@@ -279,7 +279,8 @@ def draw_pair(first: tuple[str, str, str], second: tuple[str, str, str]) -> Draw
             steps, values = series(records, key)
             axes.plot(steps, values, color=color, linewidth=1.0)
             axes.set_ylabel(label)
-            axes.set_ylim(bottom=0)
+            top = values[np.isfinite(values)].max(initial=0.0)
+            axes.set_ylim(0, 1.06 * top or None)  # a constant is no line on the frame
             if key == "mfu":
                 axes.yaxis.set_major_formatter(PercentFormatter(1.0))
             else:

@@ -328,6 +328,16 @@ def test_chain_has_an_element_for_the_last_line_too(cluster, tmp_path):
     assert cluster.show(said.split()[3].strip(","))["ArrayTaskId"] == "1-3", said
 
 
+def test_chain_leaves_nothing_behind_when_a_job_is_refused(cluster, tmp_path):
+    (tmp_path / "inputs").write_text("a\n")
+    held = f"--hold --output=/dev/null --chdir={tmp_path}"
+    values = dict.fromkeys(("RECIPE", "OUTPUT", "CONFIG", "RUN_DIR", "OUT"), "x")
+    values |= {"INPUTS": tmp_path / "inputs", "PREPARE_OPTIONS": held, "TRAIN_OPTIONS": f"{held} --partition=nowhere"}
+    with pytest.raises(AssertionError, match="invalid partition"):
+        cluster.run(ROOT / "slurm" / "chain.sh", **values)
+    assert cluster.run("squeue", "-h") == ""
+
+
 def test_chain_refuses_what_it_cannot_wait_for(tmp_path):
     names = ("RECIPE", "INPUTS", "OUTPUT", "CONFIG", "RUN_DIR", "OUT")
     env = {"PATH": "/usr/bin:/bin", "CONTINUE": "chain", **dict.fromkeys(names, "x")}
