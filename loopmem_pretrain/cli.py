@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         by_signal = isinstance(interrupt, Terminated)
         said = "ended by SIGTERM" if by_signal else "interrupted"
         if rank == "0":
-            print(f"loopmem: {said}; the same command continues where it can", file=sys.stderr)
+            with unread_output_dropped(sys.stderr):
+                print(f"loopmem: {said}; the same command continues where it can", file=sys.stderr, flush=True)
         return EXIT_TERMINATED if by_signal else EXIT_INTERRUPTED
     except BrokenPipeError:  # `loopmem ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

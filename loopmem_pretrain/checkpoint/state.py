@@ -167,10 +167,19 @@ def _refuse_lost_checkpoints(run_dir: Path) -> None:
         CheckpointError: it would be trained from the beginning.
     """
     path = run_dir / "status.json"
-    status = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if status.get("status") in ("done", "interrupted") and status.get("step"):
+    if not path.exists():
+        return
+    try:
+        status = json.loads(path.read_bytes())
+        ended, step = status["status"] in ("done", "interrupted"), int(status["step"] or 0)
+    except (ValueError, TypeError, KeyError):
         raise CheckpointError(
-            f"{run_dir} has trained {status['step']:,} steps (status.json), and there is no checkpoint in it",
+            f"{path} is damaged, and there is no checkpoint in {run_dir}: how far it was trained is not known",
+            "remove the file to train this run from its beginning, or choose another run_dir",
+        ) from None
+    if ended and step:
+        raise CheckpointError(
+            f"{run_dir} has trained {step:,} steps (status.json), and there is no checkpoint in it",
             "restore its checkpoints/ folder, or choose another run_dir; remove status.json to train this one anew",
         )
 

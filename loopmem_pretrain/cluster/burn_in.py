@@ -124,9 +124,13 @@ def measure(folder: Path, config: str, arguments: Sequence[str]) -> None:
     import torch
     import torch.distributed as dist
 
-    os.environ.update(rank.place(os.environ))
-    path = folder / f"rank-{int(os.environ['RANK']):05d}.json"
-    problem = missing_gpus(config, arguments)
+    problem = ""
+    try:
+        os.environ.update(rank.place(os.environ))
+    except EnvironmentFault as fault:
+        problem = fault.problem
+    path = folder / f"rank-{int(os.environ['SLURM_PROCID']):05d}.json"
+    problem = problem or missing_gpus(config, arguments)
     if problem:
         report: records.Record = {"node": os.environ["SLURMD_NODENAME"], "problem": problem}
         path.write_text(json.dumps(report) + "\n", encoding="utf-8")

@@ -203,16 +203,21 @@ class Job:
         shared = health.disk_problems(self.run_dir)
         if shared:
             return Ending("failed", "; ".join(shared), EnvironmentFault.exit_code)
+        bad: dict[str, list[str]] = {}
+        failure: Ending | None = None
         try:
             bad = patiently(lambda: health.check_nodes(self.options, self.here, self.folder))
         except EnvironmentFault as fault:
-            return Ending("failed", f"{fault.problem}; {fault.fix}", fault.exit_code)
-        if self.asked:  # which may be why nodes did not answer
+            failure = Ending("failed", f"{fault.problem}; {fault.fix}", fault.exit_code)
+        if self.asked or failure:  # the end of the job may be why nodes did not answer, or ranks did not finish
             job = slurm.show_job(self.here.job)
             if job["JobState"] != "RUNNING":
                 return Ending("ended", f"SLURM says {job['JobState']}, reason {job.get('Reason')}; {self.asked}", 1)
+        if self.asked:
             verdict: records.Verdict = "preempted" if self.was_terminated else "interrupted"
             return Ending(verdict, f"{self.asked}, before the ranks were started")
+        if failure:
+            return failure
         for node, problems in bad.items():
             say(f"{node} is left out: {'; '.join(problems)}")
         healthy = [node for node in self.here.nodes if node not in bad]
@@ -228,10 +233,10 @@ class Job:
     def _train(self) -> tuple[int, bool, records.Record]:
         """Start the ranks and wait for their end: srun's exit code, whether they hung, status.json before."""
         before = patiently(lambda: records.read_json(self.run_dir / "status.json"))
-        command, environment = step_command(self.options, self.here, self.nodes), self._environment()
+        command = step_command(self.options, self.here, self.nodes)
         say(f"{len(self.nodes) * self.here.tasks_per_node} ranks on {','.join(self.nodes)}: {shlex.join(command)}")
         say(f"logs: {rank.log_file(self.folder, 0)} and its neighbours")
-        ranks = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+        ranks = subprocess.Popen(command, env=self._environment(), stdin=subprocess.DEVNULL)
         watch = Heartbeat(self.run_dir / "heartbeat.json", self.options.start_seconds, self.options.hang_seconds)
         hangs = False
         while ranks.poll() is None:

@@ -86,9 +86,9 @@ def check_complete(config: PrepareConfig, manifest: Manifest, folder: Path) -> N
     """
     now = config.model_dump(mode="json")
     different = _differences(manifest.recipe, now)
-    before, after = (recipe["tokenizer"].get("train") for recipe in (manifest.recipe, now))
-    if before and after:  # a tokenizer that is given may have been trained by another recipe
-        different += _changed(_leaves(before, "tokenizer.train"), _leaves(after, "tokenizer.train"))
+    trained, to_train = (_leaves(_training(recipe), "tokenizer.train") for recipe in (manifest.recipe, now))
+    if trained and to_train:  # a tokenizer that is given may have been trained by another recipe
+        different += _changed(trained, to_train)
     given = find_tokenizer(config.tokenizer.path)
     if given is not None:
         tokenizer = load_tokenizer(given, config.tokenizer.eos_token)
@@ -158,6 +158,12 @@ def _relevant(recipe: dict[str, Any]) -> dict[str, Any]:
     tokenizer = recipe.get("tokenizer")
     eos_token = tokenizer.get("eos_token") if isinstance(tokenizer, dict) else None
     return {**{key: value for key, value in recipe.items() if key not in _FREE}, "tokenizer.eos_token": eos_token}
+
+
+def _training(recipe: dict[str, Any]) -> dict[str, Any]:
+    tokenizer = recipe.get("tokenizer")
+    train = tokenizer.get("train") if isinstance(tokenizer, dict) else None
+    return train if isinstance(train, dict) else {}
 
 
 def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -78,7 +78,7 @@ def _tried(action: Callable[[], T], rank: int) -> _Outcome[T]:
     except LoopMemError as error:
         return _Outcome(failure=error)
     except OSError as error:
-        fix = "see to that file (its folder, permissions, free space), then start the same command again"
+        fix = "see to that file or disk (permissions, free space), then start the same command again"
         return _Outcome(failure=EnvironmentFault(f"rank {rank}: {error}", fix))
     except Exception as error:  # noqa: BLE001 - raised again in settled(), after the other ranks know
         told = EnvironmentFault(f"rank {rank} failed: {type(error).__name__}: {error}", "see the traceback there")

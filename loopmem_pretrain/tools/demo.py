@@ -30,12 +30,24 @@ def run_demo(run_dir: str) -> int:
     for title, command in stages(run_dir):
         print(f"\n== {title}\n$ {shlex.join(['loopmem', *command])}", flush=True)
         start = time.monotonic()
-        code = subprocess.run([sys.executable, "-m", "loopmem_pretrain", *command], check=False).returncode
+        code = _run(command)
         if code:
             return code
         print(f"({time.monotonic() - start:.0f} s)", flush=True)
     print(f"\nDone in {time.monotonic() - began:.0f} s. Open {run_dir}/report.html in a browser.")
     return EXIT_DONE
+
+
+def _run(command: list[str]) -> int:
+    """Exit code of `loopmem COMMAND`, also where the demo is to end: a training saves before it does."""
+    stage = subprocess.Popen([sys.executable, "-m", "loopmem_pretrain", *command])
+    try:
+        return stage.wait()
+    except KeyboardInterrupt as end:
+        if type(end) is not KeyboardInterrupt:  # Ctrl-C has reached the stage too, SIGTERM has not
+            stage.terminate()
+        stage.wait()
+        raise
 
 
 def stages(run_dir: str) -> list[tuple[str, list[str]]]:

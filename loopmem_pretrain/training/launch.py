@@ -200,11 +200,11 @@ def _start_ranks(ranks: int, arguments: Sequence[str], run_dir: Path) -> Ended:
         return Ended(failure.exitcode, None, may_restart)
     except SignalException as error:
         status = run_folder.read_status(run_dir) or {}
-        if status.get("status") in ("interrupted", "done"):
-            return Ended(EXIT_DONE)  # the ranks were given the signal too; they saved and stopped
         if not run_folder.is_of_this_start(status):
             log.warning("ended by %s before the first step: nothing was trained in this start", error.sigval.name)
             return Ended(EXIT_TERMINATED if error.sigval == signal.SIGTERM else EXIT_INTERRUPTED)
+        if status.get("status") in ("interrupted", "done"):
+            return Ended(EXIT_DONE)  # the ranks were given the signal too; they saved and stopped
         fault = EnvironmentFault(
             f"ended by {error.sigval.name} before the ranks had saved and stopped",
             "start the same command to resume from the last checkpoint; a smaller logging.interval_steps lets the "

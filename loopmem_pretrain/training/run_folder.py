@@ -97,10 +97,10 @@ def refuse_foreign_folder(run_dir: Path) -> None:
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run_dir {run_dir} is a file", "name a folder: a new one, or that of a run to go on with")
-    if not run_dir.is_dir() or (run_dir / RUN_ID).exists():
+    if not run_dir.is_dir() or (run_dir / RUN_ID).exists() or (run_dir / "metrics.jsonl").exists():
         return
     present = {path.name for path in run_dir.iterdir()}
-    texts = {name for name in present - {"metrics.jsonl"} if name.endswith((".jsonl", ".jsonl.zst", ".parquet"))}
+    texts = {name for name in present if name.endswith((".jsonl", ".jsonl.zst", ".parquet"))}
     found = sorted(texts | present & {"manifest.json", "config.json", ".git", "setup.py"})
     if found:
         raise ConfigError(
