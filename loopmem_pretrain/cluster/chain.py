@@ -26,7 +26,7 @@ RECORDED = (
     "GLOO_",
     "LOADEDMODULES",
 )
-SECRET = re.compile("JWT|TOKEN|_KEY|SECRET|PASS", re.IGNORECASE)
+SECRET = re.compile("JWT|TOKEN|_KEY|APIKEY|SECRET|PASS", re.IGNORECASE)
 
 FIELDS = {
     "time": "TimeLimit",

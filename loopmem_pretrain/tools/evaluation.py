@@ -90,10 +90,9 @@ def _setting(score: Row) -> str:
 
 def _with_error(score: Row, name: str) -> list[str]:
     error = score[f"{name}_standard_error"]
-    return [
-        f"{score[name]:,.4f}",
-        "-" if error is None else f"{error:#.2g}".removesuffix(".") if error < 99.5 else f"{error:,.0f}",
-    ]
+    if error is None:
+        return [f"{score[name]:,.4f}", "-"]
+    return [f"{score[name]:,.4f}", f"{error:#.2g}".removesuffix(".") if error < 99.5 else f"{error:,.0f}"]
 
 
 def _tasks(evaluation: Mapping[str, Any]) -> list[str]:

@@ -253,6 +253,42 @@ def test_sigterm_to_the_parent_of_ranks_stops_cleanly(tmp_path, config_file):
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == f"step_{status['step']:08d}"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_before_the_first_step_of_a_start(tmp_path, config_file, number, code):
+    """Also of one that resumes: what status.json says is of the start before."""
+    command = ["train", "--config", str(config_file), "--ranks", "2"]
+    assert loopmem(*command, "--stop-at-step", "2").returncode == 0
+    before = (tmp_path / "run" / "status.json").read_text()
+    process = subprocess.Popen([*LOOPMEM, *command], stderr=subprocess.PIPE, text=True)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not children.read_text():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == code, said
+    assert "before the first step: nothing was trained in this start" in said and "Traceback" not in said
+    assert (tmp_path / "run" / "status.json").read_text() == before
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_demo_reaches_its_training(tmp_path, config_file):
+    """With one stage in the place of all; the training saves, and no rank is left."""
+    stage = ["train", "--config", str(config_file), "--ranks", "2", "training.train_steps=2000"]
+    code = (
+        f"import sys; from loopmem_pretrain.tools import demo; demo.stages = lambda run_dir: [('train', {stage!r})]\n"
+    )
+    code += "from loopmem_pretrain.cli import main; sys.exit(main(['demo']))"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    wait_for_metrics(tmp_path / "run")
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 143, said
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["status"], status["reason"]) == ("interrupted", "stopped by SIGTERM")
+
+
 @pytest.mark.parametrize("step", ["0", "-3"])
 def test_a_step_to_stop_at_that_cannot_be(config_file, step):
     result = loopmem("train", "--config", config_file, "--stop-at-step", step)

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from loopmem_pretrain.checkpoint.state import _refuse_lost_checkpoints
 from loopmem_pretrain.config.run import RunConfig
+from loopmem_pretrain.errors import CheckpointError
 from tests.configs import tiny_run
 from tests.distributed import run_ranks
 
@@ -229,6 +231,13 @@ def test_a_run_whose_checkpoints_have_gone_does_not_begin_anew(copy_of_finished,
     assert exact(copy_of_finished) == before
     (copy_of_finished / "status.json").unlink()
     run(longer(copy_of_finished, sentences), stop_at_step=1)
+
+
+@pytest.mark.parametrize("content", ["", "null", '{"status": "done"}', '{"status": "done", "step": "x"}', '{"sta'])
+def test_without_a_checkpoint_a_damaged_status_says_nothing(tmp_path, content):
+    (tmp_path / "status.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"status.json is damaged, and there is no checkpoint"):
+        _refuse_lost_checkpoints(tmp_path)
 
 
 def test_a_half_written_checkpoint_is_ignored(copy_of_finished, sentences):

@@ -92,7 +92,7 @@ def test_what_is_refused_leaves_nothing_behind(shell):
     assert "global_batch_size" in shell.request("submit", nodes=3)
     answer = shell.request("submit", "--spare-nodes", "3")
     assert "SLURM refuses the job" in answer, answer
-    assert "Invalid job id" in shell.request("submit", "--after", "4711")
+    assert "--after 4711: SLURM does not know that job" in shell.request("submit", "--after", "4711")
     assert not shell.run_dir.exists()
     assert shell.cluster.run("squeue", "-h") == ""
 

@@ -12,7 +12,7 @@ import yaml
 from loopmem_pretrain import control
 from loopmem_pretrain.checkpoint.store import CheckpointStore
 from loopmem_pretrain.cluster import accounting, burn_in, chain, health, manage, records
-from loopmem_pretrain.cluster.job import parser, step_command, train_command
+from loopmem_pretrain.cluster.job import Job, parser, step_command, train_command
 from loopmem_pretrain.cluster.rank import node_command, place
 from loopmem_pretrain.cluster.slurm import Allocation, end_time, job_fields, sbatch_environment, was_cancelled
 from loopmem_pretrain.cluster.step import Heartbeat, environment, what_ranks_said
@@ -71,8 +71,10 @@ def test_times_as_sbatch_takes_them(time, seconds):
 
 
 def test_what_may_be_a_secret_is_not_written_down():
-    names = ("SLURM_JWT", "SLURM_JOB_ID", "NCCL_DEBUG", "SBATCH_ACCOUNT", "SLURM_REST_TOKEN", "AWS_SECRET_ACCESS_KEY")
-    assert [name for name in names if chain.is_recorded(name)] == ["SLURM_JOB_ID", "NCCL_DEBUG", "SBATCH_ACCOUNT"]
+    names = ("SLURM_JWT", "SLURM_JOB_ID", "NCCL_DEBUG", "SBATCH_ACCOUNT", "SLURM_REST_TOKEN", "NCCL_IB_PKEY")
+    assert [name for name in names if chain.is_recorded(name)] == [
+        *("SLURM_JOB_ID", "NCCL_DEBUG", "SBATCH_ACCOUNT", "NCCL_IB_PKEY")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -294,6 +296,31 @@ def test_every_task_sees_all_gpus_of_its_node(monkeypatch):
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
     command = step_command(options, HERE, HERE.nodes)
     assert "--gpus-per-node=4" in command and "SLURM_GPUS_PER_TASK" not in environment(HERE, HERE.nodes)
+
+
+@pytest.mark.parametrize(
+    ("asked", "terminated", "state", "verdict"),
+    [
+        ("the job was asked to end (SIGTERM)", True, "RUNNING", "preempted"),
+        ("the time of the job is nearly over (SIGUSR1)", False, "RUNNING", "interrupted"),
+        ("", False, "CANCELLED", "ended"),  # steps may be told before the batch script
+        ("", False, "RUNNING", "failed"),
+    ],
+)
+def test_a_burn_in_that_is_cut_off_does_not_speak_of_the_network(
+    tmp_path, monkeypatch, asked, terminated, state, verdict
+):
+    job = Job.__new__(Job)
+    job.options, job.run_dir, job.here, job.folder, job.nodes = None, tmp_path, HERE, tmp_path, HERE.nodes
+    job.asked, job.was_terminated = "", False
+
+    def cut_off(options, here, folder):
+        job.asked, job.was_terminated = asked, terminated
+        raise EnvironmentFault("the network between them does not work", "see NCCL_DEBUG=INFO")
+
+    monkeypatch.setattr(health, "check_nodes", cut_off)
+    monkeypatch.setattr("loopmem_pretrain.cluster.slurm.show_job", lambda number: {"JobState": state})
+    assert job._check_and_train().verdict == verdict
 
 
 def test_a_run_folder_with_signs_of_yaml():

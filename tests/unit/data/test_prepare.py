@@ -463,6 +463,14 @@ def test_the_tokenizer_is_trained_when_the_recipe_says_how(corpus: Path, tmp_pat
         prepare(recipe(corpus, tmp_path / "out", tokenizer=other))
 
 
+def test_a_manifest_that_does_not_say_of_what_it_was_made(corpus: Path, tmp_path: Path) -> None:
+    prepare(recipe(corpus, tmp_path / "out"))
+    file = tmp_path / "out" / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "recipe": {}}))
+    with pytest.raises(DataError, match="was made from something else"):
+        prepare(recipe(corpus, tmp_path / "out"))
+
+
 @pytest.fixture
 def file_size_limit() -> Iterator[Callable[[int], None]]:
     """Writing past the limit fails as on a full disk (EFBIG in place of ENOSPC)."""

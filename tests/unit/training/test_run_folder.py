@@ -122,3 +122,9 @@ def test_notes_and_configs_of_a_user_may_lie_there(tmp_path):
     for name in ("notes.txt", "my.yaml", "data"):
         (tmp_path / name).mkdir()
     prepare(tiny_run(tmp_path, "data"), tmp_path).close()
+
+
+def test_a_copy_of_a_run_without_its_id_is_a_run(tmp_path):
+    for name in ("metrics.jsonl", "faults.jsonl"):
+        (tmp_path / name).write_text("")
+    prepare(tiny_run(tmp_path, "data"), tmp_path).close()
