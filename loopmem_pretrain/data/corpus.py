@@ -7,6 +7,7 @@ nothing twice and nothing lost. Lines that are not JSON with a text are counted 
 import codecs
 import glob
 import json
+import os
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from loopmem_pretrain.errors import DataError
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 """Of files that are read, in small or capital letters."""
 _SHOWN = 5  # broken lines quoted in messages
+_LONGEST = 300  # characters of one of them
 _ROWS = 512  # parquet rows decoded at a time
 
 
@@ -65,7 +67,8 @@ class Tally:
         """
         self.broken_lines += 1
         if len(self.broken_examples) < _SHOWN:
-            self.broken_examples.append(f"{place}: {reason}")
+            said = f"{place}: {reason}".encode(errors="backslashreplace").decode()  # half a surrogate pair is no text
+            self.broken_examples.append(said[:_LONGEST])
         if self.broken_lines > self.max_broken_lines:
             raise DataError(
                 f"{self.broken_lines:,} broken lines, and max_broken_lines is {self.max_broken_lines:,}; "
@@ -86,14 +89,18 @@ def find_files(source: SourceConfig) -> list[Path]:
         DataError: a pattern matches nothing; a file is empty or of an unknown type; all such problems at once.
     """
     files: dict[Path, None] = {}
+    identities: dict[tuple[int, int], Path] = {}
     problems: list[str] = []
     for pattern in source.paths:
-        path = Path(pattern).expanduser()  # a file may have brackets in its name
-        matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
-        if not matches:
+        path = Path(pattern).expanduser()
+        is_name = os.path.lexists(path)  # a file may have brackets in its name
+        matches = [path] if is_name else sorted(map(Path, glob.glob(str(path), recursive=True)))
+        unlisted = [] if is_name else _cannot_be_listed(path)
+        problems += unlisted
+        if not matches and not unlisted:
             problems.append(f"{pattern}: no such file (looked from {Path.cwd()})")
         for match in matches:
-            if not match.exists():
+            if not os.access(match, os.F_OK):
                 problems.append(f"{match}: a link to a file that is not there")
             elif match.is_dir():
                 if pattern == str(match) or not glob.has_magic(pattern):
@@ -104,7 +111,13 @@ def find_files(source: SourceConfig) -> list[Path]:
                 problems.append(f"{match}: empty, 0 bytes")
             elif source.filters and match.name.lower().endswith(".txt"):
                 problems.append(f"{match}: filters compare fields of a record, and a .txt has none")
+            elif not _is_unicode(str(match)):
+                problems.append(f"{str(match)!a}: a name that is not UTF-8, which the manifest cannot hold")
             else:
+                found = match.stat()
+                other = identities.setdefault((found.st_dev, found.st_ino), match)
+                if other != match:
+                    problems.append(f"{match}: the same file as {other}, it would be read twice")
                 files[match] = None
     if not files and not problems:
         problems.append(f"{', '.join(source.paths)}: only folders match; write a pattern such as FOLDER/*.jsonl")
@@ -114,6 +127,32 @@ def find_files(source: SourceConfig) -> list[Path]:
             "correct sources.paths, or remove or mend these files",
         )
     return list(files)
+
+
+def _cannot_be_listed(pattern: Path) -> list[str]:
+    """Folders in which the pattern may match and that cannot be looked into: `glob` passes over them in silence."""
+    magic = next((index for index, part in enumerate(pattern.parts) if glob.has_magic(part)), None)
+    if magic is None:
+        return []
+    deepest = None if "**" in pattern.parts else len(pattern.parts) - 1
+    problems: list[str] = []
+
+    def note(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            problems.append(f"{error.filename}: cannot be listed: {error.strerror}")
+
+    for folder, folders, _ in os.walk(Path(*pattern.parts[:magic]), onerror=note):
+        if deepest is not None and len(Path(folder).parts) >= deepest:
+            folders.clear()
+    return problems
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # Python keeps bytes of a name that are not UTF-8 as half surrogates
+        return False
+    return True
 
 
 def iter_documents(
@@ -215,7 +254,7 @@ def _file_rows(source: SourceConfig, tally: Tally, start: Cursor, files: list[Pa
         path, begin = files[index], start if index == start.file else Cursor(file=index)
         try:
             if path.suffix.lower() == ".parquet":
-                yield from _parquet_rows(source, path, begin)
+                yield from _parquet_rows(source, path, begin, tally)
             elif path.suffix.lower() == ".txt":
                 yield from _text_rows(source, path, begin)
             else:
@@ -285,7 +324,7 @@ def _decode(text: bytes, path: Path, line: int) -> str:
         ) from None
 
 
-def _parquet_rows(source: SourceConfig, path: Path, begin: Cursor) -> Generator[Row]:
+def _parquet_rows(source: SourceConfig, path: Path, begin: Cursor, tally: Tally) -> Generator[Row]:
     import pyarrow
     import pyarrow.parquet
 
@@ -310,10 +349,24 @@ def _parquet_rows(source: SourceConfig, path: Path, begin: Cursor) -> Generator[
                     if row + len(batch) <= begin.offset:
                         row += len(batch)
                         continue
-                    for record in batch.to_pylist():
+                    for record in _records(batch):
                         row += 1
-                        if row > begin.offset:
+                        if record is None and row > begin.offset:
+                            tally.broken(f"{path}: row {row}", "not UTF-8 text")
+                        elif record is not None and row > begin.offset:
                             stored = size * row // max(1, table.metadata.num_rows)
                             yield Row(record, f"{path}: row {row}", Cursor(begin.file, row, row, stored=stored))
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: damaged or no parquet file: {error}", "copy or download the file again") from error
+
+
+def _records(batch: Any) -> Iterator[dict[str, Any] | None]:
+    """The rows of a batch; None for one whose text is not UTF-8, which parquet does not look at."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for row in range(len(batch)):
+            try:
+                yield batch.slice(row, 1).to_pylist()[0]
+            except UnicodeDecodeError:
+                yield None

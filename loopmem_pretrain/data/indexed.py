@@ -10,7 +10,9 @@ with a name instead of a bus error.
 The import of megatron.core takes 4-5 s, so it happens when the first stream is opened.
 """
 
+import errno
 import os
+import resource
 import struct
 import weakref
 from bisect import bisect_right
@@ -29,11 +31,15 @@ from loopmem_pretrain.data.manifest import (
     load_manifest,
     verify_shards,
 )
-from loopmem_pretrain.errors import DataError
+from loopmem_pretrain.errors import DataError, EnvironmentFault
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+
+_OTHER_FILES = 512
+"""That a process has open besides shards: libraries, sockets to other ranks, logs."""
 
 
 class TokenStream:
@@ -69,6 +75,7 @@ class TokenStream:
         self._item_size = 2 if self.manifest.dtype == "uint16" else 4
         for shard in shards if check_indexes else ():
             self._check_index(shard)
+        _allow_open_files(len(shards))
         self._files = [_File(self.folder / f"{shard.prefix}.bin") for shard in shards]
         self._starts = [0, *accumulate(shard.tokens for shard in shards)]  # of each shard in the stream, and the end
 
@@ -137,6 +144,13 @@ class TokenStream:
                 raise DataError(problem, again(self.folder))
 
 
+def _allow_open_files(count: int) -> None:
+    """Raise this process's limit of open files as far as it may itself, where `count` more come near it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 2 * count + _OTHER_FILES:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 class _File:
     """A .bin file, open as long as this object lives."""
 
@@ -145,14 +159,23 @@ class _File:
         try:
             self.descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise DataError(f"{path} cannot be opened: {error.strerror}", "allow reading it, then try again") from error
+            advice = "allow reading it, then try again"
+            if error.errno == errno.EMFILE:
+                advice = "a process holds every shard open: raise its limit of open files (ulimit -n, LimitNOFILE)"
+            raise DataError(f"{path} cannot be opened: {error.strerror}", advice) from error
         weakref.finalize(self, os.close, self.descriptor)
 
     def read_into(self, tokens: "NDArray[Any]", position: int) -> None:
         """Fill `tokens` with the bytes from `position` on."""
         rest = tokens.data.cast("B")
         while rest:
-            count = os.preadv(self.descriptor, [rest], position)
+            try:
+                count = os.preadv(self.descriptor, [rest], position)
+            except OSError as error:
+                raise EnvironmentFault(
+                    f"{self.path} cannot be read at byte {position}: {error.strerror}",
+                    "see to its disk, then start the same command again to resume",
+                ) from error
             if not count:
                 problem = f"{self.path} ends at byte {position}: it was cut short after it was opened"
                 raise DataError(problem, again(self.path.parent))

@@ -11,6 +11,10 @@ from typing import Any, BinaryIO
 from loopmem_pretrain.errors import DataError
 
 _CHUNK = 1 << 20
+_STORED = 1 << 16
+"""Bytes of a zstandard file that are decompressed at once: repetitive text may become ten thousand times as long."""
+_WINDOW = 1 << 31
+"""Of zstandard frames that are read: the largest there is, as of `zstd --long=31`."""
 
 
 class Lines:
@@ -79,21 +83,21 @@ class _Zstandard(io.RawIOBase):
         self._library = zstandard
         self._frame: Any = None
         self._input = b""
-        self._output = b""
+        self._output = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         while not self._output:
-            self._input = self._input or self._raw.read(_CHUNK)
+            self._input = self._input or self._raw.read(_STORED)
             if not self._input:
                 if self._frame is not None:
                     raise EOFError("the last frame has no end")
                 return 0
-            self._frame = self._frame or self._library.ZstdDecompressor().decompressobj()
+            self._frame = self._frame or self._library.ZstdDecompressor(max_window_size=_WINDOW).decompressobj()
             try:
-                self._output = self._frame.decompress(self._input)
+                self._output = memoryview(self._frame.decompress(self._input))
             except self._library.ZstdError as error:
                 raise EOFError(str(error)) from error
             self._input = self._frame.unused_data

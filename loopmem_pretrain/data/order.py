@@ -8,6 +8,7 @@ Two pure functions of their arguments decide which sample is the i-th of a run:
 Changing either changes every run's data: then also change ORDER, which checkpoints remember.
 """
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import blake2b
@@ -100,6 +101,8 @@ def _shares(weights: Sequence[float]) -> list[int]:
     if not weights or min(weights) <= 0:
         raise ValueError(f"weights must be positive, got {list(weights)}")
     exact = [weight / sum(weights) * CYCLE for weight in weights]
+    if sum(weights) == math.inf:  # of weights that are finite themselves
+        return _shares([weight / max(weights) for weight in weights])
     counts = [int(share) for share in exact]
     by_remainder = sorted(range(len(exact)), key=lambda d: counts[d] - exact[d])
     for d in by_remainder[: CYCLE - sum(counts)]:

@@ -9,9 +9,9 @@ at the end of a batch, so the bytes of the shards depend neither on the number o
 
 import os
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, Future
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ from loopmem_pretrain.data.manifest import (
     verify_shards,
     write_manifest,
 )
+from loopmem_pretrain.data.pool import WorkerDied
 from loopmem_pretrain.data.recipe import (
     begin_or_continue,
     check_complete,
@@ -93,6 +94,7 @@ def prepare(config: PrepareConfig, progress: Progress = silent) -> Manifest:
         journal = Journal(folder)
         task = Task(
             tokenizer_file=str(tokenizer.file.resolve()),
+            tokenizer_sha256=tokenizer.sha256,
             eos_token=config.tokenizer.eos_token,
             append_eos=config.append_eos,
             dtype=token_dtype(tokenizer.vocab_size),
@@ -106,10 +108,12 @@ def prepare(config: PrepareConfig, progress: Progress = silent) -> Manifest:
             run.tokenize(pool)
             refuse_changed_sources(found)
             return run.finish()
-        except BrokenProcessPool as error:
+        except WorkerDied as error:
             raise EnvironmentFault(
                 "a tokenizing process was killed, most often because memory ran out",
-                "run the same command again, it continues; with a smaller num_processes if it happens again",
+                "run the same command again, it continues; with a smaller num_processes if it happens again. One "
+                "document takes 40 to 120 bytes of memory for each of its text: a huge .txt is better cut by "
+                "document_separator: blank_line",
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -132,6 +136,10 @@ class _Run:
         self.tokenizer, self.task, self.progress = tokenizer, task, progress
         remove_unlisted(folder, self._shards())
         require_files(folder, self._shards())
+        self.documents = self.tokens = self.closed = 0
+        """In closed shards, and how many these are."""
+        for entry in journal.entries:
+            self._count(entry.shards)
         last = journal.entries[-1] if journal.entries else None
         self.source = last.source if last else 0
         self.cursor = Cursor(*last.cursor) if last else Cursor()
@@ -144,10 +152,12 @@ class _Run:
             split: ShardWriter(folder, split, task.dtype, sum(split in entry.shards for entry in journal.entries))
             for split in _SPLITS
         }
-        self.sizes = [sum(path.stat().st_size for path in paths) for paths in files]
-        self.total = sum(self.sizes) if all(source.kind == "files" for source in config.sources) else None
+        # Bytes of the stored files before each file, source by source, and behind the last of them.
+        self.before = [[0, *accumulate(path.stat().st_size for path in paths)] for paths in files]
+        known = all(source.kind == "files" for source in config.sources)
+        self.total = sum(sizes[-1] for sizes in self.before) if known else None
 
-    def tokenize(self, pool: ProcessPoolExecutor) -> None:
+    def tokenize(self, pool: Executor) -> None:
         """All that is left, up to the journal's last entry."""
         limit = _IN_FLIGHT * num_processes(self.config)
         pending: deque[tuple[Batch, Future[dict[SplitName, Tokens]]]] = deque()
@@ -195,6 +205,12 @@ class _Run:
         text_bytes = {split: writer.text_bytes for split, writer in self.writers.items() if writer.documents}
         shards = {split: shard for split, writer in self.writers.items() if (shard := writer.close())}
         self.journal.append(Entry(shards=shards, text_bytes=text_bytes, source=source, cursor=(*cursor,), **counts))
+        self._count(shards)
+
+    def _count(self, shards: Mapping[SplitName, Shard]) -> None:
+        self.documents += sum(shard.documents for shard in shards.values())
+        self.tokens += sum(shard.tokens for shard in shards.values())
+        self.closed += len(shards)
 
     def _shards(self, split: SplitName | None = None) -> list[Shard]:
         return [
@@ -202,16 +218,15 @@ class _Run:
         ]
 
     def _say(self, batch: Batch) -> None:
-        done, position = sum(self.sizes[: batch.source]), batch.after
-        if batch.source < len(self.files):
-            read = self.files[batch.source][: position.file]
-            done += sum(path.stat().st_size for path in read) + position.stored
-        shards, writers = self._shards(), self.writers.values()
+        done, position = sum(sizes[-1] for sizes in self.before[: batch.source]), batch.after
+        if batch.source < len(self.before):
+            done += self.before[batch.source][min(position.file, len(self.before[batch.source]) - 1)] + position.stored
+        writers = self.writers.values()
         info = {
             "stage": "tokenize",
-            "documents": sum(shard.documents for shard in shards) + sum(writer.documents for writer in writers),
-            "tokens": sum(shard.tokens for shard in shards) + sum(writer.tokens for writer in writers),
-            "shards": len(shards),
+            "documents": self.documents + sum(writer.documents for writer in writers),
+            "tokens": self.tokens + sum(writer.tokens for writer in writers),
+            "shards": self.closed,
             "broken_lines": batch.counts["broken_lines"],
         }
         self.progress(done, self.total, info)

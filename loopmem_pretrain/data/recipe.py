@@ -68,7 +68,8 @@ def begin_or_continue(
         _refuse(different + _file_differences(before, paths), folder, "begun")
     known = {(file.path, file.mtime_ns): file.sha256 for group in old.files for file in group} if old else {}
     hashed = _hash_files([path for path in paths if _key(path) not in known], pool, progress)
-    now = tuple(tuple(_describe(path, {**known, **hashed}) for path in group) for group in files)
+    known |= hashed
+    now = tuple(tuple(_describe(path, known) for path in group) for group in files)
     if old is None:
         journal.begin(Header(recipe=recipe, tokenizer_sha256=tokenizer.sha256, eos_id=tokenizer.eos_id, files=now))
         return [file for group in now for file in group]
@@ -116,9 +117,11 @@ def refuse_changed_sources(files: Iterable[SourceFile]) -> None:
 def _is_as_before(file: SourceFile) -> bool:
     try:
         found = Path(file.path).stat()
-    except FileNotFoundError:
+        if (found.st_mtime_ns, found.st_size) == (file.mtime_ns, file.bytes):
+            return True
+        return found.st_size == file.bytes and sha256_file(Path(file.path)) == file.sha256  # touched, or copied anew
+    except OSError:
         return False
-    return (found.st_mtime_ns, found.st_size) == (file.mtime_ns, file.bytes)
 
 
 def source_records(config: PrepareConfig, header: Header) -> list[Source]:
@@ -204,10 +207,12 @@ def _key(path: Path) -> tuple[str, int]:
 
 def _hash_files(paths: list[Path], pool: Executor, progress: Progress) -> dict[tuple[str, int], str]:
     keys, sizes, hashes = [_key(path) for path in paths], [path.stat().st_size for path in paths], {}
+    done, total = 0, sum(sizes)
     try:
-        for index, sha256 in enumerate(pool.map(sha256_file, paths)):
-            hashes[keys[index]] = sha256
-            progress(sum(sizes[: index + 1]), sum(sizes), {"stage": "hash sources"})
+        for key, size, sha256 in zip(keys, sizes, pool.map(sha256_file, paths), strict=True):
+            hashes[key] = sha256
+            done += size
+            progress(done, total, {"stage": "hash sources"})
     except OSError as error:
         raise DataError(
             f"cannot read {error.filename}: {error.strerror}", "check the file, its disk and its permissions"

@@ -8,20 +8,23 @@ import multiprocessing
 import os
 import signal
 import threading
-from concurrent.futures import ProcessPoolExecutor
 from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from loopmem_pretrain.data.manifest import DTypeName, SplitName
+from loopmem_pretrain.data.pool import WorkerPool
 from loopmem_pretrain.data.tokenizer import Tokenizer, load_tokenizer
+from loopmem_pretrain.errors import DataError
 
 
 class Task(NamedTuple):
     """What every batch of a run has in common."""
 
     tokenizer_file: str
+    tokenizer_sha256: str
+    """Of what the manifest will name."""
     eos_token: str | None
     append_eos: bool
     dtype: DTypeName
@@ -54,6 +57,7 @@ def tokenize(texts: list[bytes], tokenizer: Tokenizer, task: Task) -> dict[Split
     for split, part in parts.items():
         if part:
             encoded = tokenizer.encode_batch([text.decode("utf-8") for text in part])
+            _refuse_control_tokens(encoded, part, tokenizer)
             size = sum(len(text) for text, document in zip(part, encoded, strict=True) if document)
             documents = [document for document in encoded if document]
             if task.append_eos:
@@ -65,11 +69,30 @@ def tokenize(texts: list[bytes], tokenizer: Tokenizer, task: Task) -> dict[Split
     return result
 
 
-def start_pool(num_processes: int, task: Task) -> ProcessPoolExecutor:
+def _refuse_control_tokens(encoded: list[list[int]], texts: list[bytes], tokenizer: Tokenizer) -> None:
+    """A document that spells the mark of its end must not end there.
+
+    `encode_special_tokens` keeps spelled marks as text, but not with every tokenizer.json: not where the mark is a
+    piece of a Unigram, WordPiece or WordLevel vocabulary, nor where it is an added token that is not called special.
+    """
+    if tokenizer.kind == "sentencepiece":
+        return  # no text becomes a control piece there
+    own = (tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id)
+    marks = {mark for mark in own if mark is not None and mark != tokenizer.unk_id}
+    for ids, text in zip(encoded, texts, strict=True):
+        found = marks.intersection(ids)
+        if found:
+            raise DataError(
+                f"a document spells a control token, and the tokenizer takes it for one (id {min(found)}): "
+                f"{text[:200].decode(errors='replace')!r}",
+                "use a tokenizer.json whose control tokens are added tokens with `special: true` of a BPE model, or "
+                "one trained here; or take such documents out of the sources",
+            )
+
+
+def start_pool(num_processes: int, task: Task) -> WorkerPool:
     """Processes for `tokenize_batch`; they end when this process ends, however it ends."""
-    # A fresh interpreter each, not a fork: this process may hold threads (torch, pyarrow) and the lock of the folder.
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(num_processes, mp_context=context, initializer=_start_worker, initargs=(task,))
+    return WorkerPool(num_processes, _start_worker, (task,))
 
 
 def tokenize_batch(texts: list[bytes]) -> dict[SplitName, Tokens]:
@@ -86,7 +109,13 @@ def _start_worker(task: Task) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what ends
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core already
-    _worker = load_tokenizer(task.tokenizer_file, task.eos_token), task
+    tokenizer = load_tokenizer(task.tokenizer_file, task.eos_token)
+    if tokenizer.sha256 != task.tokenizer_sha256:
+        raise DataError(
+            f"{task.tokenizer_file} has been replaced since the preparation began",
+            "leave the tokenizer alone meanwhile; run the same command again, which compares it with what was begun",
+        )
+    _worker = tokenizer, task
 
 
 def _end_with_parent() -> None:

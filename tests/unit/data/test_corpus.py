@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -309,3 +310,63 @@ def test_rules_between_fields() -> None:
         "sources.2.filters.0",
         "sources.2.filters.1.below",
     ]
+
+
+# ---- what would be lost, or read twice, in silence ---------------------------------------------------------------
+
+
+def test_a_file_under_two_names_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "part-0.jsonl", jsonl([{"text": "a"}]))
+    (tmp_path / "latest.jsonl").symlink_to("part-0.jsonl")
+    said = str(refused(source(tmp_path / "*.jsonl")))
+    assert "part-0.jsonl: the same file as" in said and "it would be read twice" in said
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: Any) -> None:
+    for name in ("good", "secret"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "a.jsonl", jsonl([{"text": "a"}]))
+    listed = os.scandir
+
+    def denied(path: Any) -> Any:
+        if str(path).endswith("secret"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    for pattern in ("**/*.jsonl", "*/*.jsonl"):
+        assert f"{tmp_path}/secret: cannot be listed: Permission denied" in str(refused(source(tmp_path / pattern)))
+    assert texts(source(tmp_path / "good" / "*.jsonl")) == ["a"]
+
+
+def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl")
+    Path(path).write_bytes(jsonl([{"text": "a"}]))
+    assert "a name that is not UTF-8" in str(refused(source(tmp_path / "*.jsonl")))
+
+
+def test_a_broken_line_that_is_no_text_can_be_written_down(tmp_path: Path) -> None:
+    """Half a surrogate pair in a key, which JSON can spell and UTF-8 cannot."""
+    path = write(tmp_path / "a.jsonl", b'{"\\ud800": 1}\n{"text": "a"}\n')
+    tally = Tally(1)
+    assert [document.text for document in iter_documents(source(path), tally)] == [b"a"]
+    assert tally.broken_examples[0].encode().endswith(b"fields: \\ud800")
+
+
+def test_parquet_text_that_is_not_utf8_is_a_broken_line(tmp_path: Path) -> None:
+    column = pyarrow.array([b"a", b"\xff", b"c"]).cast(pyarrow.binary()).view(pyarrow.string())
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
+    tally = Tally(1)
+    assert [document.text for document in iter_documents(source(path), tally)] == [b"a", b"c"]
+    assert tally.broken_examples == [f"{path}: row 2: not UTF-8 text"]
+    assert "row 2" in str(refused(source(path)))
+
+
+def test_zstandard_of_a_long_window_and_of_much_repetition(tmp_path: Path) -> None:
+    parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=28)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    line = jsonl([{"text": "word " * 2000}])
+    path = write(tmp_path / "a.jsonl.zst", compressor.compress(line * 2000) + compressor.flush())
+    assert path.stat().st_size < 100_000
+    assert len(texts(source(path))) == 2000

@@ -176,6 +176,11 @@ def test_folders_split_at_different_fractions_are_warned_of(two: tuple[Path, Pat
     assert (f"({two[0]} 0.05, {two[1]} 0.2)" in said) is warns and bool(said) is warns
 
 
+def test_weights_whose_sum_is_no_float() -> None:
+    cycle = BlendCycle([1e308, 1e308])
+    assert [sum(cycle.locate(draw)[0] == dataset for draw in range(1000)) for dataset in (0, 1)] == [500, 500]
+
+
 def test_items_are_the_located_samples(two: tuple[Path, Path]) -> None:
     blend = open_training(_config(*two), seed=1, model_vocab_size=1000)
     for i in (0, 1, 17, 10**9):

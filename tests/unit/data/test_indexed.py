@@ -1,8 +1,10 @@
 """Reading a split back: every token, across shard borders, and every kind of damage named."""
 
+import errno
 import gc
 import json
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from loopmem_pretrain.data.indexed import TokenStream
-from loopmem_pretrain.errors import DataError
+from loopmem_pretrain.errors import DataError, EnvironmentFault
 
 WriteFolder = Callable[..., Path]
 SHARDS = [[[1, 2, 3], [4]], [[5, 6]], [[7, 8, 9, 10], [11, 12]]]
@@ -190,3 +192,26 @@ def test_another_tokenizer_than_the_manifests(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     with pytest.raises(DataError, match=f"{file.name}: sha256 .*, expected"):
         TokenStream(folder, "train", check_indexes=False)
+
+
+def test_a_read_error_names_shard_and_place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that does not answer is no full one, and no damaged data: the same command may succeed."""
+    stream = TokenStream(folder, "train")
+
+    def stale(*arguments: object) -> int:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(os, "preadv", stale)
+    with pytest.raises(EnvironmentFault, match=r"train-00000.bin cannot be read at byte 0: Stale file handle"):
+        stream.read(0, 4)
+
+
+def test_the_limit_of_open_files_is_raised(folder: Path) -> None:
+    """As far as a process may do that itself: every shard is held open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        TokenStream(folder, "train", check_indexes=False)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == hard
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

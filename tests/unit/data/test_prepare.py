@@ -515,3 +515,12 @@ def test_a_killed_worker_is_an_error_not_a_hang(corpus: Path, tmp_path: Path) ->
 
     with pytest.raises(EnvironmentFault, match="a tokenizing process was killed"):
         prepare(recipe(corpus, tmp_path), kill_worker)
+
+
+def test_a_source_that_is_only_touched_is_the_same(corpus: Path, tmp_path: Path) -> None:
+    def touch(done: int, total: int | None, info: Any) -> None:
+        if info["stage"] == "tokenize":
+            for path in corpus.iterdir():
+                path.touch()
+
+    assert prepare(recipe(corpus, tmp_path / "out"), touch).counts.documents_kept

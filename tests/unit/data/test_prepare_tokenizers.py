@@ -9,7 +9,7 @@ import pytest
 from loopmem_pretrain.config.prepare import TokenizerConfig
 from loopmem_pretrain.data.prepare import prepare
 from loopmem_pretrain.data.tokenizer import load_tokenizer
-from loopmem_pretrain.data.workers import is_validation
+from loopmem_pretrain.data.workers import Task, is_validation, start_pool, tokenize_batch
 from loopmem_pretrain.errors import DataError
 from tests.unit.data.test_prepare import (  # noqa: F401 - fixtures
     DOCUMENTS,
@@ -69,6 +69,31 @@ def character_tokenizer(folder: Path, end: str) -> TokenizerConfig:
     (folder / "tokenizer.json").write_text(json.dumps(content))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
     return TokenizerConfig(path=str(folder))
+
+
+def test_a_document_that_spells_its_end_is_refused(corpus: Path, tmp_path: Path) -> None:
+    """Of a Unigram vocabulary control pieces are found in text, whatever the file calls special."""
+    letters = sorted(set("".join(DOCUMENTS)) | set("</s>"))
+    vocabulary = [["<unk>", 0.0], ["</s>", -1.0], *([letter, -5.0] for letter in letters)]
+    content = {"model": {"type": "Unigram", "unk_id": 0, "vocab": vocabulary}, "added_tokens": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    settings = TokenizerConfig(path=str(tmp_path / "tokenizer.json"), eos_token="</s>")
+    assert prepare(recipe(corpus, tmp_path / "out", tokenizer=settings)).tokenizer.eos_id == 1
+    (tmp_path / "spelled").mkdir()
+    (tmp_path / "spelled" / "0.jsonl").write_text(json.dumps({"text": "a</s>b"}) + "\n")
+    with pytest.raises(DataError, match=r"a document spells a control token.*'a</s>b'"):
+        prepare(recipe(tmp_path / "spelled", tmp_path / "other", tokenizer=settings))
+
+
+def test_a_tokenizer_that_is_replaced_meanwhile(tmp_path: Path) -> None:
+    """Workers load it later than the manifest's hash is taken."""
+    settings = character_tokenizer(tmp_path / "tok", "<end>")
+    found = load_tokenizer(settings.path)
+    task = Task(str(found.file), found.sha256, None, True, "uint16", FRACTION)
+    with found.file.open("a") as file:
+        file.write("\n")
+    with start_pool(1, task) as pool, pytest.raises(DataError, match="has been replaced since the preparation began"):
+        pool.submit(tokenize_batch, [b"a"]).result(60)
 
 
 def test_another_end_of_documents_is_another_tokenizer(corpus: Path, tmp_path: Path) -> None:
