@@ -229,7 +229,7 @@ def _restore(run: Run, choice: Choice) -> None:
     if choice.falls_back:
         from_rank_zero(lambda: run.store.fall_back(checkpoint, choice.damaged))
     if run.rank == 0:
-        dealt = f", dealt out anew: {'; '.join(moved)}" if moved else ""
+        dealt = f", redistributed: {'; '.join(moved)}" if moved else ""
         log.info("resumed from %s at step %d%s; %s", os.fspath(checkpoint), run.position.step, dealt, compared)
         for line in not_restored:
             log.warning("not restored: %s", line)

@@ -17,6 +17,7 @@ from loopmem_pretrain.errors import DataError
 from loopmem_pretrain.metrics_file import METRICS_NAME, read_metrics
 from loopmem_pretrain.progress import ProgressBar
 from loopmem_pretrain.quiet import prepare_imports
+from loopmem_pretrain.words import counted
 
 if TYPE_CHECKING:
     from loopmem_pretrain.hf.card import History
@@ -122,7 +123,7 @@ def convert_run(
     match = report.comparison
     return (
         f"{out_dir}: step {source.step}, {report.parameters:,} parameters, {report.weight_bytes / 1e6:,.1f} MB "
-        f"{report.dtype} in {len(report.weight_files)} file(s)\n"
+        f"{report.dtype} in {counted(len(report.weight_files), 'file')}\n"
         f"compared on {match.texts} texts, {match.tokens:,} tokens: {match.places} tensors of layers and loops agree, "
         f"logits differ by at most {match.max_abs_difference:.1e} (allowed {match.tolerance:.1e}), loss "
         f"{match.exported_loss:.6f} against {match.reference_loss:.6f}; {match.greedy_tokens} greedy tokens the same"
@@ -169,7 +170,7 @@ def import_from_hf(path: str | Path, config_path: str | Path, overrides: Sequenc
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     told = import_run(path, config, str(config_path))
     command = shlex.join(["loopmem", "train", "--config", str(config_path), *overrides])
-    return f"{told}\n`{command}` goes on from here, on any ranks"
+    return f"{told}\n`{command}` continues from here, on any number of ranks"
 
 
 def sample_texts(config: RunConfig, tokenizer: Tokenizer) -> Iterator[str]:

@@ -205,7 +205,7 @@ class Trainer:
         files = [self.run_dir / name for name in (control.STOP, control.PAUSE) if (self.run_dir / name).exists()]
         first = f"remove {files[0]}, then " if files else ""
         at = "" if reason.startswith(control.AT_STEP) else f", at step {step:,}"
-        log.info("%s%s; %sthe same command goes on from there", reason, at, first)
+        log.info("%s%s; %sthe same command continues from there", reason, at, first)
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         training, data = self.config.training, self.config.data

@@ -248,7 +248,7 @@ def test_sigterm_to_the_parent_of_ranks_stops_cleanly(tmp_path, config_file):
     assert (status["status"], status["reason"]) == ("interrupted", "stopped by SIGTERM")
     said = errors.splitlines()
     assert said.count("loopmem: SIGTERM: saving after the next line of the log") == 1
-    end = f"loopmem: stopped by SIGTERM, at step {status['step']:,}; the same command goes on from there"
+    end = f"loopmem: stopped by SIGTERM, at step {status['step']:,}; the same command continues from there"
     assert said[-1] == end and "death signal" not in errors
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == f"step_{status['step']:08d}"
 

@@ -260,7 +260,7 @@ def test_the_command(tmp_path, sentences, dense):
     assert wrong.returncode == 2 and "model.qk_norm: none, the weights need before_rope" in wrong.stderr
     done = run_command("convert", "--from-hf", dense, file, f"run_dir={tmp_path}/named")
     assert done.returncode == 0, done.stderr
-    assert f"loopmem train --config {file} run_dir={tmp_path}/named` goes on from here" in done.stdout
+    assert f"loopmem train --config {file} run_dir={tmp_path}/named` continues from here" in done.stdout
     shown = run_command("checkpoint", "show", tmp_path / "named")
     assert f"{dense.resolve()} (qwen3)" in shown.stdout
     trained = run_command("train", "--config", file, f"run_dir={tmp_path}/named", "--stop-at-step", "1")
