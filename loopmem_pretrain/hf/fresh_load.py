@@ -142,7 +142,7 @@ def main(folder: str, request: dict[str, Any], out: BinaryIO) -> None:
         out.write(values.contiguous().numpy().tobytes())
 
     send({key: sorted(map(str, value)) for key, value in info.items() if value})
-    send([tokenizer(text)["input_ids"] for text in request["texts"]])
+    send([tokenizer(text, verbose=False)["input_ids"] for text in request["texts"]])
     if model.dtype != torch.float32:
         convert_by_parts(model, widen)
     model.generation_config.suppress_tokens = None  # rows that pad the vocabulary are compared too

@@ -143,7 +143,7 @@ def check_parity(tokenizer_path: str | Path, hf_dir: str | Path, texts: list[str
     for text in texts:
         ids = tokenizer.encode(text)
         back = converted.decode(ids, skip_special_tokens=True)
-        if converted(text)["input_ids"] != ids or back != tokenizer.decode(ids):
+        if converted(text, verbose=False)["input_ids"] != ids or back != tokenizer.decode(ids):
             different.append(text)
     return different
 

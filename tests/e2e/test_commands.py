@@ -144,6 +144,7 @@ def test_the_whole_path_by_command(tmp_path, config_file):
     converted = run_command("convert", run, out)
     assert converted.returncode == 0, converted.stderr
     assert "logits differ by at most" in converted.stdout
+    assert "[transformers]" not in converted.stderr, "a warning of transformers' that is of no use"
     options = ("--prompt", "the of and", "--max-new-tokens", "5", "--temperature", "0")
     written = [run_command("generate", model, *options) for model in (out, run)]
     assert [result.returncode for result in written] == [0, 0]
