@@ -60,7 +60,7 @@ def ensure_tokenizer(config: PrepareConfig, progress: Progress) -> Tokenizer:
 def sample_texts(config: PrepareConfig, train: TrainTokenizerConfig, progress: Progress = silent) -> Iterator[str]:
     """Texts to train on: the head of every file, in proportion to its size; an equal share of each hub data set.
 
-    Held-out documents are not among them.
+    Documents that are held out, or come after a source's max_documents, are not among them.
 
     Raises:
         DataError: the sources cannot be read, or hold no text where the recipe looks for it.
@@ -72,7 +72,12 @@ def sample_texts(config: PrepareConfig, train: TrainTokenizerConfig, progress: P
     total = min(train.sample_bytes, stored) if for_files == train.sample_bytes else None
     tally, taken = Tally(config.max_broken_lines), 0
     for source, paths in zip(config.sources, files, strict=True):
-        parts: list[tuple[list[Path], int]] = [([path], for_files * path.stat().st_size // stored) for path in paths]
+        sizes = [path.stat().st_size for path in paths]
+        parts: list[tuple[list[Path], int]] = [
+            ([path], for_files * size // stored) for path, size in zip(paths, sizes, strict=True)
+        ]
+        if source.max_documents is not None and paths:  # of all files together, the first ones
+            parts = [(paths, for_files * sum(sizes) // stored)]
         for part, share in parts or [([], hub_share)]:
             left = share
             for document in iter_documents(source, tally, files=part):

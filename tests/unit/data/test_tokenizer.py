@@ -291,6 +291,16 @@ def test_the_sample_is_bounded_and_takes_from_every_file(tmp_path: Path) -> None
     assert 0.15 < share < 0.4
 
 
+def test_documents_behind_max_documents_are_not_trained_on(tmp_path: Path) -> None:
+    """Of all files together, not of each."""
+    config = recipe(tmp_path)
+    assert config.tokenizer.train is not None
+    limited = config.sources[0].model_copy(update={"max_documents": 310})
+    sample = list(sample_texts(config.model_copy(update={"sources": (limited,)}), config.tokenizer.train))
+    assert 1 <= sum(text.startswith("B ") for text in sample) <= 10
+    assert len(sample) <= 310
+
+
 def test_held_out_documents_are_not_trained_on(tmp_path: Path) -> None:
     config = recipe(tmp_path)
     assert config.tokenizer.train is not None
