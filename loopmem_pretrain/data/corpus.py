@@ -19,6 +19,8 @@ from loopmem_pretrain.errors import DataError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 """Of files that are read, in small or capital letters."""
+LARGEST = 100_000_000
+"""Bytes of a document: tokenizing one takes 40 to 120 times its size in memory."""
 _SHOWN = 5  # broken lines quoted in messages
 _LONGEST = 300  # characters of one of them
 _ROWS = 512  # parquet rows decoded at a time
@@ -109,6 +111,11 @@ def find_files(source: SourceConfig) -> list[Path]:
                 problems.append(f"{match}: unknown type; read are {', '.join(SUFFIXES)}")
             elif match.stat().st_size == 0:
                 problems.append(f"{match}: empty, 0 bytes")
+            elif match.name.lower().endswith(".txt") and source.document_separator == "file" and _is_huge(match):
+                problems.append(
+                    f"{match}: one document of {match.stat().st_size:,} bytes, and the largest has {LARGEST:,}; "
+                    "document_separator: blank_line cuts it"
+                )
             elif source.filters and match.name.lower().endswith(".txt"):
                 problems.append(f"{match}: filters compare fields of a record, and a .txt has none")
             elif not _is_unicode(str(match)):
@@ -145,6 +152,10 @@ def _cannot_be_listed(pattern: Path) -> list[str]:
         if deepest is not None and len(Path(folder).parts) >= deepest:
             folders.clear()
     return problems
+
+
+def _is_huge(path: Path) -> bool:
+    return path.stat().st_size > LARGEST
 
 
 def _is_unicode(text: str) -> bool:
@@ -227,6 +238,9 @@ def _keep(source: SourceConfig, row: Row, tally: Tally) -> bytes | None:
         encoded = text.encode("utf-8")
     except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which is no character
         tally.broken(row.place, f"not valid Unicode at character {error.start}: {error.reason}")
+        return None
+    if len(encoded) > LARGEST:
+        tally.broken(row.place, f"a document of {len(encoded):,} bytes, and the largest has {LARGEST:,}")
         return None
     tally.documents_read += 1
     if not text.strip():

@@ -370,3 +370,13 @@ def test_zstandard_of_a_long_window_and_of_much_repetition(tmp_path: Path) -> No
     path = write(tmp_path / "a.jsonl.zst", compressor.compress(line * 2000) + compressor.flush())
     assert path.stat().st_size < 100_000
     assert len(texts(source(path))) == 2000
+
+
+def test_a_document_that_would_take_all_memory_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
+    """Named before it is tokenized; a text file before anything is read."""
+    monkeypatch.setattr("loopmem_pretrain.data.corpus.LARGEST", 1000)
+    text = write(tmp_path / "a.txt", b"word " * 201)
+    assert "document_separator: blank_line cuts it" in str(refused(source(text)))
+    assert len(texts(source(text, document_separator="blank_line"), tally=Tally(1))) == 0
+    lines = write(tmp_path / "a.jsonl", jsonl([{"text": "a"}, {"text": "word " * 201}]))
+    assert f"{lines}:2: a document of 1,005 bytes, and the largest has 1,000" in str(refused(source(lines)))
