@@ -111,8 +111,8 @@ def prepare(config: PrepareConfig, progress: Progress = silent) -> Manifest:
         except WorkerDied as error:
             raise EnvironmentFault(
                 "a tokenizing process was killed, most often because memory ran out",
-                "run the same command again, it continues; with a smaller num_processes if it happens again (a document "
-                "takes 40 to 120 times its size in memory)",
+                "run the same command again, it continues; with a smaller num_processes if it happens again: a "
+                "document takes 40 to 120 times its size in memory",
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
