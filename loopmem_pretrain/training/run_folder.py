@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from loopmem_pretrain import __version__
+from loopmem_pretrain import __version__, control
 from loopmem_pretrain.checkpoint.store import RUN_ID
 from loopmem_pretrain.config.load import differences, dump_config, load_config
 from loopmem_pretrain.config.run import RunConfig
@@ -52,6 +52,8 @@ MAY_CHANGE = (
     "training.deterministic",
 )
 LOCK = ".lock"
+TAKING_OVER = 60.0
+"""Seconds in which a start that was cut off sees that another has taken the folder over: it looks every 5."""
 COMMIT = "git_commit"
 """Beside a copy of the package that has left its source tree, as those of jobs: the commit that it is of."""
 _TIME = "%Y-%m-%dT%H:%M:%S%z"
@@ -79,8 +81,7 @@ def prepare(config: RunConfig, run_dir: Path) -> BinaryIO:
             f"cannot write to the run folder {run_dir}: {error.strerror}",
             "give write permission, free some space, or choose another run_dir",
         ) from None
-    busy = f"another process is training in the run folder {run_dir}"
-    lock = take_lock(run_dir / LOCK, busy, "wait for it, stop it, or choose another run_dir")
+    lock = _lock(run_dir)
     refuse_other_configuration(config, run_dir)
     identity = run_dir / RUN_ID
     if not identity.exists():
@@ -88,6 +89,24 @@ def prepare(config: RunConfig, run_dir: Path) -> BinaryIO:
     write_file(run_dir / "config.yaml", dump_config(config).encode())
     write_file(run_dir / "environment.json", (json.dumps(environment(), indent=1) + "\n").encode())
     return lock
+
+
+def _lock(run_dir: Path) -> BinaryIO:
+    """The folder's lock; a job that has taken the folder over waits until the start before it has noticed (RUN/fence).
+
+    Raises:
+        EnvironmentFault: another process trains in the folder.
+    """
+    start = os.environ.get(control.START)
+    deadline = time.monotonic() + (TAKING_OVER if start and control.owner(run_dir) == start else 0.0)
+    busy = f"another process is training in the run folder {run_dir}"
+    while True:
+        try:
+            return take_lock(run_dir / LOCK, busy, "wait for it, stop it, or choose another run_dir")
+        except EnvironmentFault:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(0.5)
 
 
 def refuse_foreign_folder(run_dir: Path) -> None:

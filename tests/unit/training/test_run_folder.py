@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+import threading
 
 import pytest
 
+from loopmem_pretrain import control
 from loopmem_pretrain.errors import ConfigError, EnvironmentFault
+from loopmem_pretrain.lock import take_lock
 from loopmem_pretrain.training.run_folder import environment, hold, prepare, read_status, write_failure, write_status
 from tests.configs import tiny_run
 
@@ -127,4 +130,15 @@ def test_notes_and_configs_of_a_user_may_lie_there(tmp_path):
 def test_a_copy_of_a_run_without_its_id_is_a_run(tmp_path):
     for name in ("metrics.jsonl", "faults.jsonl"):
         (tmp_path / name).write_text("")
+    prepare(tiny_run(tmp_path, "data"), tmp_path).close()
+
+
+def test_a_start_that_takes_over_waits_for_the_one_before_it(tmp_path, monkeypatch):
+    """Which was cut off, holds the lock where it is, and looks at RUN/fence now and then."""
+    held = take_lock(tmp_path / ".lock", "", "")
+    with pytest.raises(EnvironmentFault, match="another process is training"):
+        prepare(tiny_run(tmp_path, "data"), tmp_path)
+    monkeypatch.setenv(control.START, "7.1")
+    control.take_over(tmp_path, "7.1")
+    threading.Timer(1.2, held.close).start()
     prepare(tiny_run(tmp_path, "data"), tmp_path).close()
