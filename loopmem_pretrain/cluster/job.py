@@ -41,7 +41,7 @@ FINAL = (2, 3, 4, 5, 7)
 LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 """Errors of a disk for which nobody waits."""
 FLIGHT_RECORDER = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
-"""Where torch writes the last collectives of each rank after a timeout: its name since 2.9, and before."""
+"""Where torch is to write the last collectives of each rank after a timeout: the variable's name now, and before."""
 STACKS = 5.0
 """Seconds for hanging ranks to write where they are."""
 

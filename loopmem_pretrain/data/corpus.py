@@ -111,7 +111,11 @@ def find_files(source: SourceConfig) -> list[Path]:
                 problems.append(f"{match}: unknown type; read are {', '.join(SUFFIXES)}")
             elif match.stat().st_size == 0:
                 problems.append(f"{match}: empty, 0 bytes")
-            elif match.name.lower().endswith(".txt") and source.document_separator == "file" and _is_huge(match):
+            elif (
+                match.name.lower().endswith(".txt")
+                and source.document_separator == "file"
+                and match.stat().st_size > LARGEST
+            ):
                 problems.append(
                     f"{match}: one document of {match.stat().st_size:,} bytes, and the largest has {LARGEST:,}; "
                     "document_separator: blank_line cuts it"
@@ -152,10 +156,6 @@ def _cannot_be_listed(pattern: Path) -> list[str]:
         if deepest is not None and len(Path(folder).parts) >= deepest:
             folders.clear()
     return problems
-
-
-def _is_huge(path: Path) -> bool:
-    return path.stat().st_size > LARGEST
 
 
 def _is_unicode(text: str) -> bool:
