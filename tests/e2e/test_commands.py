@@ -223,6 +223,12 @@ def test_an_interrupted_setup_is_not_believed(tmp_path):
     assert repaired.returncode == 0
 
 
+def test_requirements_leave_torch_to_the_makefile():
+    """A pin there would replace what `TORCH=... make setup` has installed, without a word."""
+    names = re.findall(r"^[A-Za-z0-9_.-]+", (ROOT / "requirements.txt").read_text(), flags=re.MULTILINE)
+    assert "deepspeed" in names and "torch" not in names
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_setup_refuses_an_old_python(tmp_path):
     for name in ("Makefile", "requirements.txt", "setup.py"):
