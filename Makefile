@@ -16,7 +16,8 @@ STAMP := $(VENV)/.complete
 
 setup: $(STAMP)
 
-# The stamp is written last, so an interrupted set-up is done again, not believed.
+# The stamp is written last, so an interrupted set-up is done again, not believed. The torch that is there is a
+# constraint (-c): pip would else replace it without a word where a pinned version does not go with it.
 $(STAMP): requirements.txt setup.py Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "loopmem needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=python3.11")'
 	@echo "== setting up $(VENV) with $$($(PYTHON) --version): torch, then everything pinned in requirements.txt"
@@ -24,8 +25,9 @@ $(STAMP): requirements.txt setup.py Makefile
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); } || { rm -rf $(VENV); echo "cannot create $(VENV); on Debian and Ubuntu: apt install python3-venv"; exit 6; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) \
 	    || { echo "cannot install $(TORCH): check the network and the package index (pip config list), then run make again"; exit 6; }
-	@DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt \
-	    || { echo "cannot install requirements.txt: check the network and free disk space (2 GB), then run make again"; exit 6; }
+	@$(BIN)/python -m pip list --format=freeze --disable-pip-version-check | grep '^torch==' >$(VENV)/torch.txt
+	@DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c $(VENV)/torch.txt \
+	    || { echo "cannot install requirements.txt beside $$(cat $(VENV)/torch.txt): check the network and free disk space (2 GB), then run make again"; exit 6; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $(STAMP)
 	@echo "== ready: . $(BIN)/activate; loopmem --help"

@@ -223,10 +223,27 @@ def test_an_interrupted_setup_is_not_believed(tmp_path):
     assert repaired.returncode == 0
 
 
-def test_requirements_leave_torch_to_the_makefile():
-    """A pin there would replace what `TORCH=... make setup` has installed, without a word."""
-    names = re.findall(r"^[A-Za-z0-9_.-]+", (ROOT / "requirements.txt").read_text(), flags=re.MULTILINE)
-    assert "deepspeed" in names and "torch" not in names
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_setup_keeps_the_torch_that_was_asked_for(tmp_path):
+    """Pinned versions that do not go with it are an error; pip would else put another torch in its place."""
+    for name in ("Makefile", "requirements.txt", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        '#!/bin/sh\necho "$@" >>calls.txt\n'
+        'case "$*" in *" list "*) echo torch==2.99.0+cu999;; *requirements.txt*) exit 1;; esac\n'
+    )
+    python.chmod(0o755)
+    command = ["make", "setup", "TORCH=torch==2.99.0 --index-url https://example.invalid"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "cannot install requirements.txt beside torch==2.99.0+cu999" in result.stdout
+    calls = (tmp_path / "calls.txt").read_text()
+    assert calls.index("install --quiet --disable-pip-version-check torch==2.99.0 --index-url") < calls.index(
+        "-r requirements.txt -c .venv/torch.txt"
+    )
+    assert (tmp_path / ".venv" / "torch.txt").read_text() == "torch==2.99.0+cu999\n"
+    assert not re.search(r"^torch\b", (ROOT / "requirements.txt").read_text(), flags=re.MULTILINE)
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
