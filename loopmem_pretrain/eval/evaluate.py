@@ -84,7 +84,7 @@ def evaluate(
     opened = open_scorer(place, batch_size, device)
     settings = settings_of(opened.model, num_loops, exit_threshold, exit_rule)
     codec = opened.codec
-    scorer = Scorer(opened.model, codec.encode, codec.eos_id, opened.context, batch_size)
+    scorer = Scorer(opened.model, codec.encode, codec.decode, codec.eos_id, opened.context, batch_size)
     results = [_with_bar(scorer, domain, settings, max_documents) for domain in domains]
     max_loops, model_config = opened.model.config.max_loops, opened.model.config
     return {

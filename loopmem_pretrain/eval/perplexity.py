@@ -28,6 +28,8 @@ class Scorer(NamedTuple):
     """LoopMemLM or LoopMemForCausalLM, in evaluation mode."""
     encode: Callable[[str], list[int]]
     """Text to token ids, no marks added."""
+    decode: Callable[[list[int]], str]
+    """Token ids to text."""
     eos_id: int
     """The end-of-document token."""
     context: int
@@ -63,6 +65,8 @@ class DomainScores(NamedTuple):
     documents: int
     tokens: int
     bytes: int
+    changed: int
+    """Documents that do not come back from their tokens: their bytes count, but not all of them are predicted."""
     text_sha256: str
     """Of the documents as they were scored, in order, a NUL byte after each."""
     scores: list[Score]
@@ -85,11 +89,13 @@ def measure(
     """
     tokens: list[int] = []
     sizes: list[int] = []
-    digest = sha256()
+    digest, changed = sha256(), 0
 
     def all_windows() -> Iterator[Window]:
+        nonlocal changed
         for number, text in enumerate(islice(domain.texts, max_documents)):
-            ids = scorer.encode(text.decode("utf-8"))
+            written = text.decode("utf-8")
+            ids = scorer.encode(written)
             if not ids:
                 raise DataError(
                     f"{domain.name}: document {number + 1} ({len(text):,} bytes) encodes to no token",
@@ -97,6 +103,8 @@ def measure(
                 )
             tokens.append(len(ids))
             sizes.append(len(text))
+            # Some tokenizers add a space at the beginning; that loses nothing.
+            changed += scorer.decode(ids).strip() != written.strip()
             digest.update(text + b"\0")
             yield from windows(number, [scorer.eos_id, *ids], scorer.context)
 
@@ -121,7 +129,7 @@ def measure(
         one if one.setting.exit_threshold is None else one._replace(mean_loops=loops[one.setting] / sum(tokens))
         for one in scores
     ]
-    return DomainScores(domain.name, len(tokens), sum(tokens), sum(sizes), digest.hexdigest(), scores)
+    return DomainScores(domain.name, len(tokens), sum(tokens), sum(sizes), changed, digest.hexdigest(), scores)
 
 
 def score(setting: Setting, nats: Sequence[float], tokens: Sequence[int], sizes: Sequence[int]) -> Score:

@@ -27,6 +27,7 @@ def describe(evaluation: Mapping[str, Any]) -> str:
         rows = domain_rows(domain)
         kept = len(HEADINGS) + (len(COST_HEADINGS) if _is_early(domain) else 0)
         lines += ["", f"{domain['name']}: {sizes}", *table([row[:kept] for row in rows])]
+    lines += text_warnings(evaluation)
     if evaluation["tasks"]:
         lines += _tasks(evaluation)
     return "\n".join(lines)
@@ -110,6 +111,19 @@ def _tasks(evaluation: Mapping[str, Any]) -> list[str]:
         lines += ["", "think harder (loops) or know more (memory)?  +- is one standard error, by item"]
         lines += table(suite_rows(tasks, suites))
     return lines + warnings(evaluation)
+
+
+def text_warnings(evaluation: Mapping[str, Any]) -> list[str]:
+    """What a reader of the domains' numbers has to know, after an empty line."""
+    changed = [domain for domain in evaluation["domains"] if domain["changed"]]
+    if not changed:
+        return []
+    return [
+        "",
+        "WARNING: the model's tokenizer changes or drops a part of these documents, which is not predicted:",
+        *(f"  {domain['name']}: {domain['changed']:,} of {domain['documents']:,}" for domain in changed),
+        "  bits/byte is too low there: do not compare it with that of a model that reads all of the text",
+    ]
 
 
 def warnings(evaluation: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from loopmem_pretrain.data.files import write_file
 from loopmem_pretrain.errors import ConfigError, EnvironmentFault
 from loopmem_pretrain.hf.card import EVALUATION_BEGINS, EVALUATION_ENDS, markdown_table
-from loopmem_pretrain.tools.evaluation import domain_rows, measures_of, suite_rows, task_rows, warnings
+from loopmem_pretrain.tools.evaluation import domain_rows, measures_of, suite_rows, task_rows, text_warnings, warnings
 
 CARD = "README.md"
 
@@ -73,6 +73,7 @@ def _domains(evaluation: Mapping[str, Any]) -> list[str]:
         [domain["name"], *(f"{domain[key]:,}" for key in ("documents", "tokens", "bytes")), domain["text_sha256"]]
         for domain in domains
     ]
+    told = text_warnings(evaluation)
     return [
         f"Held-out text, whole documents in windows of {context:,} tokens that overlap by "
         f"{context - evaluation['stride']:,}; +- is one standard error, by document:",
@@ -80,6 +81,7 @@ def _domains(evaluation: Mapping[str, Any]) -> list[str]:
         *markdown_table(["text", *tables[0][0], "sha256"], rows),
         "",
         *markdown_table(["text", "documents", "tokens", "bytes", "sha256"], sizes),
+        *(["", "```", *told[1:], "```"] if told else []),
         "",
     ]
 

@@ -25,6 +25,9 @@ class Bytes:
     def encode(self, text):
         return [3 + byte for byte in text.encode()]
 
+    def decode(self, ids):
+        return bytes(token - 3 for token in ids).decode()
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -32,7 +35,7 @@ def model():
 
 
 def scorer(model, batch_size=3, context=CONTEXT):
-    return Scorer(model, Bytes().encode, Bytes.eos_id, context, batch_size)
+    return Scorer(model, Bytes().encode, Bytes().decode, Bytes.eos_id, context, batch_size)
 
 
 def scores(model, settings, texts=TEXTS, **sizes):
@@ -157,9 +160,17 @@ def test_no_document(model):
 
 
 def test_text_without_a_token(model):
-    silent = Scorer(model, lambda text: [], 2, CONTEXT, 1)
+    silent = scorer(model)._replace(encode=lambda text: [])
     with pytest.raises(DataError, match=r"toy: document 1 \(1 bytes\) encodes to no token"):
         measure(silent, Domain("toy", iter(TEXTS)), [Setting(3)])
+
+
+def test_documents_that_the_tokenizer_changes(model):
+    """Their bytes count and are not all predicted. A blank that it puts before a text loses nothing."""
+    prefixed = scorer(model)._replace(decode=lambda ids: " " + Bytes().decode(ids))
+    small = prefixed._replace(encode=lambda text: Bytes().encode(text.lower()))
+    for reader, changed in ((scorer(model), 0), (prefixed, 0), (small, 3)):
+        assert measure(reader, Domain("toy", iter(TEXTS)), [Setting(3)]).changed == changed
 
 
 def test_not_a_number():

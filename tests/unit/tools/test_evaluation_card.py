@@ -48,6 +48,7 @@ def evaluation(tmp_path):
                 "documents": 2,
                 "tokens": 1000,
                 "bytes": 3000,
+                "changed": 1,
                 "text_sha256": "a" * 64,
                 "scores": settings(perplexity=9.0, bits_per_byte=1.5),
             }
@@ -90,12 +91,14 @@ def test_every_setting_with_its_error_cost_command_and_hashes(evaluation):
         assert f"| {setting} | 0.5000 | 0.25 |" in text
     assert "```\nloopmem eval hf --card\n```" in text and "e" * 64 in text
     assert f"| {'a' * 64} |" in text and f"| {'b' * 64} |" in text
+    assert "a|b.txt: 1 of 2\n" in text and "bits/byte is too low there" in text
     assert "piqa: 1 of 8" in text and "not the full sets: --limit 4, drawn with seed 0" in text
 
 
 def test_the_terminal_has_the_same_rows(evaluation):
     printed = [" ".join(line.split()) for line in describe(evaluation).splitlines()]
     assert "2, halting 0.5 9.0000 0.25 1.5000 0.25 1.250 1.250" in printed
+    assert "a|b.txt: 1 of 2" in printed
     assert "2, halting 0.5 0.5000 0.25 acc 1.250 1.250" in printed
 
 
