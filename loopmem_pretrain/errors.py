@@ -42,7 +42,7 @@ class LoopMemError(Exception):
 
 
 class ConfigError(LoopMemError):
-    """A config file, an override or a command line that cannot be meant."""
+    """A config file, an override or a command line that cannot be meant; a run folder on it that is not there."""
 
     exit_code = 2
 

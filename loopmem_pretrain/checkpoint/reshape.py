@@ -26,7 +26,8 @@ def reshape(path: str | Path, out: str | Path | None = None) -> Path:
 
     Raises:
         CheckpointError: no checkpoint, damaged, or holding more than weights.
-        ConfigError: `out` is a run folder already, or a checkpoint outside of one is to be replaced in its place.
+        ConfigError: no such folder, `out` is a run folder already, or a checkpoint outside of one is to be replaced in
+            its place.
         EnvironmentFault: a run is training in the folder that would be written, or there is too little space.
     """
     checkpoint = checkpoint_at(path).resolve()

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from loopmem_pretrain import control
 from loopmem_pretrain.checkpoint.manifest import MANIFEST, DamagedCheckpoint, encode_manifest, read_manifest
 from loopmem_pretrain.config.training import CheckpointConfig
-from loopmem_pretrain.data.files import sha256_file, sync_file, sync_folder, write_file
+from loopmem_pretrain.data.files import require_folder, sha256_file, sync_file, sync_folder, write_file
 from loopmem_pretrain.errors import CheckpointError
 
 RUN_ID = "run_id"
@@ -246,19 +246,19 @@ def checkpoint_at(path: str | Path) -> Path:
     """The checkpoint that a user names: a run folder, of which it is the newest, or the folder of a checkpoint.
 
     Raises:
+        ConfigError: no such folder.
         CheckpointError: neither; or `latest` names a checkpoint that is not there.
     """
     folder = Path(path)
+    fix = "give a run folder (with checkpoints/ in it) or one checkpoint folder"
+    require_folder(folder, fix)
     if not (folder / "checkpoints").is_dir() and ((folder / MANIFEST).exists() or step_of(folder.name)):
         checkpoint = folder if folder.is_dir() else None
     else:
         checkpoint = CheckpointStore(folder).latest()
     if checkpoint is None:
         what = " but an exported model" if (folder / "config.json").exists() else ""
-        raise CheckpointError(
-            f"{folder} holds no checkpoint{what}" if folder.exists() else f"{folder}: no such folder",
-            "give a run folder (with checkpoints/ in it) or one checkpoint folder",
-        )
+        raise CheckpointError(f"{folder} holds no checkpoint{what}", fix)
     return checkpoint
 
 

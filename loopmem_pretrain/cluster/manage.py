@@ -11,6 +11,7 @@ from loopmem_pretrain import control
 from loopmem_pretrain.cluster import accounting, rank, records, slurm
 from loopmem_pretrain.cluster.chain import job_name
 from loopmem_pretrain.cluster.other_jobs import FOLLOWERS
+from loopmem_pretrain.data.files import require_folder
 from loopmem_pretrain.errors import ConfigError, EnvironmentFault
 from loopmem_pretrain.metrics_file import METRICS_NAME, read_lines
 from loopmem_pretrain.tools.tables import table
@@ -60,6 +61,7 @@ NOT_SUBMITTED = "not started by SLURM: no job of it is known"
 
 def _run(run_dir: str) -> Path:
     folder = Path(run_dir).absolute()
+    require_folder(folder, "give a run folder")
     if not records.starts_file(folder).exists() and not (folder / "config.yaml").exists():
         raise ConfigError(f"{folder} is no run folder: it has neither config.yaml nor slurm/", "give a run folder")
     return folder

@@ -86,6 +86,16 @@ def write_file(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def require_folder(path: str | Path, fix: str) -> None:
+    """Refuse a folder named on the command line that is not there; `fix` says which kind to give.
+
+    Raises:
+        ConfigError: nothing has that name.
+    """
+    if not Path(path).exists():
+        raise ConfigError(f"{path}: no such folder", fix)
+
+
 def check_target(path: str | Path) -> None:
     """Refuse before the work what `write_file` would refuse after it, as far as it can be known; makes the folder.
 

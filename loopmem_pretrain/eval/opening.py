@@ -39,6 +39,7 @@ def place_of(path: str | Path) -> Path:
     """An exported folder itself, or one checkpoint: named once, since a training beside this may save a newer one.
 
     Raises:
+        ConfigError: no such folder.
         CheckpointError: neither a run folder with a checkpoint nor a checkpoint.
     """
     return Path(path) if is_exported(path) else checkpoint_at(path)

@@ -40,6 +40,7 @@ def open_checkpoint(path: str | Path) -> Source:
     """The newest checkpoint of a run folder, or the checkpoint folder itself, with its config and tokenizer.
 
     Raises:
+        ConfigError: no such folder.
         CheckpointError: neither a run folder with a checkpoint nor a checkpoint, or a damaged one.
         DataError: the prepared data that holds the tokenizer is missing, or holds another one.
     """
@@ -91,7 +92,8 @@ def convert_run(
     """Export a run; returns a few lines that say what was written and how it compares.
 
     Raises:
-        CheckpointError, DataError, ConversionError, EnvironmentFault: as `open_checkpoint` and `export` say.
+        ConfigError, CheckpointError, DataError, ConversionError, EnvironmentFault: as `open_checkpoint` and `export`
+            say.
     """
     prepare_imports("cpu")
     from loopmem_pretrain.hf.export import export

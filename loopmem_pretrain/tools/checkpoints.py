@@ -14,6 +14,7 @@ from loopmem_pretrain.checkpoint.manifest import DamagedCheckpoint, read_manifes
 from loopmem_pretrain.checkpoint.store import CheckpointStore, checkpoint_at, damage, list_files, step_of
 from loopmem_pretrain.config.load import load_config
 from loopmem_pretrain.config.run import RunConfig
+from loopmem_pretrain.data.files import require_folder
 from loopmem_pretrain.errors import CheckpointError
 from loopmem_pretrain.progress import ProgressBar
 from loopmem_pretrain.tools.tables import human, human_bytes, human_seconds, table
@@ -26,7 +27,7 @@ def list_checkpoints(run_dir: str | Path, hashes: bool = False) -> str:
 
     Raises:
         CheckpointError: the run folder has no checkpoints.
-        ConfigError: RUN/config.yaml, which says what is kept, is there and cannot be read.
+        ConfigError: no such folder; or RUN/config.yaml, which says what is kept, is there and cannot be read.
     """
     store = _store_of(run_dir)
     recorded = store.folder.parent / "config.yaml"
@@ -57,6 +58,7 @@ def show_checkpoint(path: str | Path) -> str:
     """What one checkpoint's manifest says, for a reader.
 
     Raises:
+        ConfigError: no such folder.
         CheckpointError: there is none, or its manifest is damaged.
     """
     checkpoint = checkpoint_at(path)
@@ -99,6 +101,7 @@ def verify_checkpoints(path: str | Path) -> str:
     """Hash every file of a checkpoint, or of all checkpoints of a run folder.
 
     Raises:
+        ConfigError: no such folder.
         DamagedCheckpoint: naming every file that is missing, differs or does not belong there.
         CheckpointError: there is no checkpoint, or a file may not be read.
     """
@@ -125,6 +128,7 @@ def _store_of(run_dir: str | Path) -> CheckpointStore:
     store = CheckpointStore(run_dir)
     if not store.folder.is_dir() and Path(run_dir).absolute().name == store.folder.name:
         store = CheckpointStore(Path(run_dir).absolute().parent)
+    require_folder(run_dir, "give a run folder")
     if not store.folder.is_dir():
         raise CheckpointError(f"{run_dir} has no checkpoints/", "give a run folder")
     return store

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import matplotlib
 
-from loopmem_pretrain.data.files import write_file
+from loopmem_pretrain.data.files import require_folder, write_file
 from loopmem_pretrain.metrics_file import METRICS_NAME, Record, read_metrics
 from loopmem_pretrain.tools.figures import (
     BLUE,
@@ -44,9 +44,11 @@ def save_plots(run_dir: str | Path, out_dir: str | Path) -> list[Path]:
     """Write every figure the run has data for as NAME.svg and NAME.png.
 
     Raises:
+        ConfigError: no such folder.
         DataError: the run has no usable metrics.jsonl.
         EnvironmentFault: the folder cannot be written.
     """
+    require_folder(run_dir, "give the folder of a run that has begun to train")
     records = read_metrics(Path(run_dir) / METRICS_NAME)
     written = []
     for plot in PLOTS:

@@ -20,7 +20,7 @@ import yaml
 
 from loopmem_pretrain.config.load import load_config
 from loopmem_pretrain.config.run import RunConfig
-from loopmem_pretrain.data.files import write_file
+from loopmem_pretrain.data.files import require_folder, write_file
 from loopmem_pretrain.data.manifest import MANIFEST_NAME, Manifest, load_manifest
 from loopmem_pretrain.errors import DataError
 from loopmem_pretrain.metrics_file import METRICS_NAME, Metrics, Record, load_metrics
@@ -53,7 +53,7 @@ def write_report(run_dir: str | Path, out_path: str | Path) -> Path:
 
     Raises:
         DataError: the run has no usable metrics.jsonl, or a file of the run folder is damaged.
-        ConfigError: config.yaml is damaged.
+        ConfigError: no such folder, or config.yaml is damaged.
         EnvironmentFault: the file cannot be written.
     """
     run = _read(Path(run_dir))
@@ -69,6 +69,7 @@ def write_report(run_dir: str | Path, out_path: str | Path) -> Path:
 
 
 def _read(folder: Path) -> Run:
+    require_folder(folder, "give the folder of a run that has begun to train")
     metrics = load_metrics(folder / METRICS_NAME)
     config = load_config(RunConfig, folder / "config.yaml") if (folder / "config.yaml").exists() else None
     paths = [dataset.path for dataset in config.data.datasets] if config else []

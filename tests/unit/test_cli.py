@@ -193,9 +193,26 @@ def test_convert_to_an_unknown_type(refused):
     assert "invalid choice: 'float16'" in refused(2, "convert", "runs/demo", "out", "--dtype", "float16")
 
 
-@pytest.mark.parametrize("command", [("plot", "nowhere", "out"), ("report", "nowhere")])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("plot", "nowhere", "out"),
+        ("report", "nowhere"),
+        ("convert", "nowhere", "out"),
+        ("generate", "nowhere", "--prompt", "Once"),
+        ("eval", "nowhere"),
+        ("checkpoint", "list", "nowhere"),
+        ("checkpoint", "show", "nowhere"),
+        ("checkpoint", "verify", "nowhere"),
+        ("checkpoint", "reshape", "nowhere"),
+        ("slurm", "status", "nowhere"),
+        ("slurm", "logs", "nowhere"),
+        ("slurm", "stop", "nowhere"),
+    ],
+    ids=lambda command: " ".join(command[: command.index("nowhere")]),
+)
 def test_run_that_is_not_there(refused, command):
-    assert "nowhere/metrics.jsonl does not exist" in refused(3, *command)
+    assert "nowhere: no such folder\n  what to do: give " in refused(2, *command)
 
 
 def test_eval_on_files_and_on_prepared_data(refused):
