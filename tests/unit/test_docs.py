@@ -19,7 +19,7 @@ DOCUMENTS = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", *B
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 
 SYMBOL = re.compile(r"`([\w/]+\.py):([\w.]+)`")
-FOLDERS = "|".join(sorted(path.name for path in [*ROOT.iterdir(), *PACKAGE.iterdir()] if path.is_dir()))
+FOLDERS = "|".join(sorted(re.escape(path.name) for path in [*ROOT.iterdir(), *PACKAGE.iterdir()] if path.is_dir()))
 FILE = re.compile(rf"(?<![\w/.-])((?:{FOLDERS})/[\w./-]*\.(?:py|md|yaml|toml|txt|sbatch)|(?:{FOLDERS})/)(?![\w*{{])")
 MADE_BY_RUNS = ("checkpoints/", "tensorboard/", "wandb/", "runs/", "build/")
 
