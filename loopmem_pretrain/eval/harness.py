@@ -34,8 +34,8 @@ from loopmem_pretrain.eval.scoring import (
     gates_closed,
     window_scores,
 )
-from loopmem_pretrain.model.decoding import make_decoding
-from loopmem_pretrain.model.early_exit import early_exit, exit_forward
+from loopmem_pretrain.inference.generate import Continuation
+from loopmem_pretrain.model.early_exit import early_exit
 
 MOST_NEW_TOKENS = 256
 """Of a generation whose task names no number, as in the harness's own models."""
@@ -157,10 +157,6 @@ class LoopMemHarness(WindowLM):
             return [self._generate(*request.args) for request in requests]
 
     def _generate(self, prompt: str, wishes: dict[str, Any]) -> str:
-        from transformers import DynamicCache
-
-        from loopmem_pretrain.hf.cache import cache_with_slots
-
         limit, stops = _greedy(wishes)
         if limit >= self.max_length:
             raise ConfigError(
@@ -172,15 +168,9 @@ class LoopMemHarness(WindowLM):
         model, codec = self.opened.model, self.opened.codec
         tokens = torch.tensor([ids[-(self.max_length - limit) :]], device=next(model.parameters()).device)
         early = early_exit(self.setting.exit_threshold, self.setting.exit_rule or "halting")
-        cache, new, text = DynamicCache(), list[int](), ""
-        cache_with_slots(cache, [self.setting.num_loops or 1] * model.config.num_hidden_layers, 1)
+        continuation, new, text = Continuation(model, codec.vocab_size, self.setting.num_loops, early), list[int](), ""
         while len(new) < limit and not any(stop in text for stop in stops):
-            decoding = make_decoding(tokens.shape[1], cache.get_seq_length(), tokens.device, cache=cache)
-            if early is None:
-                hidden, _ = model.model(tokens, self.setting.num_loops, decoding)
-            else:
-                hidden, _ = exit_forward(model.model, tokens, early, self.setting.num_loops, decoding)
-            tokens = model.lm_head(hidden[:, -1:])[..., : codec.vocab_size].argmax(-1)
+            tokens = continuation.scores(tokens).argmax().view(1, 1)
             if int(tokens) == codec.eos_id:
                 break
             new.append(int(tokens))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loopmem_pretrain.errors import ConfigError
 from loopmem_pretrain.model.decoding import make_decoding
-from loopmem_pretrain.model.early_exit import EXIT_RULES, early_exit, exit_forward
+from loopmem_pretrain.model.early_exit import EXIT_RULES, EarlyExit, early_exit, exit_forward
 from loopmem_pretrain.model.loopmem import LoopMemLM, NumLoops, loops_of_layers
 
 OnText = Callable[[str], object]
@@ -94,6 +94,38 @@ class _Depth(NamedTuple):
     exit_rule: str
 
 
+class Continuation:
+    """A sequence that a model continues: its key/value cache, and how layers loop.
+
+    Args:
+        model: LoopMemLM or LoopMemForCausalLM, in evaluation mode.
+        vocab_size: tokens of the tokenizer; the model's rows after them pad the vocabulary.
+        num_loops: applies every layer so often instead of max_loops times, or each so often as its entry of a list.
+        early: when tokens leave a layer; None: all loops run.
+    """
+
+    def __init__(self, model: Any, vocab_size: int, num_loops: NumLoops, early: EarlyExit | None) -> None:
+        from transformers import DynamicCache
+
+        from loopmem_pretrain.hf.cache import cache_with_slots
+
+        self.model, self.vocab_size, self.num_loops, self.early = model, vocab_size, num_loops, early
+        self.cache, most = DynamicCache(), max(1, model.config.max_loops)
+        loops = loops_of_layers(num_loops, model.config.num_hidden_layers)
+        cache_with_slots(self.cache, [most if n is None else n for n in loops], batch=1)
+
+    def scores(self, ids: Tensor) -> Tensor:
+        """[V], float32: of the token after `ids` [1, T], which follow those of the calls before."""
+        decoding = make_decoding(ids.shape[1], self.cache.get_seq_length(), ids.device, cache=self.cache)
+        if self.early is None:
+            hidden, _ = self.model.model(ids, self.num_loops, decoding)
+        else:
+            hidden, _ = exit_forward(self.model.model, ids, self.early, self.num_loops, decoding)
+        scores: Tensor = self.model.lm_head(hidden[:, -1:])[0, -1].float()
+        scores[self.vocab_size :] = -math.inf  # rows that pad the vocabulary are no tokens
+        return scores
+
+
 def _generate_native(
     model: LoopMemLM,
     codec: _Codec,
@@ -104,22 +136,10 @@ def _generate_native(
     depth: _Depth,
     text: "_GrowingText",
 ) -> None:
-    from transformers import DynamicCache
-
-    from loopmem_pretrain.hf.cache import cache_with_slots
-
-    cache, layers, most = DynamicCache(), model.config.num_hidden_layers, max(1, model.config.max_loops)
-    cache_with_slots(cache, [most if n is None else n for n in loops_of_layers(depth.num_loops, layers)], 1)
     early = early_exit(depth.exit_threshold, depth.exit_rule)
+    continuation = Continuation(model, codec.vocab_size, depth.num_loops, early)
     for _ in range(max_new_tokens):
-        decoding = make_decoding(ids.shape[1], cache.get_seq_length(), ids.device, cache=cache)
-        if early is None:
-            hidden, _ = model.model(ids, depth.num_loops, decoding)
-        else:
-            hidden, _ = exit_forward(model.model, ids, early, depth.num_loops, decoding)
-        scores = model.lm_head(hidden[:, -1:])[0, -1].float()
-        scores[codec.vocab_size :] = -math.inf  # rows that pad the vocabulary are no tokens
-        token = _choose(scores, temperature, top_k)
+        token = _choose(continuation.scores(ids), temperature, top_k)
         ids = token[None]
         text.put(token)
         if int(token) == codec.eos_id:
