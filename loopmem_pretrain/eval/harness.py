@@ -9,7 +9,6 @@ Text becomes tokens as in the harness's own `hf` model: prompt and continuation 
 many tokens as the prompt alone has; what has no prompt is scored after the end-of-document token.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -22,16 +21,16 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows
 
-from loopmem_pretrain.errors import CheckpointError, ConfigError, DataError
+from loopmem_pretrain.errors import ConfigError, DataError
 from loopmem_pretrain.eval.opening import Opened, open_scorer, settings_of
 from loopmem_pretrain.eval.perplexity import POOL
 from loopmem_pretrain.eval.scoring import (
-    BROKEN,
     Setting,
     Window,
     WindowScore,
     continuation_windows,
     gates_closed,
+    require_finite,
     window_scores,
 )
 from loopmem_pretrain.inference.generate import Continuation
@@ -225,10 +224,8 @@ def scorer_of(
         size = POOL * opened.batch_size
         for start in range(0, len(some), size):
             pool = window_scores(opened.model, some[start : start + size], opened.batch_size, setting)
-            for value in (score.nats for score in pool):
-                if not math.isfinite(value):
-                    loops = "" if setting.num_loops is None else f" at {setting.num_loops} loops"
-                    raise CheckpointError(f"the model's cross-entropy is {value}{loops}", BROKEN)
+            for each in pool:
+                require_finite(each.nats, setting)
             scores += pool
             on_windows(len(pool))
         return scores

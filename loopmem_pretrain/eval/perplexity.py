@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from loopmem_pretrain.errors import CheckpointError, DataError
 from loopmem_pretrain.eval.documents import Domain
-from loopmem_pretrain.eval.scoring import BROKEN, Setting, Window, window_scores, windows
+from loopmem_pretrain.eval.scoring import BROKEN, Setting, Window, require_finite, window_scores, windows
 
 POOL = 32
 """Batches of windows that are put in order of length together."""
@@ -115,7 +115,7 @@ def measure(
         for setting, sums in nats.items():
             scored = window_scores(scorer.model, pool, scorer.batch_size, setting)
             for window, (value, _, ran) in zip(pool, scored, strict=True):
-                _require_finite(value, domain, window, setting)
+                require_finite(value, setting, f"{domain.name}: document {window.document + 1}: ")
                 sums[window.document] += value
                 loops[setting] += ran or 0.0
         done += len(pool)
@@ -154,12 +154,3 @@ def ratio(x: Sequence[float], y: Sequence[int]) -> Ratio:
         return Ratio(value, None)
     squares = math.fsum((above - value * below) ** 2 for above, below in zip(x, y, strict=True))
     return Ratio(value, math.sqrt(n / (n - 1) * squares) / sum(y))
-
-
-def _require_finite(value: float, domain: Domain, window: Window, setting: Setting) -> None:
-    if not math.isfinite(value):
-        loops = "" if setting.num_loops is None else f" at {setting.num_loops} loops"
-        raise CheckpointError(
-            f"{domain.name}: document {window.document + 1}: the model's cross-entropy is {value}{loops}",
-            BROKEN,
-        )

@@ -8,6 +8,7 @@ least context - context // 2 + 1 tokens, more than half the context.
 Attention is causal and halting is per token, so windows of a batch are padded at their ends: padding changes nothing.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -16,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loopmem_pretrain.errors import CheckpointError
 from loopmem_pretrain.model.backend import wide
 from loopmem_pretrain.model.early_exit import early_exit, exit_forward
 
 BROKEN = "score an earlier checkpoint, or as many loops as the model was trained with"
-"""What to do about a cross-entropy that is not finite."""
+"""What to do about a cross-entropy that is not finite, or a perplexity that no number can hold."""
 LOGIT_BYTES = 1 << 26
 """Memory for the logits that exist at once: a batch's would be gigabytes at a large vocabulary."""
 
@@ -147,6 +149,16 @@ def _hidden(model: Any, tokens: Tensor, setting: Setting) -> tuple[Tensor, Tenso
         return hidden, torch.full(tokens.shape, float(all_loops), dtype=torch.float64, device=tokens.device)
     hidden, stats = exit_forward(model.model, tokens, early, setting.num_loops)
     return hidden, torch.stack([layer.loops for layer in stats]).double().mean(0)
+
+
+def require_finite(nats: float, setting: Setting, where: str = "") -> None:
+    """
+    Raises:
+        CheckpointError: the model has given a cross-entropy that is not finite; `where` says of what.
+    """
+    if not math.isfinite(nats):
+        loops = "" if setting.num_loops is None else f" at {setting.num_loops} loops"
+        raise CheckpointError(f"{where}the model's cross-entropy is {nats}{loops}", BROKEN)
 
 
 def token_scores(logits: Tensor, targets: Tensor) -> Tensor:
