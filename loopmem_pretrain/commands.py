@@ -183,8 +183,8 @@ def add_exit_rule_and_device(parser: argparse.ArgumentParser) -> None:
 def generate(options: Any) -> int:
     from loopmem_pretrain.data.files import check_target, write_file
     from loopmem_pretrain.hf.load import device_of
-    from loopmem_pretrain.inference.command import open_model
     from loopmem_pretrain.inference.generate import check_request, generate_text
+    from loopmem_pretrain.inference.opening import open_model
 
     rule = _exit_rule(options)
     check_request(options.prompt, options.max_new_tokens, options.temperature, options.top_k, options.seed)

@@ -30,7 +30,7 @@ PRELOADED = (
     "loopmem_pretrain.parallel.megatron",
     "loopmem_pretrain.training.trainer",
     "loopmem_pretrain.hf.export",
-    "loopmem_pretrain.inference.command",
+    "loopmem_pretrain.inference.opening",
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.runtime.zero.muon.muon_optimizer",
 )

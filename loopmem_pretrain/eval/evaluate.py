@@ -13,10 +13,11 @@ from loopmem_pretrain import __version__
 from loopmem_pretrain.data.files import write_file
 from loopmem_pretrain.errors import ConfigError
 from loopmem_pretrain.eval.documents import Domain, prepared_domains, text_domains
-from loopmem_pretrain.eval.opening import Opened, identity_of, is_exported, open_scorer, place_of, settings_of
+from loopmem_pretrain.eval.opening import Opened, identity_of, open_scorer, place_of, settings_of
 from loopmem_pretrain.eval.perplexity import DomainScores, Ratio, Scorer, measure
 from loopmem_pretrain.eval.scoring import Setting, stride_of
 from loopmem_pretrain.eval.suites import Mean, TaskRequests, TaskScores, measured, open_tasks, score_task
+from loopmem_pretrain.inference.opening import is_exported
 from loopmem_pretrain.model.flops import forward_flops_at
 from loopmem_pretrain.progress import ProgressBar
 from loopmem_pretrain.quiet import prepare_imports

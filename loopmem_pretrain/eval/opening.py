@@ -11,8 +11,8 @@ from loopmem_pretrain.data.files import sha256_file
 from loopmem_pretrain.errors import ConfigError, DataError
 from loopmem_pretrain.eval.scoring import Setting
 from loopmem_pretrain.hf.load import device_of
-from loopmem_pretrain.inference.command import open_model
 from loopmem_pretrain.inference.generate import codec_of
+from loopmem_pretrain.inference.opening import is_exported, open_model
 from loopmem_pretrain.model.early_exit import EXIT_RULES
 
 
@@ -29,10 +29,6 @@ class Opened(NamedTuple):
     """Tokens the model reads at once."""
     batch_size: int
     """Windows in one forward pass."""
-
-
-def is_exported(path: str | Path) -> bool:
-    return (Path(path) / "config.json").exists()
 
 
 def place_of(path: str | Path) -> Path:

@@ -57,7 +57,7 @@ def test_training_logged_the_same_on_the_same_samples(trained):
     from loopmem_pretrain.config.run import RunConfig
     from loopmem_pretrain.data.dataset import open_validation
     from loopmem_pretrain.eval.scoring import Setting, Window, window_scores
-    from loopmem_pretrain.inference.command import open_model
+    from loopmem_pretrain.inference.opening import open_model
 
     config = load_config(RunConfig, trained / "config.yaml")
     samples, length = open_validation(config.data, config.validation.num_samples), config.data.seq_length

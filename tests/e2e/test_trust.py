@@ -15,7 +15,7 @@ from loopmem_pretrain.checkpoint.universal import fp32_weights
 from loopmem_pretrain.config.load import dump_config
 from loopmem_pretrain.errors import CheckpointError
 from loopmem_pretrain.hf.convert import convert_run
-from loopmem_pretrain.inference.command import open_model
+from loopmem_pretrain.inference.opening import open_model
 from tests.distributed import run_command
 from tests.e2e.test_training import config_for, run
 from tests.unit.checkpoint.test_safe_load import Payload

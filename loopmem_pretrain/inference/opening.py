@@ -1,4 +1,4 @@
-"""Opening whatever `loopmem generate` is pointed at: a run folder, a checkpoint, or an exported Hugging Face folder."""
+"""What `loopmem generate` is pointed at, opened: a run folder, a checkpoint, or an exported Hugging Face folder."""
 
 from pathlib import Path
 from typing import Any
@@ -6,9 +6,14 @@ from typing import Any
 from loopmem_pretrain.quiet import prepare_imports
 
 
+def is_exported(path: str | Path) -> bool:
+    """Whether the folder is a model in Hugging Face format, not a run or one of its checkpoints."""
+    return (Path(path) / "config.json").exists()
+
+
 def open_model(path: str | Path) -> tuple[Any, Any, int | None]:
     """(model in evaluation mode, its tokenizer, context length or None where the model knows it)."""
-    if (Path(path) / "config.json").exists():
+    if is_exported(path):
         from transformers.utils import logging
 
         from loopmem_pretrain.hf.load import load_hf
