@@ -81,7 +81,7 @@ def submit_successor(here: slurm.Allocation, run_dir: Path, arguments: Sequence[
     """
     script = run_dir / "slurm" / f"script-{here.job}.sbatch"
     script.parent.mkdir(parents=True, exist_ok=True)
-    complaint = slurm.tell("scontrol", "write", "batch_script", here.job, str(script))
+    complaint = slurm.complaint_after("scontrol", "write", "batch_script", here.job, str(script))
     if complaint:
         raise EnvironmentFault(f"SLURM does not give the script of job {here.job}: {complaint}", "use CONTINUE=requeue")
     options = [f"--job-name={job_name(run_dir)}", f"--dependency=afterany:{here.job},singleton"]

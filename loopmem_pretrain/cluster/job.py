@@ -38,6 +38,8 @@ MAX_STARTS = 20
 """Starts from one checkpoint, whatever ended them, after which the run gives up."""
 FINAL = (2, 3, 4, 5, 7)
 """Exit codes of a rank that the same start would end with again (errors.py)."""
+OVER: tuple[records.Verdict, ...] = ("done", "stopped", "failed")
+"""Verdicts with which nothing goes on by itself."""
 LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 """Errors of a disk for which nobody waits."""
 FLIGHT_RECORDER = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
@@ -274,7 +276,7 @@ class Job:
         """Stacks first, then no mercy: what hangs answers to nothing else."""
         if self.options.launcher == "srun":  # launchers would die of it
             for running in slurm.steps(self.here.job, STEP):
-                slurm.tell("scancel", "--signal=QUIT", running)
+                slurm.complaint_after("scancel", "--signal=QUIT", running)  # refused or not, they end
             time.sleep(STACKS)
         step.end(ranks, self.here.job, STEP)
 
@@ -336,42 +338,58 @@ class Job:
         return Ending("failed" if crashes > self.options.max_crashes else "crashed", counted, last)
 
     def _go_on(self, ending: Ending) -> int:
-        """Requeue, hold or end, as the verdict wants it."""
+        """What becomes of the job, by verdict and mode; returns the exit code of the batch script where it ends here.
+
+        verdict                                       requeue              chain                      no
+        done, stopped, failed                         ends                 ends, successor cancelled  ends
+        paused                                        held                 successor held             ends
+        interrupted, preempted, lost nodes, crashed   back into the queue  successor goes on          ends
+        ended                                         ends; successor cancelled where the job was
+        """
+        mode = self.options.mode
         if ending.verdict == "ended":
             # SLURM has decided; a requeue from here would bring a cancelled job back to life.
             if slurm.was_cancelled(slurm.show_job(self.here.job)):
                 self._drop_successor()
-            return ending.code
-        is_paused = ending.verdict == "paused"
-        if ending.verdict in ("done", "stopped", "failed") or (is_paused and self.options.mode == "no"):
+        elif ending.verdict in OVER or mode == "no":
             self._drop_successor()
-            return ending.code
-        if is_paused:
-            if self.successor:
-                say(f"held: remove {self.run_dir / control.PAUSE}, then `scontrol release {self.successor}`")
-                return report(slurm.tell("scontrol", "hold", self.successor))
+        elif ending.verdict == "paused":
+            return self._hold()
+        elif mode == "requeue":
+            self._requeue(ending.bad_nodes)
+        else:
+            return self._leave_to_successor(ending)
+        return ending.code
+
+    def _hold(self) -> int:
+        if not self.successor:
             slurm.put_back(self.here.job, hold=True)
             _wait_for_the_end()
-        if self.options.mode == "chain" and not self.successor:
+        say(f"held: remove {self.run_dir / control.PAUSE}, then `scontrol release {self.successor}`")
+        return try_to("scontrol", "hold", self.successor)
+
+    def _requeue(self, without: Sequence[str]) -> NoReturn:
+        if without:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            slurm.hold_without(self.here.job, without)
+        else:
+            slurm.put_back(self.here.job)
+        _wait_for_the_end()
+
+    def _leave_to_successor(self, ending: Ending) -> int:
+        if not self.successor:
             self._submit_successor()
-            if not self.successor:
-                say("the run has ended early: submit it again")
-                return EnvironmentFault.exit_code
-        if self.options.mode == "requeue":
-            if ending.bad_nodes:
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)
-                slurm.hold_without(self.here.job, ending.bad_nodes)
-            else:
-                slurm.put_back(self.here.job)
-            _wait_for_the_end()
-        if self.successor and ending.bad_nodes:
+        if not self.successor:
+            say("the run has ended early: submit it again")
+            return EnvironmentFault.exit_code
+        if ending.bad_nodes:
             nodes = ",".join(ending.bad_nodes)
-            report(slurm.tell("scontrol", "update", f"JobId={self.successor}", f"ExcNodeList={nodes}"))
+            try_to("scontrol", "update", f"JobId={self.successor}", f"ExcNodeList={nodes}")
         return ending.code
 
     def _drop_successor(self) -> None:
         if self.successor:
-            report(slurm.tell("scancel", self.successor))
+            try_to("scancel", self.successor)
 
 
 def _wait_for_the_end() -> NoReturn:
@@ -424,8 +442,9 @@ def say(text: str) -> None:
         os.write(1, f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}\n".encode())
 
 
-def report(complaint: str) -> int:
-    """Exit code of something SLURM was told that the run does not depend on."""
+def try_to(*command: str) -> int:
+    """Tell SLURM something that the run does not depend on; says a refusal, and returns the exit code for it."""
+    complaint = slurm.complaint_after(*command)
     if complaint:
         say(f"SLURM refused: {complaint}")
     return EnvironmentFault.exit_code if complaint else 0

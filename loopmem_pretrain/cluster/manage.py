@@ -177,7 +177,7 @@ def cancel(run_dir: str) -> str:
     if not jobs:
         return f"no job of {folder} is in the queue"
     in_turn = sorted(jobs, key=int, reverse=True)  # what waits for another one first
-    complaint = slurm.tell("scancel", *in_turn, patience=slurm.AT_THE_TERMINAL)
+    complaint = slurm.complaint_after("scancel", *in_turn, patience=slurm.AT_THE_TERMINAL)
     if complaint:
         raise EnvironmentFault(f"scancel failed: {complaint}", "cancel by hand: scancel " + " ".join(jobs))
     return f"cancelled {', '.join(jobs)}"

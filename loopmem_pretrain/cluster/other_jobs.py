@@ -130,7 +130,7 @@ def submit_in_turn(scripts: Sequence[Path]) -> list[str]:
 
 def take_back(jobs: Sequence[str]) -> str:
     """Cancel jobs, the last one first; what to tell the user."""
-    complaint = slurm.tell("scancel", *reversed(jobs), patience=slurm.AT_THE_TERMINAL)
+    complaint = slurm.complaint_after("scancel", *reversed(jobs), patience=slurm.AT_THE_TERMINAL)
     if complaint:
         return f"still in the queue, to be cancelled by hand: scancel {' '.join(reversed(jobs))} ({complaint})"
     return f"submitted before it, now cancelled: {', '.join(jobs)}"

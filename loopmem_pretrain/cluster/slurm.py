@@ -168,7 +168,7 @@ VARIABLES = {"mem": "MEM_PER_NODE", "time": "TIMELIMIT", "array": "ARRAY_INX", "
 """What comes after SBATCH_ in an option's variable, where it is not the option's name."""
 
 
-def tell(*command: str, patience: float = PATIENCE) -> str:
+def complaint_after(*command: str, patience: float = PATIENCE) -> str:
     """Run a command of SLURM; an empty string where it succeeds, else what it complains about.
 
     Repeated for `patience` seconds where there is no answer, so what it asks for may have been done already.
@@ -281,7 +281,7 @@ def put_back(job: str, hold: bool = False) -> None:
         EnvironmentFault: SLURM refuses it for a minute.
     """
     deadline = time.monotonic() + ANSWER
-    while complaint := tell("scontrol", "requeuehold" if hold else "requeue", job):
+    while complaint := complaint_after("scontrol", "requeuehold" if hold else "requeue", job):
         # An attempt whose answer was lost may have been heard; the next one is refused then.
         if show_job(job)["JobState"] != "RUNNING":
             return
@@ -304,13 +304,13 @@ def hold_without(job: str, nodes: Sequence[str]) -> None:
     release = ("scontrol", "release", job)
     put_back(job, hold=True)
     deadline = time.monotonic() + HELD
-    while complaint := tell(*change):  # while it ends
+    while complaint := complaint_after(*change):  # while it ends
         if time.monotonic() > deadline:
             raise EnvironmentFault(
                 f"job {job} is in the queue, held, and could not be told to leave out {','.join(nodes)}: {complaint}",
                 f"let it go on without them: {' '.join(change)}, then {' '.join(release)}",
             )
         time.sleep(0.5)
-    complaint = tell(*release)
+    complaint = complaint_after(*release)
     if complaint:
         raise EnvironmentFault(f"job {job} is in the queue, held: {complaint}", f"let it go on: {' '.join(release)}")

@@ -44,7 +44,7 @@ def environment(here: slurm.Allocation, nodes: Sequence[str]) -> dict[str, str]:
 def end(step: "subprocess.Popen[bytes]", job: str, name: str) -> None:
     """Through SLURM: the end of srun alone would leave the tasks on their GPUs."""
     for running in slurm.steps(job, name):
-        complaint = slurm.tell("scancel", "--signal=KILL", running)
+        complaint = slurm.complaint_after("scancel", "--signal=KILL", running)
         if complaint:
             print(f"SLURM refused to end step {running}: {complaint}", flush=True)
     try:

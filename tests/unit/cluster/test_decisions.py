@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -11,8 +12,8 @@ import yaml
 
 from loopmem_pretrain import control
 from loopmem_pretrain.checkpoint.store import CheckpointStore
-from loopmem_pretrain.cluster import accounting, burn_in, chain, health, manage, records
-from loopmem_pretrain.cluster.job import Job, parser, step_command, train_command
+from loopmem_pretrain.cluster import accounting, burn_in, chain, health, manage, records, slurm
+from loopmem_pretrain.cluster.job import Ending, Job, parser, step_command, train_command
 from loopmem_pretrain.cluster.rank import node_command, place
 from loopmem_pretrain.cluster.slurm import Allocation, end_time, job_fields, sbatch_environment, was_cancelled
 from loopmem_pretrain.cluster.step import Heartbeat, environment, what_ranks_said
@@ -321,6 +322,46 @@ def test_a_burn_in_that_is_cut_off_does_not_speak_of_the_network(
     monkeypatch.setattr(health, "check_nodes", cut_off)
     monkeypatch.setattr("loopmem_pretrain.cluster.slurm.show_job", lambda number: {"JobState": state})
     assert job._check_and_train().verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("mode", "verdict", "bad_nodes", "told", "code"),
+    [
+        ("requeue", "done", [], [], 5),
+        ("requeue", "interrupted", [], ["requeue 7", "end"], None),
+        ("requeue", "lost nodes", ["n1"], ["requeue 7 without n1", "end"], None),
+        ("requeue", "paused", [], ["requeue 7, hold", "end"], None),
+        ("requeue", "ended", [], [], 5),
+        ("chain", "failed", [], ["scancel 8"], 5),
+        ("chain", "interrupted", [], [], 5),
+        ("chain", "lost nodes", ["n1"], ["scontrol update JobId=8 ExcNodeList=n1"], 5),
+        ("chain", "paused", [], ["scontrol hold 8"], 0),
+        ("chain", "ended", [], ["scancel 8"], 5),
+        ("no", "interrupted", [], [], 5),
+        ("no", "paused", [], [], 5),
+    ],
+)
+def test_what_becomes_of_the_job(tmp_path, monkeypatch, mode, verdict, bad_nodes, told, code):
+    job = Job.__new__(Job)
+    job.options = parser().parse_args(["--run-dir", str(tmp_path), "--config", "c.yaml", "--continue", mode])
+    job.run_dir, job.here, job.successor = tmp_path, HERE, "8" if mode == "chain" else None
+    said = []
+
+    def end():
+        said.append("end")
+        raise SystemExit
+
+    monkeypatch.setattr("loopmem_pretrain.cluster.job._wait_for_the_end", end)
+    monkeypatch.setattr(slurm, "show_job", lambda number: {"JobState": "CANCELLED"})
+    monkeypatch.setattr(slurm, "complaint_after", lambda *command: said.append(" ".join(command)) or "")
+    monkeypatch.setattr(slurm, "put_back", lambda number, hold=False: said.append(f"requeue {number}{', hold' * hold}"))
+    monkeypatch.setattr(slurm, "hold_without", lambda number, bad: said.append(f"requeue {number} without {bad[0]}"))
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    try:
+        assert job._go_on(Ending(verdict, "a reason", 5, bad_nodes)) == code
+    except SystemExit:
+        assert code is None
+    assert said == told
 
 
 def test_a_run_folder_with_signs_of_yaml():
