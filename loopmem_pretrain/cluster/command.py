@@ -5,6 +5,8 @@ import sys
 from typing import Any
 
 from loopmem_pretrain.arguments import AddCommand, with_config
+from loopmem_pretrain.cluster.health import LEVELS
+from loopmem_pretrain.cluster.job import LAUNCHERS, MODES
 from loopmem_pretrain.errors import EXIT_DONE, ConfigError, LoopMemError
 
 
@@ -23,9 +25,9 @@ def add_slurm(command: AddCommand) -> None:
         verb.add_argument(
             "--time", metavar="H:MM:SS", help="of a job; also minutes, or D-HH:MM:SS (default: the cluster's)"
         )
-        verb.add_argument("--launcher", choices=("srun", "torchrun", "deepspeed"), default="srun")
-        verb.add_argument("--continue", dest="mode", choices=("requeue", "chain", "no"), default="requeue")
-        verb.add_argument("--health", choices=("none", "node", "full"), default="node", help="checks before training")
+        verb.add_argument("--launcher", choices=LAUNCHERS, default="srun")
+        verb.add_argument("--continue", dest="mode", choices=MODES, default="requeue")
+        verb.add_argument("--health", choices=LEVELS, default="node", help="checks before training")
         verb.add_argument("--max-crashes", type=int, default=3, metavar="N", help="without a new checkpoint between")
         verb.add_argument("--after", metavar="JOB", help="start when that job has ended well")
         help_ = "a job that waits for the end of the run; may be given twice: conversion to RUN/hf comes first,\n"

@@ -20,6 +20,7 @@ from typing import Any
 
 from loopmem_pretrain.cluster import records, slurm
 from loopmem_pretrain.cluster.step import environment, srun
+from loopmem_pretrain.errors import EnvironmentFault
 
 LEVELS = ("none", "node", "full")
 """none: nothing; node: what this file checks; full: also a matrix product on each GPU and an all-reduce over all."""
@@ -143,7 +144,7 @@ def report_on_this_node(folder: Path) -> None:
         os.replace(temporary, folder / f"{node}.json")
     except OSError as error:
         print(f"{node} cannot write to {folder}: {error}", file=sys.stderr)
-        sys.exit(6)
+        sys.exit(EnvironmentFault.exit_code)
 
 
 def _gpu_problems() -> list[str]:

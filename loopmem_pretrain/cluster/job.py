@@ -19,25 +19,35 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, get_args
 
 from loopmem_pretrain import control
 from loopmem_pretrain.cluster import chain, health, rank, records, slurm, step
 from loopmem_pretrain.cluster.step import TICK, Heartbeat, srun, what_ranks_said
-from loopmem_pretrain.errors import EnvironmentFault, HangDetected, LoopMemError
+from loopmem_pretrain.errors import (
+    CheckpointError,
+    ConfigError,
+    ConversionError,
+    DataError,
+    EnvironmentFault,
+    HangDetected,
+    LoopMemError,
+    TrainingGaveUp,
+)
 
 T = TypeVar("T")
 
-LAUNCHERS = ("srun", "torchrun", "deepspeed")
-MODES = ("requeue", "chain", "no")
+Launcher = Literal["srun", "torchrun", "deepspeed"]
+Mode = Literal["requeue", "chain", "no"]
+LAUNCHERS, MODES = get_args(Launcher), get_args(Mode)
 STEP = "train"
 """Name of the job step with the ranks."""
 SLACK = 30.0
 """Seconds before the job's end at which the ranks shall be gone."""
 MAX_STARTS = 20
 """Starts from one checkpoint, whatever ended them, after which the run gives up."""
-FINAL = (2, 3, 4, 5, 7)
-"""Exit codes of a rank that the same start would end with again (errors.py)."""
+FINAL = tuple(kind.exit_code for kind in (ConfigError, DataError, CheckpointError, ConversionError, TrainingGaveUp))
+"""Exit codes of a rank that the same start would end with again."""
 OVER: tuple[records.Verdict, ...] = ("done", "stopped", "failed")
 """Verdicts with which nothing goes on by itself."""
 LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)

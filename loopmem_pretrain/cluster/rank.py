@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from loopmem_pretrain.errors import EnvironmentFault
+from loopmem_pretrain.errors import EXIT_BUG, EnvironmentFault
 
 LOG_DIR, LAUNCHER = "LOOPMEM_LOG_DIR", "LOOPMEM_LAUNCHER"
 """Variables that the batch script sets for every task."""
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     rank = int(os.environ["RANK"])
     _log_to(log_file(Path(os.environ[LOG_DIR]), rank))
     faulthandler.register(signal.SIGQUIT)  # stacks of all threads, when the batch script asks for them
-    code = 1
+    code = EXIT_BUG
     try:
         sys.argv[0] = "loopmem"
         runpy.run_module("loopmem_pretrain", run_name="__main__")

@@ -12,11 +12,12 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import loopmem_pretrain
 from loopmem_pretrain.cluster import records, slurm
 from loopmem_pretrain.cluster.chain import job_name
+from loopmem_pretrain.cluster.job import Launcher, Mode
 from loopmem_pretrain.cluster.other_jobs import Follower, after_training, submit_in_turn
 from loopmem_pretrain.cluster.render import (
     container_settings,
@@ -39,9 +40,6 @@ from loopmem_pretrain.tools.plans import USABLE
 from loopmem_pretrain.tools.step_time import step_time
 from loopmem_pretrain.tools.tables import human_bytes, human_seconds
 from loopmem_pretrain.words import counted
-
-Launcher = Literal["srun", "torchrun", "deepspeed"]
-Mode = Literal["requeue", "chain", "no"]
 
 PACKAGE = Path(loopmem_pretrain.__file__).parent
 CONFIG = "config.yaml"
