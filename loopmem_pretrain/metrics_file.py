@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from loopmem_pretrain.errors import DataError
 
 Record = dict[str, Any]
+"""A line, by the keys above."""
 METRICS_NAME = "metrics.jsonl"
 
 

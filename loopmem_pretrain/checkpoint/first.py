@@ -15,7 +15,7 @@ from typing import Any
 
 from loopmem_pretrain.checkpoint.position import Position
 from loopmem_pretrain.checkpoint.reshape import not_in_training
-from loopmem_pretrain.checkpoint.store import RUN_ID, CheckpointStore, hash_files, list_files
+from loopmem_pretrain.checkpoint.store import LOCK, RUN_ID, CheckpointStore, hash_files, is_run_folder, list_files
 from loopmem_pretrain.checkpoint.universal import MERGED
 from loopmem_pretrain.config.load import dump_config
 from loopmem_pretrain.config.run import RunConfig
@@ -32,7 +32,7 @@ def check_new_run(run_dir: Path) -> None:
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run_dir {run_dir} is a file", "name a folder to begin the run in")
-    if (run_dir / "config.yaml").exists() or CheckpointStore(run_dir).latest() is not None:
+    if is_run_folder(run_dir):
         raise ConfigError(f"{run_dir} is a run folder already", "choose another run_dir: a run begins only once")
 
 
@@ -84,7 +84,7 @@ def _vanishing(store: CheckpointStore, alone: bool) -> Iterator[Path]:
         yield folder
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
-        for name in (RUN_ID, ".lock") if alone else ():
+        for name in (RUN_ID, LOCK) if alone else ():
             (store.folder.parent / name).unlink(missing_ok=True)
         raise
 

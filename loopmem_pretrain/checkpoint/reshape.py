@@ -9,7 +9,16 @@ from typing import Any
 
 from loopmem_pretrain.checkpoint.manifest import MANIFEST, encode_manifest, read_manifest
 from loopmem_pretrain.checkpoint.safe_load import check_pickles, pickles
-from loopmem_pretrain.checkpoint.store import RUN_ID, CheckpointStore, checkpoint_at, hash_files, list_files, verify
+from loopmem_pretrain.checkpoint.store import (
+    LOCK,
+    RUN_ID,
+    CheckpointStore,
+    checkpoint_at,
+    hash_files,
+    is_run_folder,
+    list_files,
+    verify,
+)
 from loopmem_pretrain.checkpoint.universal import MERGED, is_merged, merge
 from loopmem_pretrain.data.files import disk_faults, sync_folder, write_file
 from loopmem_pretrain.errors import ConfigError
@@ -33,7 +42,7 @@ def reshape(path: str | Path, out: str | Path | None = None) -> Path:
     checkpoint = checkpoint_at(path).resolve()
     if out is None and checkpoint.parent.name != "checkpoints":
         raise ConfigError(f"{checkpoint} is in no run folder", "give --out a new run folder")
-    if out is not None and ((Path(out) / "config.yaml").exists() or CheckpointStore(out).latest() is not None):
+    if out is not None and is_run_folder(Path(out)):
         raise ConfigError(f"{out} is a run folder already", "give --out another folder, or leave it out")
     verify(checkpoint)
     check_pickles(pickles(checkpoint))
@@ -52,7 +61,7 @@ def reshape(path: str | Path, out: str | Path | None = None) -> Path:
 def not_in_training(run_dir: Path) -> Iterator[None]:
     """Hold the lock of a run folder, or raise EnvironmentFault where a process trains in it."""
     busy = f"a process is training in the run folder {run_dir}"
-    with take_lock(run_dir / ".lock", busy, "wait for it or stop it, or give --out another folder"):
+    with take_lock(run_dir / LOCK, busy, "wait for it or stop it, or give --out another folder"):
         yield
 
 

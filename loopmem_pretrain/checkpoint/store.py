@@ -29,6 +29,8 @@ from loopmem_pretrain.errors import CheckpointError
 
 RUN_ID = "run_id"
 """File in the run folder with the random id that every checkpoint of the run carries."""
+LOCK = ".lock"
+"""File in the run folder that a process holds locked while it writes there: a start, or a command that makes one."""
 
 log = logging.getLogger(__name__)
 
@@ -240,6 +242,15 @@ def step_of(name: str) -> int | None:
     """The step in a checkpoint folder's name, or None where it is no such name."""
     match = re.fullmatch(r"step_([0-9]{8}|[1-9][0-9]{8,18})", name)
     return int(match[1]) if match else None
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Whether a run has been started there: it has a configuration, or checkpoints.
+
+    Raises:
+        CheckpointError: `latest` names a checkpoint that is not there.
+    """
+    return (folder / "config.yaml").exists() or CheckpointStore(folder).latest() is not None
 
 
 def checkpoint_at(path: str | Path) -> Path:

@@ -10,12 +10,13 @@ import time
 from typing import TYPE_CHECKING, Protocol
 
 from loopmem_pretrain.data.sampler import validation_batches, validation_samples
+from loopmem_pretrain.metrics_file import Record
 from loopmem_pretrain.model.flops import training_flops_per_token
 from loopmem_pretrain.parallel.agreement import from_rank_zero
 from loopmem_pretrain.parallel.checks import replicas_differ
 from loopmem_pretrain.progress import ProgressBar
 from loopmem_pretrain.training.hardware import peak_flops
-from loopmem_pretrain.training.loggers import Logger, Metrics, make_loggers
+from loopmem_pretrain.training.loggers import Logger, make_loggers
 from loopmem_pretrain.training.optim import beta1, learning_rate, ponder_weight
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class LogHook:
     def _start_interval(self, trainer: "Trainer") -> None:
         self.started, self.paused = time.perf_counter(), trainer.pause_seconds
 
-    def _measure(self, trainer: "Trainer", losses: list[float]) -> Metrics:
+    def _measure(self, trainer: "Trainer", losses: list[float]) -> Record:
         """One line of metrics.jsonl; the host waits for the device here and nowhere else."""
         config, position, step = trainer.config, trainer.position, trainer.position.step - 1
         steps = len(losses)
@@ -134,7 +135,7 @@ class LogHook:
         seconds = time.perf_counter() - self.started - (trainer.pause_seconds - self.paused)
         tokens = steps * config.training.global_batch_size * config.data.seq_length
         train_steps = config.training.train_steps
-        metrics: Metrics = {
+        metrics: Record = {
             "step": position.step,
             "tokens": position.tokens,
             "loss": cross_entropy + loops.get("ponder_loss", 0.0),
@@ -221,7 +222,7 @@ class Alarms:
         self.talks = trainer.rank == 0
         self.raised: set[str] = set()
 
-    def check(self, metrics: Metrics) -> None:
+    def check(self, metrics: Record) -> None:
         if metrics["step"] < self.config.alarms.after_steps:
             return
         for layer, loops in enumerate(metrics.get("expected_loops", [])):
@@ -232,14 +233,14 @@ class Alarms:
                 if gate < self.config.alarms.min_gate:
                     self._warn(f"{bank} of layer {layer} does not open: mean {gate:.4f}", metrics)
 
-    def _warn(self, message: str, metrics: Metrics) -> None:
+    def _warn(self, message: str, metrics: Record) -> None:
         key = message.split(":")[0]
         if self.talks and key not in self.raised:
             self.raised.add(key)
             log.warning("%s at step %d", message, metrics["step"])
 
 
-def _headline(metrics: Metrics) -> str:
+def _headline(metrics: Record) -> str:
     parts = [
         f"loss {metrics['loss']:.4f}",
         f"{metrics['tokens_per_second']:,.0f} tokens/s",

@@ -12,10 +12,10 @@ from loopmem_pretrain.checkpoint.state import WANDB_ID
 from loopmem_pretrain.config.load import dump_config
 from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.errors import EnvironmentFault
+from loopmem_pretrain.metrics_file import METRICS_NAME, Record
 
 log = logging.getLogger(__name__)
 
-Metrics = dict[str, Any]
 MOST_UNWRITTEN = 1 << 20
 """Bytes of lines that may wait for room on the disk."""
 
@@ -23,7 +23,7 @@ MOST_UNWRITTEN = 1 << 20
 class Logger(Protocol):
     """Takes one dictionary a log interval, on rank 0."""
 
-    def log(self, metrics: Metrics) -> None: ...
+    def log(self, metrics: Record) -> None: ...
 
     def close(self) -> None: ...
 
@@ -43,7 +43,7 @@ class JsonlLogger:
             if self.file.read(1) != b"\n":
                 self.unwritten = b"\n"  # a crash tore the last line: the next one begins on its own
 
-    def log(self, metrics: Metrics) -> None:
+    def log(self, metrics: Record) -> None:
         waiting = len(self.unwritten) > 1
         self.unwritten += json.dumps(_finite(metrics), allow_nan=False).encode() + b"\n"
         try:
@@ -74,7 +74,7 @@ class TensorBoardLogger:
 
         self.writer = SummaryWriter(str(folder), purge_step=first_step)  # type: ignore[no-untyped-call]
 
-    def log(self, metrics: Metrics) -> None:
+    def log(self, metrics: Record) -> None:
         for name, value in flatten(metrics).items():
             self.writer.add_scalar(name, value, metrics["step"])  # type: ignore[no-untyped-call]
 
@@ -110,7 +110,7 @@ class WandbLogger:
                 "run `wandb login` (or set WANDB_API_KEY), or use logging.wandb=offline or off",
             ) from error
 
-    def log(self, metrics: Metrics) -> None:
+    def log(self, metrics: Record) -> None:
         self.run.log(flatten(metrics), step=metrics["step"])
 
     def close(self) -> None:
@@ -119,7 +119,7 @@ class WandbLogger:
 
 def make_loggers(config: RunConfig, run_dir: Path, first_step: int) -> list[Logger]:
     """The loggers the config asks for; `first_step` is the first that will be logged."""
-    loggers: list[Logger] = [JsonlLogger(run_dir / "metrics.jsonl")]
+    loggers: list[Logger] = [JsonlLogger(run_dir / METRICS_NAME)]
     if config.logging.tensorboard:
         loggers.append(TensorBoardLogger(run_dir / "tensorboard", first_step))
     if config.logging.wandb != "off":
@@ -136,7 +136,7 @@ def _finite(value: Any) -> Any:
     return [_finite(item) for item in value] if isinstance(value, list) else value
 
 
-def flatten(metrics: Metrics) -> dict[str, float]:
+def flatten(metrics: Record) -> dict[str, float]:
     """Lists by layer and loop, and dictionaries, as scalars: {"lambdas": [[.5]]} -> {"lambdas/layer_00/loop_1": .5}."""
     flat: dict[str, float] = {}
     for name, value in metrics.items():

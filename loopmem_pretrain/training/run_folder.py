@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from loopmem_pretrain import __version__, control
-from loopmem_pretrain.checkpoint.store import RUN_ID
+from loopmem_pretrain.checkpoint.store import LOCK, RUN_ID
 from loopmem_pretrain.config.load import differences, dump_config, load_config
 from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.data.files import write_file
 from loopmem_pretrain.errors import ConfigError, EnvironmentFault, LoopMemError
 from loopmem_pretrain.lock import is_locked, take_lock
+from loopmem_pretrain.metrics_file import METRICS_NAME
 from loopmem_pretrain.training.failures import lost_rank, named
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,6 @@ MAY_CHANGE = (
     "training.activation_checkpointing",
     "training.deterministic",
 )
-LOCK = ".lock"
 TAKING_OVER = 60.0
 """Seconds in which a start that was cut off sees that another has taken the folder over: it looks every 5."""
 COMMIT = "git_commit"
@@ -116,7 +116,7 @@ def refuse_foreign_folder(run_dir: Path) -> None:
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run_dir {run_dir} is a file", "name a folder: a new one, or that of a run to go on with")
-    if not run_dir.is_dir() or (run_dir / RUN_ID).exists() or (run_dir / "metrics.jsonl").exists():
+    if not run_dir.is_dir() or (run_dir / RUN_ID).exists() or (run_dir / METRICS_NAME).exists():
         return
     present = {path.name for path in run_dir.iterdir()}
     texts = {name for name in present if name.endswith((".jsonl", ".jsonl.zst", ".parquet"))}
@@ -130,7 +130,7 @@ def refuse_foreign_folder(run_dir: Path) -> None:
 
 def has_begun(run_dir: Path) -> bool:
     """Whether there is anything that another configuration would not continue: a line of the log, or a checkpoint."""
-    lines, checkpoints = run_dir / "metrics.jsonl", run_dir / "checkpoints"
+    lines, checkpoints = run_dir / METRICS_NAME, run_dir / "checkpoints"
     return (lines.exists() and lines.stat().st_size > 0) or (checkpoints.is_dir() and any(checkpoints.iterdir()))
 
 
