@@ -61,7 +61,7 @@ def reshape(path: str | Path, out: str | Path | None = None) -> Path:
 def not_in_training(run_dir: Path) -> Iterator[None]:
     """Hold the lock of a run folder, or raise EnvironmentFault where a process trains in it."""
     busy = f"a process is training in the run folder {run_dir}"
-    with take_lock(run_dir / LOCK, busy, "wait for it or stop it, or give --out another folder"):
+    with take_lock(run_dir / LOCK, busy, "wait for it or stop it, or choose another folder"):
         yield
 
 

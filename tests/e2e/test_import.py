@@ -201,8 +201,12 @@ def test_a_file_in_place_of_the_run(tmp_path, sentences, dense):
 def test_not_under_a_process_that_trains(tmp_path, sentences, dense):
     (tmp_path / "run").mkdir()
     config, _ = run_config(tmp_path / "run", sentences, dense)
-    with take_lock(tmp_path / "run" / ".lock", "", ""), pytest.raises(EnvironmentFault, match="is training"):
+    with (
+        take_lock(tmp_path / "run" / ".lock", "", ""),
+        pytest.raises(EnvironmentFault, match="is training") as refusal,
+    ):
         begin(tmp_path, config, dense)
+    assert "--out" not in refusal.value.fix, "which convert --from-hf does not have"
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
