@@ -8,7 +8,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 FilePath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 """A file or folder; `~` at its beginning is the home folder, as in a shell."""
 
-Problem = tuple[tuple[str, ...], str]
+Key = tuple[str, ...]
+"""Path of a key: ("data", "datasets", "0", "path")."""
+Problem = tuple[Key, str]
 """Of a rule between fields: path of the key to change, what is wrong and what is valid."""
 
 

@@ -17,10 +17,9 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
-from loopmem_pretrain.config.base import Section
+from loopmem_pretrain.config.base import Key, Problem, Section
 from loopmem_pretrain.config.source import (
     COMMAND_LINE,
-    Key,
     Loaded,
     apply_override,
     dotted,
@@ -48,7 +47,7 @@ def load_config(
     schema: type[ConfigT],
     path: str | Path,
     overrides: Sequence[str] = (),
-    rules: Callable[[ConfigT], list[tuple[Key, str]]] | None = None,
+    rules: Callable[[ConfigT], list[Problem]] | None = None,
 ) -> ConfigT:
     """Read `path` and everything it is based on, apply `key=value` overrides, validate.
 
@@ -108,8 +107,8 @@ def _broken_whatever_is_meant(
     values: Any,
     details: Sequence[Any],
     problems: Sequence[str],
-    rules: Callable[[ConfigT], list[tuple[Key, str]]],
-) -> list[tuple[Key, str]]:
+    rules: Callable[[ConfigT], list[Problem]],
+) -> list[Problem]:
     """Rules between fields that are broken by what could be read, whatever the keys that could not are meant to be.
 
     Those are left out; what a configuration cannot lack is a small number once and a large one once. What a rule says
@@ -118,7 +117,7 @@ def _broken_whatever_is_meant(
     keys = [tuple(detail["loc"]) for detail in details]
     doubtful = {str(key[-1]) for key in keys}
     doubtful |= {key.split(".")[-1] for line in problems for key in re.findall(r"did you mean ([\w.]+)\?", line)}
-    said: list[list[tuple[Key, str]]] = []
+    said: list[list[Problem]] = []
     for number in (1, 2**20):
         config = _without(schema, values, keys, number)
         if config is not None:

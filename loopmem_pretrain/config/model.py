@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from loopmem_pretrain.config.base import Section
+from loopmem_pretrain.config.base import Problem, Section
 
 
 class ModelConfig(Section):
@@ -61,9 +61,9 @@ class ModelConfig(Section):
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
-def model_problems(model: ModelConfig) -> list[tuple[tuple[str, ...], str]]:
-    """Rules between the model's fields; returns (path, what is wrong and what would be valid)."""
-    problems: list[tuple[tuple[str, ...], str]] = []
+def model_problems(model: ModelConfig) -> list[Problem]:
+    """Rules between the model's fields; each problem is (path of the key, what is wrong and what is valid)."""
+    problems: list[Problem] = []
 
     def say(key: str, message: str) -> None:
         problems.append((("model", key), message))
@@ -109,7 +109,7 @@ def model_problems(model: ModelConfig) -> list[tuple[tuple[str, ...], str]]:
     return problems
 
 
-def _retrieval_problems(model: ModelConfig) -> list[tuple[tuple[str, ...], str]]:
+def _retrieval_problems(model: ModelConfig) -> list[Problem]:
     """How the global bank is read, and whether it can be."""
     slots, k, side = model.global_slots, model.retrieval_topk, math.isqrt(model.global_slots)
     key, message = "", ""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from loopmem_pretrain.config.base import Problem, Section
+from loopmem_pretrain.config.base import Key, Problem, Section
 
 SPECIAL_PIECES = 4 + 256  # <unk> <s> </s> <pad> and one piece for each byte value
 
@@ -115,7 +115,7 @@ def prepare_problems(config: PrepareConfig) -> list[Problem]:
     return problems
 
 
-def _credentials(value: Any, key: tuple[str, ...] = ()) -> list[Problem]:
+def _credentials(value: Any, key: Key = ()) -> list[Problem]:
     """URLs that hold a password or token: the recipe is copied into the manifest, which travels with the data."""
     if isinstance(value, dict):
         return [problem for name, inner in value.items() for problem in _credentials(inner, (*key, str(name)))]

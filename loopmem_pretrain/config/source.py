@@ -12,9 +12,8 @@ from typing import Any
 
 import yaml
 
+from loopmem_pretrain.config.base import Key
 from loopmem_pretrain.errors import ConfigError
-
-Key = tuple[str, ...]
 
 COMMAND_LINE = "command line"
 _MOST_LEVELS = 20  # of nesting; more is an alias that contains itself
