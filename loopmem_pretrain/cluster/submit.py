@@ -35,11 +35,10 @@ from loopmem_pretrain.config.site import TIME, SiteConfig
 from loopmem_pretrain.data.files import write_file
 from loopmem_pretrain.errors import ConfigError, EnvironmentFault, LoopMemError
 from loopmem_pretrain.metrics_file import METRICS_NAME, read_lines
-from loopmem_pretrain.tools.memory_plan import Layout, stage_memory
+from loopmem_pretrain.tools.memory_plan import Layout, worst_stage
 from loopmem_pretrain.tools.plans import USABLE
 from loopmem_pretrain.tools.step_time import step_time
 from loopmem_pretrain.tools.tables import human_bytes, human_seconds
-from loopmem_pretrain.words import counted
 
 PACKAGE = Path(loopmem_pretrain.__file__).parent
 CONFIG = "config.yaml"
@@ -197,14 +196,11 @@ def _check_earlier(request: Request, config: RunConfig, run_dir: Path) -> None:
 def _estimate(config: RunConfig, site: SiteConfig, ranks: int) -> list[str]:
     """Sizes, memory and, where the site's numbers are known, time."""
     layout = Layout.of(config, ranks)
-    notes = [
-        f"{counted(ranks, 'rank')} = TP {config.parallel.tensor_model_parallel_size} x "
-        f"PP {config.parallel.pipeline_model_parallel_size} x DP {layout.data_ranks:,}; "
-        f"{layout.micro_batches} micro-batch{'es' * (layout.micro_batches > 1)} a step"
-    ]
+    passes = layout.micro_batches
+    notes = [f"{layout.describe()}; {passes} micro-batch{'es' * (passes > 1)} a step"]
     if site.gpus_per_node:
         usable = USABLE * site.gpu_memory_gb * 1e9
-        worst = max(stage_memory(layout, stage).total for stage in range(layout.stages))
+        worst = worst_stage(layout)[1].total
         said = f"{human_bytes(worst)} of {human_bytes(usable)} usable memory a GPU"
         if worst > usable:
             raise ConfigError(

@@ -110,7 +110,7 @@ def _memory(layout: Layout, gpu_bytes: float) -> list[str]:
     if any(bank_bytes(layout, stage) for stage in shown):
         rows.append(["states of memory banks", *(human_bytes(bank_bytes(layout, stage)) for stage in shown)])
     verdict = "fits" if worst.total <= USABLE * gpu_bytes else "DOES NOT FIT"
-    title = [f"{_ranks(layout)}: {_switches(layout)}"]
+    title = [f"{layout.describe()}: {_switches(layout)}"]
     if layout.stages > len(shown):
         title.append(f"  of {layout.stages} stages the {len(shown)} that need most memory")
     return [
@@ -140,13 +140,6 @@ LABELS = {
 def _layers(layout: Layout, stage: int) -> str:
     layers = layers_of_stage(layout.config.model, layout.bounds, stage)
     return f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"
-
-
-def _ranks(layout: Layout) -> str:
-    parallel = layout.config.parallel
-    cut = f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size}"
-    ranks = counted(layout.ranks, "rank")
-    return f"{ranks} = {cut} x DP {layout.data_ranks:,}"
 
 
 def _switches(layout: Layout) -> str:

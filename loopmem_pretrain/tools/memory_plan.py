@@ -18,6 +18,7 @@ from loopmem_pretrain.tools.activations import (
     visit_bytes,
 )
 from loopmem_pretrain.tools.weights import Weight, local_numel, shared_weights, stage_weights
+from loopmem_pretrain.words import counted
 
 BUCKET = 500_000_000  # elements; training/ds_config.py asks for it where the model has as many
 ZERO3_LIVE = 1_000_000_000  # parameters that DeepSpeed's ZeRO 3 keeps gathered at most, by default
@@ -55,6 +56,12 @@ class Layout(NamedTuple):
     @property
     def stages(self) -> int:
         return len(self.bounds) - 1
+
+    def describe(self) -> str:
+        """8 ranks = TP 2 x PP 1 x DP 4."""
+        parallel = self.config.parallel
+        cut = f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size}"
+        return f"{counted(self.ranks, 'rank')} = {cut} x DP {self.data_ranks:,}"
 
     def in_flight(self, stage: int) -> int:
         """Micro-batches whose activations a stage holds at once: a forward pass of each later stage fits before the

@@ -43,10 +43,10 @@ LABELS = {
 def _scaling(layout: Layout, cluster: ClusterConfig) -> list[str]:
     """More and more ranks with the same TP and PP: the batch grows with them, or stays."""
     titles = ["GPUs", "DP", "samples", "step", "tokens/s", "MFU", "computing", "in TP", "in PP", "in DP", "step", "MFU"]
-    rows = [["batch grows with the GPUs", *[""] * 9, "batch stays", ""], titles]
+    rows = [titles]
     ranks = layout.ranks
     while ranks <= LARGEST:
-        grown = Layout.of(_with_batch(layout.config, layout.config.training.global_batch_size, ranks, layout), ranks)
+        grown = _grown(layout, ranks)
         time = step_time(grown, cluster)
         total = time.total
         rows.append(
@@ -62,19 +62,21 @@ def _scaling(layout: Layout, cluster: ClusterConfig) -> list[str]:
             ]
         )
         ranks *= 2
-    heading = rows.pop(0)
     lines = table(rows)
-    left = lines[0].rindex("step")
+    left = lines[0].rindex("step")  # of the two columns for a batch that stays
     return [
         "Scaling of this plan, by its data-parallel size; shares of the step while the batch grows with the GPUs",
-        f"  {heading[0]:<{left - 2}}{heading[10]}",
+        f"{'  batch grows with the GPUs':<{left}}batch stays",
         *lines,
     ]
 
 
-def _with_batch(config: RunConfig, batch: int, ranks: int, layout: Layout) -> RunConfig:
-    training = config.training.model_copy(update={"global_batch_size": batch * ranks // layout.ranks})
-    return config.model_copy(update={"training": training})
+def _grown(layout: Layout, ranks: int) -> Layout:
+    """The layout over `ranks`, with a batch that has grown with them."""
+    training = layout.config.training
+    batch = training.global_batch_size * ranks // layout.ranks
+    changed = {"training": training.model_copy(update={"global_batch_size": batch})}
+    return Layout.of(layout.config.model_copy(update=changed), ranks)
 
 
 def _groups(time: StepTime) -> tuple[float, float, float, float]:
