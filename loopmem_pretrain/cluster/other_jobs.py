@@ -26,7 +26,7 @@ CPUS = 8
 """Cores of a job without GPU, or all of a smaller node."""
 
 
-class Job(NamedTuple):
+class TaskJob(NamedTuple):
     """What a job of one task needs beside the site's values."""
 
     task: str
@@ -47,7 +47,7 @@ class Job(NamedTuple):
     """For the command of loopmem."""
 
 
-def one_task(job: Job, site: SiteConfig) -> str:
+def one_task(job: TaskJob, site: SiteConfig) -> str:
     """Its script."""
     other = site.other_jobs
     shared = site_options(site)
@@ -91,7 +91,7 @@ def after_training(
     }
     return {
         task: one_task(
-            Job(
+            TaskJob(
                 task=task,
                 name=f"{name}-{task}",
                 output=log_in(run_dir / "logs", f"{task}-%j.out"),

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from loopmem_pretrain.cluster import submit
 from loopmem_pretrain.cluster.chain import job_name
-from loopmem_pretrain.cluster.other_jobs import Job, one_task
+from loopmem_pretrain.cluster.other_jobs import TaskJob, one_task
 from loopmem_pretrain.cluster.render import log_in
 from loopmem_pretrain.config.load import dump_config, load_config
 from loopmem_pretrain.config.prepare import PrepareConfig, prepare_problems
@@ -71,15 +71,15 @@ def plan(
         "OUTPUT": str(output),
         "TASK": "prepare-data",
     }
-    name = job_name(output)
+    name, folders = job_name(output), [str(output)]
     jobs = {}
     if inputs and config.tokenizer.train and find_tokenizer(config.tokenizer.path) is None:
         one = {**settings, "TASK": "train-tokenizer", "INPUTS": ""}
         log = log_in(folder, "train_tokenizer-%j.out")
-        jobs["train_tokenizer"] = Job("prepare_data", f"{name}-tokenizer", log, code, one, [str(output)])
+        jobs["train_tokenizer"] = TaskJob("prepare_data", f"{name}-tokenizer", log, code, one, folders)
     options = {"array": f"1-{len(inputs)}%{at_once}"} if inputs else {}
     log = log_in(folder, f"prepare_data-{'%A_%a' if inputs else '%j'}.out")
-    jobs["prepare_data"] = Job("prepare_data", f"{name}-prepare", log, code, settings, [str(output)], options=options)
+    jobs["prepare_data"] = TaskJob("prepare_data", f"{name}-prepare", log, code, settings, folders, options=options)
     return Preparation(config, code, inputs, {each: one_task(job, site) for each, job in jobs.items()})
 
 

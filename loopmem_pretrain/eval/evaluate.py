@@ -13,7 +13,7 @@ from loopmem_pretrain import __version__
 from loopmem_pretrain.data.files import write_file
 from loopmem_pretrain.errors import ConfigError
 from loopmem_pretrain.eval.documents import Domain, prepared_domains, text_domains
-from loopmem_pretrain.eval.opening import Opened, identity_of, open_scorer, place_of, settings_of
+from loopmem_pretrain.eval.opening import Opened, identity_of, open_for_scoring, place_of, settings_of
 from loopmem_pretrain.eval.perplexity import DomainScores, Ratio, Scorer, measure
 from loopmem_pretrain.eval.scoring import Setting, stride_of
 from loopmem_pretrain.eval.suites import Mean, TaskRequests, TaskScores, measured, open_tasks, score_task
@@ -82,7 +82,7 @@ def evaluate(
     place = place_of(path)
     requests = open_tasks(tasks, data_dir, limit, seed or 0) if tasks else []
     domains = _domains(place, text, text_field or "text", data) if text or data or not tasks else []
-    opened = open_scorer(place, batch_size, device)
+    opened = open_for_scoring(place, batch_size, device)
     settings = settings_of(opened.model, num_loops, exit_threshold, exit_rule)
     codec = opened.codec
     scorer = Scorer(opened.model, codec.encode, codec.decode, codec.eos_id, opened.context, batch_size)

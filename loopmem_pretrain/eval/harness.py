@@ -22,7 +22,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows
 
 from loopmem_pretrain.errors import ConfigError, DataError
-from loopmem_pretrain.eval.opening import Opened, open_scorer, settings_of
+from loopmem_pretrain.eval.opening import Opened, open_for_scoring, settings_of
 from loopmem_pretrain.eval.perplexity import POOL
 from loopmem_pretrain.eval.scoring import (
     Setting,
@@ -129,7 +129,7 @@ class LoopMemHarness(WindowLM):
 
         Raises:
             ConfigError: an argument that is not known or not valid.
-            LoopMemError: as `open_scorer` and `settings_of` say.
+            LoopMemError: as `open_for_scoring` and `settings_of` say.
         """
         if unknown:
             raise ConfigError(f"model_args: unknown {', '.join(sorted(unknown))}", f"valid: {', '.join(ARGUMENTS)}")
@@ -139,7 +139,7 @@ class LoopMemHarness(WindowLM):
             raise ConfigError(f"gates_closed {gates_closed!r} is not valid", "give true or false")
         loops = [] if num_loops is None else [str(num_loops)]
         thresholds = [] if exit_threshold is None else [_number("exit_threshold", exit_threshold, float)]
-        self.opened = open_scorer(pretrained, _number("batch_size", batch_size, int), device)
+        self.opened = open_for_scoring(pretrained, _number("batch_size", batch_size, int), device)
         setting, *others = settings_of(self.opened.model, loops, thresholds, exit_rule or "halting")
         if others:
             raise ConfigError(f"num_loops {num_loops}: the harness measures one setting at a time", "give one number")

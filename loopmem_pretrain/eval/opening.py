@@ -41,7 +41,7 @@ def place_of(path: str | Path) -> Path:
     return Path(path) if is_exported(path) else checkpoint_at(path)
 
 
-def open_scorer(path: str | Path, batch_size: int, device: str = "cpu") -> Opened:
+def open_for_scoring(path: str | Path, batch_size: int, device: str = "cpu") -> Opened:
     """Open a run folder (its newest checkpoint), one of its checkpoints, or an exported folder, on a device.
 
     Raises:

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 SAMPLE_DOCUMENTS = 8
 
 
-class Source(NamedTuple):
+class OpenedCheckpoint(NamedTuple):
     """A checkpoint and what belongs to it."""
 
     checkpoint: Path
@@ -36,7 +36,7 @@ class Source(NamedTuple):
     tokenizer_path: Path
 
 
-def open_checkpoint(path: str | Path) -> Source:
+def open_checkpoint(path: str | Path) -> OpenedCheckpoint:
     """The newest checkpoint of a run folder, or the checkpoint folder itself, with its config and tokenizer.
 
     Raises:
@@ -62,7 +62,7 @@ def open_checkpoint(path: str | Path) -> Source:
             f"{tokenizer.sha256[:12]}..., the run's was {trained_with[:12]}...",
             "restore the prepared data the run was trained on at that path",
         )
-    return Source(checkpoint, config, manifest["step"], data_dir / tokenizer.file)
+    return OpenedCheckpoint(checkpoint, config, manifest["step"], data_dir / tokenizer.file)
 
 
 class LateBar:
@@ -101,30 +101,30 @@ def convert_run(
     from loopmem_pretrain.hf.unrolled import check_unrolled
 
     check_destination(out_dir, overwrite)
-    source = open_checkpoint(path)
+    opened = open_checkpoint(path)
     if unrolled is not None:
-        check_unrolled(source.config.model, unrolled)  # before a long merge
-    tokenizer = load_tokenizer(source.tokenizer_path)
-    log.info("reading %s", source.checkpoint)
-    with mapped_weights(source.checkpoint) as weights:
+        check_unrolled(opened.config.model, unrolled)  # before a long merge
+    tokenizer = load_tokenizer(opened.tokenizer_path)
+    log.info("reading %s", opened.checkpoint)
+    with mapped_weights(opened.checkpoint) as weights:
         bar = LateBar(len(weights))
         report = export(
-            source.config.model,
+            opened.config.model,
             weights,
-            source.tokenizer_path,
+            opened.tokenizer_path,
             out_dir,
-            sample_texts=list(sample_texts(source.config, tokenizer)),
+            sample_texts=list(sample_texts(opened.config, tokenizer)),
             dtype=dtype,
-            seq_length=source.config.data.seq_length,
+            seq_length=opened.config.data.seq_length,
             overwrite=overwrite,
-            history=history(source),
+            history=history(opened),
             unrolled=unrolled,
             on_written=bar.update,
         )
     bar.close()
     match = report.comparison
     return (
-        f"{out_dir}: step {source.step}, {report.parameters:,} parameters, {report.weight_bytes / 1e6:,.1f} MB "
+        f"{out_dir}: step {opened.step}, {report.parameters:,} parameters, {report.weight_bytes / 1e6:,.1f} MB "
         f"{report.dtype} in {counted(len(report.weight_files), 'file')}\n"
         f"compared on {match.texts} texts, {match.tokens:,} tokens: {match.places} tensors of layers and loops agree, "
         f"logits differ by at most {match.max_abs_difference:.1e} (allowed {match.tolerance:.1e}), loss "
@@ -132,7 +132,7 @@ def convert_run(
     )
 
 
-def history(source: Source) -> "History":
+def history(opened: OpenedCheckpoint) -> "History":
     """What the checkpoint, its data and, where it lies in a run folder, the run's metrics say of the training.
 
     Raises:
@@ -140,18 +140,18 @@ def history(source: Source) -> "History":
     """
     from loopmem_pretrain.hf.card import DataShare, History
 
-    manifest = read_manifest(source.checkpoint)
-    metrics = source.checkpoint.parent.parent / METRICS_NAME
+    manifest = read_manifest(opened.checkpoint)
+    metrics = opened.checkpoint.parent.parent / METRICS_NAME
     records = read_metrics(metrics) if metrics.is_file() else []
     data = [
         DataShare(dataset.path, trained["weight"], load_manifest(dataset.path))
-        for dataset, trained in zip(source.config.data.datasets, manifest["data"]["datasets"], strict=True)
+        for dataset, trained in zip(opened.config.data.datasets, manifest["data"]["datasets"], strict=True)
     ]
     return History(
-        source.step,
+        opened.step,
         manifest["position"]["tokens"],
         tuple(data),
-        tuple(record for record in records if record["step"] <= source.step),
+        tuple(record for record in records if record["step"] <= opened.step),
         manifest.get("versions", {}),
         manifest.get("origin"),
     )

@@ -26,6 +26,6 @@ def open_model(path: str | Path) -> tuple[Any, Any, int | None]:
     from loopmem_pretrain.hf.convert import open_checkpoint
     from loopmem_pretrain.hf.verify import reference_model
 
-    source = open_checkpoint(path)
-    model = reference_model(source.config.model, dict(fp32_weights(source.checkpoint)))
-    return model, load_tokenizer(source.tokenizer_path), source.config.data.seq_length
+    opened = open_checkpoint(path)
+    model = reference_model(opened.config.model, dict(fp32_weights(opened.checkpoint)))
+    return model, load_tokenizer(opened.tokenizer_path), opened.config.data.seq_length

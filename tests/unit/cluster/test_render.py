@@ -11,7 +11,7 @@ import pytest
 
 from loopmem_pretrain.cli import main
 from loopmem_pretrain.cluster import prepare
-from loopmem_pretrain.cluster.other_jobs import Job, one_task
+from loopmem_pretrain.cluster.other_jobs import TaskJob, one_task
 from loopmem_pretrain.cluster.render import (
     container_settings,
     gpu_options,
@@ -339,6 +339,6 @@ def test_the_warning_comes_from_what_saves_took(tmp_path):
 def test_no_job_of_one_task_keeps_a_whole_node(tmp_path):
     """`--exclusive` of a cluster is for nodes full of ranks."""
     for task in ("prepare_data", "convert", "evaluate"):
-        job = Job(task, "name", "out", tmp_path, {}, [], gpu=task == "evaluate")
+        job = TaskJob(task, "name", "out", tmp_path, {}, [], gpu=task == "evaluate")
         script = one_task(job, site(sbatch=("--exclusive", "--reservation=ours")))
         assert "--exclusive" not in script and "#SBATCH --reservation=ours" in script
