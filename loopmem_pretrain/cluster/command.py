@@ -88,7 +88,7 @@ def submit(options: Any) -> int:
     return EXIT_DONE
 
 
-def _say(faults: list[LoopMemError]) -> None:
+def _tell_refusals(faults: list[LoopMemError]) -> None:
     """What `submit` would refuse: told beside the scripts, which are only printed."""
     for fault in faults:
         print(f"loopmem: a submission would be refused: {fault}", file=sys.stderr)
@@ -99,7 +99,7 @@ def render(options: Any) -> int:
     ready = _plan(options, faults)
     for note in ready.notes:
         print(note, file=sys.stderr)
-    _say(faults)
+    _tell_refusals(faults)
     print("\n".join(ready.scripts.values()), end="")
     return EXIT_DONE
 
@@ -114,7 +114,7 @@ def prepare(options: Any) -> int:
     faults: list[LoopMemError] | None = [] if options.render else None
     ready = plan(options.config, options.overrides, load_config(SiteConfig, options.cluster), options.array, faults)
     if options.render:
-        _say(faults or [])
+        _tell_refusals(faults or [])
         print("\n".join(ready.scripts.values()), end="")
         return EXIT_DONE
     jobs = submit_preparation(ready)

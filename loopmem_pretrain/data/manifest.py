@@ -1,7 +1,7 @@
 """`manifest.json`: what a folder of token shards holds, from what it was made, and whether it is whole.
 
 It is written last, so a folder with a manifest is complete. Token counts, sizes and hashes in it are what the
-reader checks the shards against; `docs/` describes the format for readers outside this package.
+reader checks the shards against; docs/data_format.md describes the format for readers outside this package.
 """
 
 import json

@@ -26,7 +26,7 @@ def adapt(engine: PipelineEngine) -> None:
 
 
 def _later(engine: Any) -> None:
-    """In `_over_data_then_stages`."""
+    """Nothing at this point of the schedule: `_over_data_then_stages` does it, after the data-parallel ranks."""
 
 
 def _over_data_then_stages(engine: Any) -> None:
