@@ -62,13 +62,13 @@ class Allocation(NamedTuple):
         return FIRST_PORT + (int(self.job) + self.restart * STRIDE) % PORTS
 
 
-def allocation(variables: Mapping[str, str] | None = None) -> Allocation:
+def allocation() -> Allocation:
     """This job, checked: every node has as many tasks as any other, and a GPU for each where GPUs were asked for.
 
     Raises:
         EnvironmentFault: not in a job, or the numbers do not fit each other.
     """
-    environment = os.environ if variables is None else variables
+    environment = os.environ
     job, node_list = environment.get("SLURM_JOB_ID"), environment.get("SLURM_JOB_NODELIST")
     if not job or not node_list:
         raise EnvironmentFault(

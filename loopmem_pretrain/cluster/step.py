@@ -16,6 +16,8 @@ PATIENCE = 30.0
 """Seconds in which SLURM ends a step."""
 TICK = 1.0
 """Seconds between looks at the ranks."""
+SHOWN = 8
+"""Different errors of ranks that the job's output repeats."""
 
 
 def srun(name: str, nodes: Sequence[str], tasks: int, cpus: int | None) -> list[str]:
@@ -85,8 +87,11 @@ class Heartbeat:
         return f"{self.path} has stood still for {self.limits[self.beats]:.0f} s"
 
 
-def what_ranks_said(folder: Path, most: int = 8) -> list[str]:
-    """The errors at the ends of the ranks' logs, each once with the ranks that said it; what is indented goes along."""
+def what_ranks_said(folder: Path) -> list[str]:
+    """The errors at the ends of the ranks' logs, each once with the ranks that said it, at most SHOWN of them.
+
+    Lines after one that are indented go along: what to do.
+    """
     said: dict[str, list[str]] = {}
     for path in sorted(folder.glob("rank-*.log")):
         with path.open("rb") as file:
@@ -98,4 +103,4 @@ def what_ranks_said(folder: Path, most: int = 8) -> list[str]:
                 text = "\n".join([line.split("rror: ", 1)[1].strip(), *more])
                 said.setdefault(text, []).append(path.stem)
     others = {text: f" and {len(ranks) - 1} more" if ranks[1:] else "" for text, ranks in said.items()}
-    return [f"{ranks[0]}{others[text]}: {text}" for text, ranks in said.items()][:most]
+    return [f"{ranks[0]}{others[text]}: {text}" for text, ranks in said.items()][:SHOWN]

@@ -27,11 +27,11 @@ def human_seconds(seconds: float) -> str:
     return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} us"
 
 
-def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
-    """Lines of equal columns: the first aligned left, the others right."""
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Indented lines of equal columns: the first aligned left, the others right."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:
         cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
-        lines.append((indent + "  ".join(cells)).rstrip())
+        lines.append(f"  {'  '.join(cells)}".rstrip())
     return lines
