@@ -11,6 +11,7 @@ from loopmem_pretrain.errors import CheckpointError
 
 
 def generators_file(rank: int) -> str:
+    """Name of the file, in a checkpoint, with the states of a rank's generators."""
     return f"generators_rank_{rank:05d}.pt"
 
 

@@ -349,10 +349,16 @@ def _record_name(rank: int) -> str:
 
 
 def records_folder(folder: Path) -> Path:
+    """Where the ranks leave their records of a save into `folder`: beside it, not part of the checkpoint."""
     return folder.with_name(f"{folder.name}-written")
 
 
 def make_folder(store: CheckpointStore, step: int, token: str) -> None:
+    """Make the folders of a save, after what earlier, interrupted saves left is gone. Rank 0 only.
+
+    Raises:
+        EnvironmentFault: disk full, no permission, or another start has taken the run folder over.
+    """
     folder = store.folder / store.incomplete_name(step, token)
     try:
         store.discard_incomplete()

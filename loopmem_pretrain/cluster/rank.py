@@ -52,10 +52,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def log_file(folder: Path, rank: int) -> Path:
+    """What the rank prints, in the folder of its start."""
     return folder / f"rank-{rank:05d}.log"
 
 
 def exit_file(folder: Path, rank: int) -> Path:
+    """Rank, exit code and time (seconds since the epoch), as JSON; there where the rank has ended with an error."""
     return folder / f"rank-{rank:05d}.exit"
 
 

@@ -17,10 +17,12 @@ Record = dict[str, Any]
 
 
 def starts_file(run_dir: Path) -> Path:
+    """The records of a run; there from its first submission or start on."""
     return run_dir / "slurm" / "starts.jsonl"
 
 
 def append(run_dir: Path, record: Record) -> None:
+    """Add a line with the time (seconds since the epoch); raises OSError as the disk does."""
     path = starts_file(run_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:

@@ -39,6 +39,7 @@ class Loaded:
         self.broken.add(key)
 
     def report(self, key: Key, place: str, message: str) -> None:
+        """Report something about a key whose value can still be judged."""
         self.problems.append(": ".join(part for part in (place, dotted(key), message) if part))
 
     def place_of(self, key: Key) -> str:

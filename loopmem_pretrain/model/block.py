@@ -129,10 +129,12 @@ class Block(nn.Module):
         self.mlp = FeedForward(config, backend)
 
     def block(self, x: Tensor, scale: Tensor, rotary: Rotary, decoding: Attends | None = None) -> Tensor:
+        """Blk(x, c): [B, T', D] and c, float32 or wider [] -> [B, T', D]."""
         u = add_scaled(x, scale, self.self_attn(self.input_layernorm(x), rotary, decoding))
         return add_scaled(u, scale, self.mlp(self.post_attention_layernorm(u)))
 
     def run_loop(self, *arguments: Any) -> Any:
+        """What `one_loop` returns of these arguments; compiled, watched or recomputed where that was asked for."""
         run, decoding = self.run or self.one_loop, arguments[-1]
         fills_cache = decoding is not None and decoding.cache is not None  # which a second run would do again
         if self.recompute is None or not self.training or fills_cache:
@@ -140,6 +142,7 @@ class Block(nn.Module):
         return self.recompute(run, *arguments)
 
     def rotary(self, hidden: Tensor, decoding: Decoding | None = None) -> Rotary:
+        """The angles of the tokens of `hidden` [B, T', D], in its dtype: of all T, also where ranks share them."""
         tokens = self.backend.whole_length(hidden.shape[1])
         positions = torch.arange(tokens, device=hidden.device) if decoding is None else decoding.positions
         return rotary_angles(positions, self.self_attn.head_dim, self.rope_theta, hidden)

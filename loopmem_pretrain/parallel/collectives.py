@@ -23,10 +23,12 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 
 
 def copy(x: Tensor, group: Group) -> Tensor:
+    """`x`, whole on every rank, of whose gradient each rank sees a part."""
     return _Copy.apply(x, group)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def sum_parts(x: Tensor, group: Group) -> Tensor:
+    """Parts of a sum, of any shape -> the sum."""
     return _SumParts.apply(x, group)  # type: ignore[no-untyped-call, no-any-return]
 
 

@@ -72,6 +72,7 @@ class Sizes(NamedTuple):
         return elements * (self.bytes if self.fused_norms else 2 * WIDE)
 
     def slots(self, slots: int) -> int:
+        """Of a bank of so many, those that this rank holds."""
         return slots // self.tensor_ranks if self.sharded else slots
 
     def projected(self, slots: int) -> bool:

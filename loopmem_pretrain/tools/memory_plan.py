@@ -69,6 +69,7 @@ class Layout(NamedTuple):
         return min(self.micro_batches, self.stages - stage)
 
     def weights(self, stage: int) -> list[Weight]:
+        """Every parameter of the stage, whole."""
         return stage_weights(self.config.model, self.bounds, stage)
 
     def parameters(self, stage: int) -> int:

@@ -41,6 +41,7 @@ class Hook(Protocol):
 
 
 def make_hooks(trainer: "Trainer") -> list[Hook]:
+    """Those of this run, in the order in which they are called."""
     tasks: list[Hook] = []
     if trainer.config.evaluation.tasks:
         from loopmem_pretrain.training.task_hook import TaskHook
