@@ -4,9 +4,10 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
+from loopmem_pretrain.data.files import Progress
 from loopmem_pretrain.words import counted
 
 LINE_SECONDS = 2.0
@@ -78,12 +79,9 @@ class ProgressBar:
         return f"{hours}:{minutes:02d}:{seconds:02d} left" if hours else f"{minutes}:{seconds:02d} left"
 
 
-Progress = Callable[[int, int | None, Mapping[str, Any]], None]
-
-
 @contextlib.contextmanager
 def stage_bars(unit: str = "B") -> Iterator[Progress]:
-    """A progress function (done, total or None, info with a stage) that shows one bar a stage."""
+    """A `Progress` that shows one bar a stage."""
     bars: dict[str, ProgressBar] = {}
 
     def progress(done: int, total: int | None, info: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lock": {"errors"},
     "control": {"errors"},
     "words": set(),
-    "progress": {"words"},
+    "progress": {"data", "words"},
     "metrics_file": {"errors"},
     "config": {"errors"},
     "model": {"errors", "config"},
