@@ -255,7 +255,9 @@ def apply_override(loaded: Loaded, override: str) -> None:
         around = dotted(key[:depth])
         if isinstance(target, list) and not (part.isdecimal() and int(part) < len(target)):
             items = f"items 0 to {len(target) - 1}" if target else "no items"
-            loaded.complain(key, COMMAND_LINE, f"{around} is a list with {items}, there is no {part}")
+            inside = target and not part.lstrip("-").isdecimal()
+            way = f"write {dotted((*key[:depth], '0', *key[depth:]))}" if inside else "to add one, give the whole list"
+            loaded.complain(key, COMMAND_LINE, f"{around} is a list with {items}, there is no {part}; {way}")
             return
         if not isinstance(target, list | dict):
             loaded.complain(key, COMMAND_LINE, f"{around} is {shown(target)}, it has no keys of its own")

@@ -387,9 +387,19 @@ def test_override_of_no_key(bad, override):
         ("training.train_steps.x=3", "training.train_steps.x: training.train_steps is 20, it has no keys of its own"),
         (
             "data.datasets.5.path=x",
-            "data.datasets.5.path: data.datasets is a list with items 0 to 0, there is no 5",
+            "data.datasets.5.path: data.datasets is a list with items 0 to 0, there is no 5; "
+            "to add one, give the whole list",
         ),
-        ("data.datasets.-1=x", "data.datasets.-1: data.datasets is a list with items 0 to 0, there is no -1"),
+        (
+            "data.datasets.-1=x",
+            "data.datasets.-1: data.datasets is a list with items 0 to 0, there is no -1; "
+            "to add one, give the whole list",
+        ),
+        (
+            "data.datasets.path=x",
+            "data.datasets.path: data.datasets is a list with items 0 to 0, there is no path; "
+            "write data.datasets.0.path",
+        ),
         (
             "training.train_steps=",
             "training.train_steps: has no value; give one or leave it out (must be a whole number)",
