@@ -51,6 +51,12 @@ def test_unknown_option(refused):
     assert "unrecognized arguments: --gpus" in refused(2, "train", "--config", RUN, "--gpus=2")
 
 
+def test_a_config_given_twice(refused):
+    """The first of the two would be left out in silence."""
+    said = refused(2, "train", "--config", RUN, "a.b=1", "--config=other.yaml")
+    assert "--config is given twice; a file that builds on others names them under `base:`" in said
+
+
 def test_the_usage_is_of_the_subcommand(refused):
     assert refused(2, "train", "--config", RUN, "a.b=1", "--gpus", "2").startswith("usage: loopmem train ")
     said = refused(2, "slurm", "status", "runs/demo", "logging.interval_steps=2")
