@@ -18,6 +18,7 @@ from loopmem_pretrain.errors import DataError
 Record = dict[str, Any]
 """A line, by the keys above."""
 METRICS_NAME = "metrics.jsonl"
+FAULTS_NAME = "faults.jsonl"
 
 
 class Metrics(NamedTuple):

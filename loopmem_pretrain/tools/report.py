@@ -1,9 +1,9 @@
 """One self-contained HTML page about a run: what was trained on what, how it went, what to look at.
 
 Reads the run folder's metrics.jsonl and, where they exist, status.json (`status`, `reason`, other values), config.yaml
-(the resolved configuration), sample.txt (text by the model), environment.json (versions), and the manifests of the
-training data. What does not exist is named at the end of the page (not sample.txt, which the demo writes); what exists
-and is damaged is an error.
+(the resolved configuration), faults.jsonl (what training reported), sample.txt (text by the model), environment.json
+(versions), and the manifests of the training data. What does not exist is named at the end of the page (not sample.txt,
+which the demo writes, nor faults.jsonl); what exists and is damaged is an error.
 """
 
 import json
@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from loopmem_pretrain.alarms import alarms
 from loopmem_pretrain.config.load import load_config
 from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.data.files import require_folder, write_file
 from loopmem_pretrain.data.manifest import MANIFEST_NAME, Manifest, load_manifest
 from loopmem_pretrain.errors import DataError
-from loopmem_pretrain.metrics_file import METRICS_NAME, Metrics, Record, load_metrics
+from loopmem_pretrain.metrics_file import FAULTS_NAME, METRICS_NAME, Metrics, Record, load_metrics, read_lines
 from loopmem_pretrain.model.flops import forward_flops_per_token, parameter_counts, training_flops_per_token
 from loopmem_pretrain.tools.figures import FAINT, INK, layer_series, series, training_loss
 from loopmem_pretrain.tools.plot import PLOTS, Plot, render
@@ -31,6 +32,14 @@ from loopmem_pretrain.tools.report_style import PAGE
 from loopmem_pretrain.words import counted
 
 SAMPLE_CHARACTERS = 8000
+FAULTS = {
+    "not_finite": "loss or gradients not finite",
+    "spike": "loss spike",
+    "rewind": "rewound past a spike",
+    "no_checkpoint": "no checkpoint from before a spike",
+    "gave_up": "training gave up",
+}
+"""What the kinds of faults.jsonl are called on the page."""
 TONES = {"done": "good", "failed": "bad"}  # of a status; any other is neither
 
 Row = Sequence[object]
@@ -44,6 +53,7 @@ class Run(NamedTuple):
     status: dict[str, Any] | None
     config: RunConfig | None
     manifests: dict[str, Manifest | None]
+    faults: list[Record]
     sample: str | None
     environment: dict[str, Any] | None
 
@@ -59,7 +69,7 @@ def write_report(run_dir: str | Path, out_path: str | Path) -> Path:
     run = _read(Path(run_dir))
     figures = _figures(run.metrics.records)
     opening = f'<div class="pair">{_numbers(run)}{figures.pop("Loss", "")}</div>'
-    sections = [_verdict(run), _section("Key numbers", opening)]
+    sections = [_verdict(run), _warnings(run), _section("Key numbers", opening)]
     sections += [_section(group, f'<div class="figures">{drawn}</div>') for group, drawn in figures.items()]
     sections += [_sample(run), _model(run), _data(run), _environment(run), _notes(run)]
     name = run.folder.resolve().name
@@ -81,6 +91,7 @@ def _read(folder: Path) -> Run:
         _read_json(folder / "status.json"),
         config,
         manifests,
+        read_lines(folder / FAULTS_NAME),
         sample.read_text(encoding="utf-8", errors="replace") if sample.exists() else None,
         _read_json(folder / "environment.json"),
     )
@@ -109,6 +120,31 @@ def _verdict(run: Run) -> str:
     others = [(key, value) for key, value in _flat(run.status) if key not in ("status", "reason")]
     details = f"<details><summary>status.json</summary>{_table(others)}</details>" if others else ""
     return f'<p class="verdict {TONES.get(status, "")}"><strong>{escape(status)}</strong>{told}</p>{details}'
+
+
+def _warnings(run: Run) -> str:
+    """Alarms of the history that the page shows, and every line of faults.jsonl, also of steps since trained again."""
+    lasting: dict[str, list[tuple[int, str]]] = {}
+    if run.config is not None:
+        for record in run.metrics.records:
+            for problem, value in alarms(record, run.config):
+                lasting.setdefault(problem, []).append((record["step"], value))
+    rows: list[Row] = [
+        (problem, f"{times[0][0]:,}", f"{times[-1][0]:,}", f"{counted(len(times), 'line')}, the last: {times[-1][1]}")
+        for problem, times in lasting.items()
+    ]
+    kinds: dict[str, list[Record]] = {}
+    for fault in run.faults:
+        kinds.setdefault(str(fault.get("kind")), []).append(fault)
+    for kind, faults in kinds.items():
+        told = _flat({key: value for key, value in faults[-1].items() if key not in ("kind", "step", "time")})
+        details = ", ".join(f"{key} {value}" for key, value in told)
+        last = f"{counted(len(faults), 'time')}" + (f", the last: {details}" if details else "")
+        steps = [fault["step"] for fault in faults]
+        rows.append((FAULTS.get(kind, kind), f"{min(steps):,}", f"{max(steps):,}", last))
+    if not rows:
+        return ""
+    return _section("Warnings", _table(rows, head=("What", "First at step", "Last at step", "How often")))
 
 
 def _numbers(run: Run) -> str:

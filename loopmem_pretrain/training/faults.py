@@ -21,6 +21,7 @@ from torch import Tensor
 from loopmem_pretrain.checkpoint.choose import choose
 from loopmem_pretrain.checkpoint.state import go_back
 from loopmem_pretrain.errors import TrainingGaveUp
+from loopmem_pretrain.metrics_file import FAULTS_NAME
 from loopmem_pretrain.parallel.agreement import from_rank_zero
 from loopmem_pretrain.training.loggers import JsonlLogger
 from loopmem_pretrain.training.spikes import Spike, SpikeDetector
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from loopmem_pretrain.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
-
-FAULTS_NAME = "faults.jsonl"
 
 
 class FaultWatch:

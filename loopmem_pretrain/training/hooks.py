@@ -9,6 +9,7 @@ import math
 import time
 from typing import TYPE_CHECKING, Protocol
 
+from loopmem_pretrain.alarms import alarms
 from loopmem_pretrain.data.sampler import validation_batches, validation_samples
 from loopmem_pretrain.metrics_file import Record
 from loopmem_pretrain.model.flops import training_flops_per_token
@@ -224,21 +225,10 @@ class Alarms:
         self.raised: set[str] = set()
 
     def check(self, metrics: Record) -> None:
-        if metrics["step"] < self.config.alarms.after_steps:
-            return
-        for layer, loops in enumerate(metrics.get("expected_loops", [])):
-            if self.config.model.max_loops > 1 and loops < self.config.alarms.min_expected_loops:
-                self._warn(f"halting of layer {layer} is stuck at one loop: expected loops {loops:.3f}", metrics)
-        for bank in ("local_gate", "global_gate"):
-            for layer, gate in enumerate(metrics.get(bank, [])):
-                if gate < self.config.alarms.min_gate:
-                    self._warn(f"{bank} of layer {layer} does not open: mean {gate:.4f}", metrics)
-
-    def _warn(self, message: str, metrics: Record) -> None:
-        key = message.split(":")[0]
-        if self.talks and key not in self.raised:
-            self.raised.add(key)
-            log.warning("%s at step %d", message, metrics["step"])
+        for problem, value in alarms(metrics, self.config):
+            if self.talks and problem not in self.raised:
+                self.raised.add(problem)
+                log.warning("%s: %s at step %d", problem, value, metrics["step"])
 
 
 def _headline(metrics: Record) -> str:

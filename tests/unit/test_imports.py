@@ -20,7 +20,7 @@ FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 # What each package may import of ours. Downhill: errors, config, model and data, parallel, checkpoint, then hf, then
 # inference and eval, then training and tools, then cli.
 BASIC = {"errors", "config", "model", "data", "parallel", "checkpoint", "lock", "progress", "quiet", PACKAGE}
-BASIC |= {"metrics_file", "control", "words"}
+BASIC |= {"metrics_file", "control", "words", "alarms"}
 MAY_IMPORT: dict[str, set[str]] = {
     PACKAGE: set(),
     "errors": set(),
@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "progress": {"data", "words"},
     "metrics_file": {"errors"},
     "config": {"errors"},
+    "alarms": {"config"},
     "model": {"errors", "config"},
     "data": {"errors", "config", "lock", "words"},
     "parallel": {"errors", "config", "model", "words"},

@@ -149,6 +149,33 @@ def test_skipped_steps_are_said(short_run: Path) -> None:
     assert rows["Training loss, mean of the last 1 logged"] == "3.0000 nats a token"
 
 
+def _warnings(page: Page) -> str:
+    return page.source.partition("<h2>Warnings</h2>")[2].partition("</section>")[0]
+
+
+def test_alarms_and_faults_are_said(short_run: Path) -> None:
+    """Those on the screen of a job that has ended are seen by nobody."""
+    assert _warnings(_report(short_run)) == ""
+    closed = {"expected_loops": [1.5, 1.01, *[2.0] * 10], "local_gate": [0.2] * 12, "global_gate": [0.2] * 11 + [0.001]}
+    lines = [{"step": step, "loss": 3.0, **closed} for step in (900, 1000, 1100)]
+    lines.append({"step": 1200, "loss": 3.0, "expected_loops": [None, 1.0, *[2.0] * 10]})
+    (short_run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    faults = [
+        {"time": "-", "step": 20, "kind": "not_finite", "steps": [18], "skipped_steps": 1},
+        {"time": "-", "step": 40, "kind": "not_finite", "steps": [33, 38], "skipped_steps": 3},
+        {"time": "-", "step": 50, "kind": "gave_up", "reason": "a <weight> is not finite"},
+    ]
+    (short_run / "faults.jsonl").write_text("".join(json.dumps(line) + "\n" for line in faults) + '{"torn')
+    said = re.sub(r"<[^>]*>+", "|", _warnings(_report(short_run)))
+    for row in (
+        "halting of layer 1 is stuck at one loop||1,000||1,200||3 lines, the last: expected loops 1.000",
+        "global_gate of layer 11 does not open||1,000||1,100||2 lines, the last: mean 0.0010",
+        "loss or gradients not finite||20||40||2 times, the last: steps [33, 38], skipped_steps 3",
+        "training gave up||50||50||1 time, the last: reason a &lt;weight&gt; is not finite",
+    ):
+        assert row in said
+
+
 def test_parameters_and_flops_are_the_papers(whole: Page) -> None:
     rows = whole.rows
     assert rows["Parameters in all"] == "210,243,900"
