@@ -16,7 +16,7 @@ from typing import Any
 from loopmem_pretrain import __version__, commands
 from loopmem_pretrain.cluster.command import add_slurm
 from loopmem_pretrain.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_TERMINATED, LoopMemError
-from loopmem_pretrain.progress import unread_output_dropped
+from loopmem_pretrain.progress import LinesBesideBars, unread_output_dropped
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments, argparse.Namespace(arguments=arguments))
     rank = os.environ.get("RANK", "0")
     level = logging.INFO if rank == "0" else logging.ERROR
-    logging.basicConfig(level=logging.WARNING, format="loopmem: %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="loopmem: %(message)s", handlers=[LinesBesideBars(sys.stderr)])
     logging.getLogger("loopmem_pretrain").setLevel(level)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows `?`, and the rest

@@ -1,6 +1,7 @@
 """A progress bar on a terminal, plain lines elsewhere: a log file is no place for a bar that redraws itself."""
 
 import contextlib
+import logging
 import os
 import sys
 import time
@@ -21,6 +22,16 @@ def unread_output_dropped(stream: TextIO) -> Iterator[None]:
         yield
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class LinesBesideBars(logging.StreamHandler[TextIO]):
+    """Log lines on stderr: a bar that is being drawn there makes room, and is drawn again below."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record; where nothing has imported tqdm there is no bar."""
+        tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+        with tqdm.external_write_mode(file=self.stream) if tqdm else contextlib.nullcontext():
+            super().emit(record)
 
 
 class ProgressBar:

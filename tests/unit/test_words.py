@@ -1,8 +1,11 @@
 """Numbers in messages and on plain progress lines."""
 
+import io
+import logging
+
 import pytest
 
-from loopmem_pretrain.progress import ProgressBar, stage_bars
+from loopmem_pretrain.progress import LinesBesideBars, ProgressBar, stage_bars
 from loopmem_pretrain.words import counted
 
 
@@ -46,3 +49,17 @@ def test_facts_of_a_stage(capsys):
     with stage_bars() as progress:
         progress(5, 5, {"stage": "tokenize", "documents": 1, "tokens": 7, "shards": 1, "broken_lines": 2})
     assert capsys.readouterr().err == "tokenize: 0.0/0.0 kB  1 document, 7 tokens, 1 shard, 2 broken lines\n"
+
+
+def test_a_log_line_does_not_run_on_from_a_bar(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", terminal)
+    bar = ProgressBar("train", 1000)
+    bar.update(10, "loss 5.0")
+    record = logging.LogRecord("loopmem", logging.WARNING, "", 0, "a gate does not open", None, None)
+    LinesBesideBars(terminal).emit(record)
+    before, after = terminal.getvalue().split("a gate does not open\n")
+    assert before.endswith(" \r")  # the bar was painted over
+    assert after.startswith("\rtrain:")
+    bar.close()
