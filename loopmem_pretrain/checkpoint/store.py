@@ -261,7 +261,10 @@ def checkpoint_at(path: str | Path) -> Path:
         CheckpointError: neither; or `latest` names a checkpoint that is not there.
     """
     folder = Path(path)
-    fix = "give a run folder (with checkpoints/ in it) or one checkpoint folder"
+    fix = (
+        "give a run folder (with checkpoints/ in it) or one checkpoint folder; generate and eval also take an exported "
+        "folder (with config.json in it)"
+    )
     require_folder(folder, fix)
     if not (folder / "checkpoints").is_dir() and ((folder / MANIFEST).exists() or step_of(folder.name)):
         checkpoint = folder if folder.is_dir() else None

@@ -192,3 +192,5 @@ def test_an_export_that_does_not_say_its_context(exported, refused, tmp_path):
 
 def test_what_is_no_model(refused, tmp_path):
     assert "holds no checkpoint" in refused(4, Path(tmp_path))
+    said = refused(2, Path(tmp_path) / "none")
+    assert "none: no such folder" in said and "eval also take an exported folder" in said
