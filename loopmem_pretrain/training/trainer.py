@@ -101,7 +101,11 @@ class Trainer:
         """Measurements that wait for the next line of metrics.jsonl, such as a validation loss."""
 
         with self.watchdog.phase("resume"):
-            resume(self)
+            resumed = resume(self)
+        if resumed is None and self.rank == 0:  # so a run_dir misspelt, or an import forgotten, does not go unseen
+            log.info(
+                "%s has no checkpoint: weights begin random, from training.seed %d", self.run_dir, config.training.seed
+            )
         self.watchdog.step = self.position.step
         self._introduce()
         self.hooks: list[Hook] = make_hooks(self)

@@ -121,6 +121,20 @@ def test_a_run_and_its_folder(tmp_path, sentences):
     assert list((tmp_path / "wandb").glob(f"offline-run-*-{wandb_id}"))
 
 
+def test_a_start_says_where_its_weights_come_from(tmp_path, sentences):
+    """A run_dir that is misspelt, or weights that were not imported: training would begin anew in silence."""
+    handler = f"logging.FileHandler({str(tmp_path / 'log')!r})"
+    first = (
+        f"import logging; log = logging.getLogger('loopmem_pretrain'); log.setLevel('INFO'); log.addHandler({handler})"
+    )
+    config, told = config_for(tmp_path / "run", sentences), []
+    for step in (1, 2):
+        run(config, ranks=1, stop_at_step=step, first=first)
+        said = (tmp_path / "log").read_text()
+        told.append((said.count("weights begin random, from training.seed"), said.count("resumed from")))
+    assert told == [(1, 0), (1, 1)]
+
+
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_number_of_ranks_does_not_change_the_loss(tmp_path, sentences, ranks):
     for each in (1, ranks):
