@@ -27,9 +27,11 @@ holds it up to date. Change the fields there, not here.
 
 A configuration is a YAML file. `base: other.yaml` (or a list of files, relative to this one) names what it builds on:
 mappings merge, everything else is replaced, later files win, this one last. `key=value` on the command line comes after
-all files; dots reach into sections and list items, and the value is YAML:
+all files; dots reach into sections and list items, and the value is YAML. To make a list longer, give it whole. Where a
+key is given twice the later value counts:
 
     loopmem train --config configs/train/demo.yaml training.train_steps=100 data.datasets.0.path=/data/tokens
+    loopmem train --config configs/train/demo.yaml data.datasets='[{path: /data/web}, {path: /data/code, weight: 2}]'
 
 Only `true`, `false`, `null`, decimal numbers (`3e-4` and `38_620` too) and text are read: `off`, `0512` and `1:30` are
 text. Unknown keys, keys written twice and values of another type are errors. All problems are reported at once, each

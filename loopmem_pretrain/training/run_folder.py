@@ -148,7 +148,7 @@ def refuse_other_configuration(config: RunConfig, run_dir: Path) -> None:
         raise ConfigError(
             f"the run folder {run_dir} belongs to another configuration:\n    " + "\n    ".join(changed),
             "choose another run_dir for this configuration, or take the changes back to continue that run; what may "
-            "change is in docs/operations.md",
+            "change, and how a new run begins with the weights of this one, is in docs/operations.md",
         )
 
 
