@@ -110,8 +110,12 @@ class BlendedDataset:
         }
 
 
+VALIDATION_SEED = 0
+"""Of the order of held-out samples: that of no run, so that all runs on the same folders are measured on the same."""
+
+
 class ValidationDataset:
-    """Held-out samples, always the same: each folder's validation split from its start, blended by the weights.
+    """Held-out samples, always the same: drawn from all of each folder's validation split, blended by the weights.
 
     Args:
         datasets: validation splits, all of one seq_length.
@@ -155,8 +159,9 @@ class ValidationDataset:
         """
         if not 0 <= sample_index < self.available:
             raise IndexError(f"validation sample {sample_index} of {self.available}")
-        dataset, sample = self._cycle.locate(sample_index)
-        return self.datasets[dataset][sample]
+        dataset, draw = self._cycle.locate(sample_index)
+        # From all over the split: in the order of the files the first ones would be those of the first source alone.
+        return self.datasets[dataset][permuted(draw, self.datasets[dataset].num_samples, VALIDATION_SEED, dataset)]
 
 
 def open_datasets(config: "RunConfig", check_indexes: bool = True) -> tuple[BlendedDataset, ValidationDataset]:

@@ -82,7 +82,8 @@ def predicted_lines(config, data_dir):
     train, held_out = (read_samples(data_dir, split, config.data.seq_length) for split in ("train", "validation"))
     size, steps = config.training.global_batch_size, config.training.train_steps
     order = torch.tensor([permuted(draw, len(train), config.training.seed, dataset=0) for draw in range(steps * size)])
-    held_out = held_out[: config.validation.num_samples]
+    samples = config.validation.num_samples
+    held_out = held_out[[permuted(draw, len(held_out), seed=0, dataset=0) for draw in range(samples)]]
     lines, interval = [], []
     for step in predict(config, dict(model.named_parameters()), train[order].split(size), held_out):
         interval.append(step)

@@ -282,18 +282,31 @@ def test_lengths_must_agree(two: tuple[Path, Path]) -> None:
 # ---- validation ------------------------------------------------------------------------------------------------
 
 
-def test_validation_reads_each_split_from_its_start(two: tuple[Path, Path]) -> None:
+def test_validation_blends_the_splits(two: tuple[Path, Path]) -> None:
     validation = open_validation(_config(*two), num_samples=6)
     assert validation.available == 7  # 5 and 3 samples, alternating: the eighth would be a fourth of b
-    starts = [int(validation[i][0]) for i in range(6)]
-    assert starts == [0, 500, 4, 504, 8, 508]
+    starts = [int(validation[i][0]) for i in range(7)]
+    assert len(set(starts)) == 7
+    assert sorted(starts[1::2]) == [500, 504, 508]
+    assert set(starts[::2]) < {0, 4, 8, 12, 16}
 
 
-def test_validation_of_one_folder_is_the_split_in_order(two: tuple[Path, Path]) -> None:
+def test_validation_of_one_folder_is_the_whole_split(two: tuple[Path, Path]) -> None:
     validation = open_validation(_config(two[0]), num_samples=5)
-    assert [int(validation[i][0]) for i in range(5)] == [0, 4, 8, 12, 16]
+    assert sorted(int(validation[i][0]) for i in range(5)) == [0, 4, 8, 12, 16]
     with pytest.raises(IndexError, match="validation sample 5 of 5"):
         validation[5]
+
+
+def test_few_validation_samples_are_from_all_over_the_split(write_folder: WriteFolder) -> None:
+    """In the order of the files they would all be of the first source, whatever the others are."""
+    folder = write_folder("a", train=_shards(41), validation=_shards(T * 1000 + 1))
+    few, more = (open_validation(_config(folder), num_samples=samples) for samples in (100, 200))
+    starts = [int(few[i][0]) // T for i in range(100)]
+    assert len(set(starts)) == 100
+    assert 350 < sum(starts) / 100 < 650
+    assert all(any(tenth <= start < tenth + 100 for start in starts) for tenth in range(0, 1000, 100))
+    assert [int(more[i][0]) // T for i in range(100)] == starts
 
 
 def test_too_few_validation_samples(two: tuple[Path, Path]) -> None:
