@@ -27,6 +27,9 @@ from loopmem_pretrain.checkpoint.position import Position
 from loopmem_pretrain.checkpoint.safe_load import check_pickles, pickles
 from loopmem_pretrain.checkpoint.store import RUN_ID, CheckpointStore
 from loopmem_pretrain.checkpoint.universal import MERGED, Merged, is_merged, merge
+from loopmem_pretrain.config.load import load_config
+from loopmem_pretrain.config.restart import changes
+from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.data.dataset import BlendedDataset, description_differences
 from loopmem_pretrain.data.files import write_file
 from loopmem_pretrain.errors import CheckpointError
@@ -209,6 +212,7 @@ def _restore(run: Run, choice: Choice) -> None:
             "restore the data it was trained on, or start a new run folder",
         )
     from_rank_zero(lambda: _refuse_foreign(run, checkpoint, manifest))
+    from_rank_zero(lambda: _refuse_other_configuration(run, checkpoint))
     together(lambda: check_pickles(pickles(checkpoint)[run.rank :: run.world_size]))
     run.position = Position(**manifest["position"])
     run.origin = manifest.get("origin")
@@ -290,6 +294,23 @@ def _refuse_foreign(run: Run, checkpoint: Path, manifest: Mapping[str, Any]) -> 
         content = "".join(f"{each}\n" for each in [*_trusted_ids(run), written_by])
         write_file(run.run_dir / TRUSTED, content.encode())
     log.warning("%s; trusted because of --trust", what)
+
+
+def _refuse_other_configuration(run: Run, checkpoint: Path) -> None:
+    """What RUN/config.yaml is compared with at each start may be missing, or not be that of a trusted checkpoint.
+
+    Of what has changed DeepSpeed would take some from its files (weight_decay, eps) and some from this start.
+    """
+    recorded = checkpoint / "config.yaml"
+    if not recorded.exists():  # and not listed: other versions, or other programs, wrote none
+        return
+    changed = changes(load_config(RunConfig, recorded), run.config)
+    if changed:
+        raise CheckpointError(
+            f"{checkpoint} was trained with another configuration:\n    " + "\n    ".join(changed),
+            "take the changes back to go on with it; to begin a run of this configuration with its weights, export "
+            "them with `loopmem convert` and import them with `loopmem convert --from-hf`",
+        )
 
 
 def _trusted_ids(run: Run) -> list[str]:

@@ -23,7 +23,8 @@ from typing import Any, BinaryIO, Literal
 
 from loopmem_pretrain import __version__, control
 from loopmem_pretrain.checkpoint.store import LOCK, RUN_ID
-from loopmem_pretrain.config.load import differences, dump_config, load_config
+from loopmem_pretrain.config.load import dump_config, load_config
+from loopmem_pretrain.config.restart import changes
 from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.data.files import write_file
 from loopmem_pretrain.errors import ConfigError, EnvironmentFault, LoopMemError
@@ -35,23 +36,6 @@ log = logging.getLogger(__name__)
 
 Status = Literal["running", "done", "interrupted", "failed"]
 
-# Keys that say how a run is executed or observed, not what it computes: they may change at a restart.
-MAY_CHANGE = (
-    "run_dir",
-    "logging.",
-    "checkpoint.",
-    "faults.",
-    "validation.",
-    "evaluation.",
-    "alarms.",
-    "data.num_workers",
-    "parallel.",
-    "training.micro_batch_size",
-    "training.device",
-    "training.compile",
-    "training.activation_checkpointing",
-    "training.deterministic",
-)
 TAKING_OVER = 60.0
 """Seconds in which a start that was cut off sees that another has taken the folder over: it looks every 5."""
 COMMIT = "git_commit"
@@ -142,20 +126,13 @@ def refuse_other_configuration(config: RunConfig, run_dir: Path) -> None:
     recorded = run_dir / "config.yaml"
     if not recorded.exists() or not has_begun(run_dir):
         return
-    before, now = (_without_paths(each) for each in (load_config(RunConfig, recorded), config))
-    changed = [line for line in differences(before, now) if not line.startswith(MAY_CHANGE)]
+    changed = changes(load_config(RunConfig, recorded), config)
     if changed:
         raise ConfigError(
             f"the run folder {run_dir} belongs to another configuration:\n    " + "\n    ".join(changed),
             "choose another run_dir for this configuration, or take the changes back to continue that run; what may "
             "change, and how a new run begins with the weights of this one, is in docs/operations.md",
         )
-
-
-def _without_paths(config: RunConfig) -> RunConfig:
-    """Data may move: what it is, not where, is compared by its fingerprint when a checkpoint is resumed."""
-    datasets = tuple(dataset.model_copy(update={"path": "-"}) for dataset in config.data.datasets)
-    return config.model_copy(update={"data": config.data.model_copy(update={"datasets": datasets})})
 
 
 def environment() -> dict[str, Any]:

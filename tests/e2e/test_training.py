@@ -196,6 +196,15 @@ def test_another_config_is_refused(copy_of_finished, sentences):
     assert "optimizer.lr: 0.01 -> 0.5" in error.problem
 
 
+def test_another_config_is_refused_though_its_record_has_gone(copy_of_finished, sentences):
+    (copy_of_finished / "config.yaml").unlink()
+    _, error = run(longer(copy_of_finished, sentences, training={"global_batch_size": 16}))
+    assert error.exit_code == 4
+    assert "training.global_batch_size: 8 -> 16" in error.problem
+    (copy_of_finished / "config.yaml").unlink()
+    assert run(longer(copy_of_finished, sentences))[0] == "done"
+
+
 def test_how_a_run_is_observed_may_change(copy_of_finished, sentences):
     assert run(longer(copy_of_finished, sentences, logging={"interval_steps": 2})) == ("done", None)
 

@@ -141,6 +141,17 @@ def test_a_checkpoint_of_another_run_needs_trust(tmp_path, copied, sentences):
     assert again.returncode == 0, again.stderr
 
 
+def test_trust_lets_no_other_configuration_in(tmp_path, copied):
+    """DeepSpeed would go on with the weight decay of its files, and the run folder would say another."""
+    config, checkpoint = copied(1)
+    changed = {"run_dir": str(tmp_path / "other"), "optimizer": config.optimizer.model_copy(update={"eps": 1e-3})}
+    config_path = tmp_path / "config.yaml"
+    config_path.write_text(dump_config(config.model_copy(update=changed)))
+    shutil.copytree(checkpoint.parent, tmp_path / "other" / "checkpoints")
+    refused = run_command("train", "--config", config_path, "--trust")
+    assert refused.returncode == 4 and "optimizer.eps: 1e-08 -> 0.001" in refused.stderr
+
+
 def test_a_checkpoint_without_an_id_is_foreign(copied):
     config, checkpoint = copied(1)
     change_manifest(checkpoint, run_id=None)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from loopmem_pretrain.cli import build_parser
+from loopmem_pretrain.config.restart import MAY_CHANGE
 from loopmem_pretrain.config.run import RunConfig
-from loopmem_pretrain.training.run_folder import MAY_CHANGE
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "loopmem_pretrain"
