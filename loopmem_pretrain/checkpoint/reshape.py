@@ -39,8 +39,8 @@ def reshape(path: str | Path, out: str | Path | None = None) -> Path:
             its place.
         EnvironmentFault: a run is training in the folder that would be written, or there is too little space.
     """
-    checkpoint = checkpoint_at(path).resolve()
-    if out is None and checkpoint.parent.name != "checkpoints":
+    checkpoint = checkpoint_at(path).absolute()  # not resolved: checkpoints/ may be a link, the lock is beside it
+    if out is None and not (checkpoint.parent.name == "checkpoints" and (checkpoint.parent.parent / RUN_ID).exists()):
         raise ConfigError(f"{checkpoint} is in no run folder", "give --out a new run folder")
     if out is not None and is_run_folder(Path(out)):
         raise ConfigError(f"{out} is a run folder already", "give --out another folder, or leave it out")

@@ -83,3 +83,17 @@ def test_not_under_a_run_that_is_training(tmp_path, sentences):
     run(config(tmp_path / "run", sentences, {}), 1, stop_at_step=2)
     with take_lock(tmp_path / "run" / ".lock", "", ""), pytest.raises(EnvironmentFault, match="is training"):
         reshape(tmp_path / "run")
+
+
+def test_where_checkpoints_are_on_another_disk(tmp_path, sentences):
+    """The lock is in the run folder, not beside what checkpoints/ leads to."""
+    run(config(tmp_path / "run", sentences, {}), 1, stop_at_step=2)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "disk" / "checkpoints")
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "disk" / "checkpoints")
+    with take_lock(tmp_path / "run" / ".lock", "", ""), pytest.raises(EnvironmentFault, match="is training"):
+        reshape(tmp_path / "run")
+    with pytest.raises(ConfigError, match="no run folder"):
+        reshape(tmp_path / "disk" / "checkpoints" / "step_00000002")
+    assert reshape(tmp_path / "run") == tmp_path / "run" / "checkpoints" / "step_00000002"
+    verify(tmp_path / "run" / "checkpoints" / "step_00000002")
