@@ -173,7 +173,7 @@ def _columns(checkpoint: Path) -> list[str]:
     """From `saved` to `validation loss`."""
     try:
         manifest = read_manifest(checkpoint)
-    except DamagedCheckpoint:
+    except CheckpointError:  # also of a later version, see `_check`
         return ["-", human_bytes(_size(checkpoint)), *"-----"]
     saved = manifest.get("saved", "-")[:16].replace("T", " ")
     layout = [str(manifest["world_size"]), *map(str, _layout(manifest))]

@@ -1,11 +1,13 @@
 """`loopmem checkpoint list | show | verify` on small published checkpoints."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from loopmem_pretrain.checkpoint.manifest import _digest
 from loopmem_pretrain.cli import main
 from loopmem_pretrain.config.load import dump_config
 from tests.configs import tiny_run
@@ -76,6 +78,15 @@ def test_a_checkpoint_under_another_step_is_damage(run_dir, capsys):
     folder = run_dir / "checkpoints"
     (folder / "step_00001500").rename(folder / "step_00002500")
     assert "manifest.json: is of step 1,500" in said(capsys, 4, "verify", folder / "step_00002500").err
+
+
+def test_one_of_a_later_version_does_not_hide_the_others(run_dir, capsys):
+    path = run_dir / "checkpoints" / "step_00001000" / "manifest.json"
+    content = json.loads(path.read_text()) | {"version": 2}
+    path.write_text(json.dumps({**content, "sha256": _digest(content)}) + "\n")
+    lines = said(capsys, 0, "list", run_dir).out.splitlines()
+    assert any("version 2 of the format" in line for line in lines)
+    assert any("sizes fit" in line for line in lines)
 
 
 def test_show(run_dir, capsys):
