@@ -207,7 +207,7 @@ def write_failure(
 
 def is_of_this_start(status: Mapping[str, Any]) -> bool:
     """Whether what status.json says was written since this process began."""
-    return bool(status.get("time", "") >= _STARTED)
+    return str(status.get("time", "")) >= _STARTED
 
 
 _held: set[Path] = set()
@@ -224,6 +224,9 @@ def _another_start_trains_in(run_dir: Path) -> bool:
 
 
 def read_status(run_dir: Path) -> dict[str, Any] | None:
-    """The last recorded status, or None where the run never started."""
-    path = run_dir / "status.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """The last recorded status; None where there is none, or a damaged one, which the next replaces."""
+    try:
+        status = json.loads((run_dir / "status.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return status if isinstance(status, dict) else None

@@ -83,6 +83,14 @@ def test_what_an_earlier_start_said_is_replaced(tmp_path):
     assert read_status(run_dir)["reason"].startswith("lost contact with another rank")
 
 
+@pytest.mark.parametrize("content", ["", '{"sta', '"done"', '{"status": "failed", "time": 5}'])
+def test_a_damaged_status_does_not_hide_the_failure(tmp_path, content):
+    run_dir = folder(tmp_path)
+    (run_dir / "status.json").write_text(content)
+    write_failure(run_dir, FULL)
+    assert read_status(run_dir)["reason"] == "no space left"
+
+
 def test_a_finished_run_stays_finished(tmp_path):
     run_dir = folder(tmp_path)
     write_status(run_dir, "done", "all steps trained", 9)
