@@ -25,7 +25,7 @@ from loopmem_pretrain.checkpoint.choose import Choice, choose
 from loopmem_pretrain.checkpoint.generators import restore_generators
 from loopmem_pretrain.checkpoint.position import Position
 from loopmem_pretrain.checkpoint.safe_load import check_pickles, pickles
-from loopmem_pretrain.checkpoint.store import RUN_ID, CheckpointStore
+from loopmem_pretrain.checkpoint.store import RUN_ID, CheckpointStore, checkpointed_step
 from loopmem_pretrain.checkpoint.universal import MERGED, Merged, is_merged, merge
 from loopmem_pretrain.config.load import load_config
 from loopmem_pretrain.config.restart import changes
@@ -33,6 +33,7 @@ from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.data.dataset import BlendedDataset, description_differences
 from loopmem_pretrain.data.files import write_file
 from loopmem_pretrain.errors import CheckpointError
+from loopmem_pretrain.metrics_file import METRICS_NAME, read_lines
 from loopmem_pretrain.parallel.agreement import from_rank_zero, together
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ TRUSTED = "trusted_run_ids"
 """File in the run folder with the ids of other runs whose checkpoints --trust has let in."""
 WANDB_ID = "wandb_id"
 """File in the run folder with the run's id at Weights & Biases."""
+FIRST_SAVES = 3
+"""Of a run, at least one of which has succeeded: two in a row that fail end it, before the next is done."""
 
 
 class Engine(probe.Engine, Protocol):
@@ -155,7 +158,7 @@ def resume(run: Run) -> Path | None:
     """
     choice = choose(run.store, run.rank, run.world_size)
     if choice is None:
-        from_rank_zero(lambda: _refuse_lost_checkpoints(run.run_dir))
+        from_rank_zero(lambda: _refuse_lost_checkpoints(run.run_dir, run.config.checkpoint.interval_steps))
         return None
     _restore(run, choice)
     # Where an older one was chosen by hand: checkpoints of the branch that is left must not come back later.
@@ -163,8 +166,10 @@ def resume(run: Run) -> Path | None:
     return choice.checkpoint
 
 
-def _refuse_lost_checkpoints(run_dir: Path) -> None:
-    """A start that ends as it should has saved: a folder that says so and has no checkpoint was not copied whole.
+def _refuse_lost_checkpoints(run_dir: Path, interval_steps: int) -> None:
+    """A run that has come far has saved: a folder that says so and has no checkpoint was not copied whole.
+
+    Also where status.json does not know of one: a run that was killed or failed after FIRST_SAVES intervals had one.
 
     Raises:
         CheckpointError: it would be trained from the beginning.
@@ -173,16 +178,19 @@ def _refuse_lost_checkpoints(run_dir: Path) -> None:
     if not path.exists():
         return
     try:
-        status = json.loads(path.read_bytes())
-        ended, step = status["status"] in ("done", "interrupted"), int(status["step"] or 0)
-    except (ValueError, TypeError, KeyError):
+        step = checkpointed_step(json.loads(path.read_bytes()))
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise CheckpointError(
             f"{path} is damaged, and there is no checkpoint in {run_dir}: how far it was trained is not known",
             "remove the file to train this run from its beginning, or choose another run_dir",
         ) from None
-    if ended and step:
+    logged = [line["step"] for line in read_lines(run_dir / METRICS_NAME, last=2)][-1:]  # the very last may be torn
+    source = path.name
+    if not step and logged and logged[0] > FIRST_SAVES * interval_steps:
+        step, source = logged[0], METRICS_NAME
+    if step:
         raise CheckpointError(
-            f"{run_dir} has trained {step:,} steps (status.json), and there is no checkpoint in it",
+            f"{run_dir} has trained {step:,} steps ({source}), and there is no checkpoint in it",
             "restore its checkpoints/ folder, or choose another run_dir; remove status.json to train this one anew",
         )
 

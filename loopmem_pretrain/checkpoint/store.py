@@ -89,7 +89,16 @@ class CheckpointStore:
         return Candidates([self.folder / self.name(step) for step in order], doubt if steps else "")
 
     def _pointer(self) -> tuple[int | None, str]:
-        """The step that `latest` names, or None and what is wrong with it."""
+        """The step that `latest` names, or None and what is wrong with it.
+
+        Raises:
+            CheckpointError: checkpoints/ is a link to what is not there: a disk that is not mounted, say.
+        """
+        if self.folder.is_symlink() and not self.folder.exists():
+            raise CheckpointError(
+                f"{self.folder} leads to {self.folder.readlink()}, which is not there",
+                "mount that disk or restore that folder; make it, empty, only for a run that has no checkpoints",
+            )
         pointer = self.folder / "latest"
         try:
             with pointer.open("rb") as stream:
@@ -251,6 +260,15 @@ def is_run_folder(folder: Path) -> bool:
         CheckpointError: `latest` names a checkpoint that is not there.
     """
     return (folder / "config.yaml").exists() or CheckpointStore(folder).latest() is not None
+
+
+def checkpointed_step(status: Mapping[str, Any]) -> int:
+    """The last step at which, as status.json says, there was a checkpoint; 0 where it tells of none.
+
+    A start that ended as it should has saved, and one that began behind step 0 had a checkpoint. Of one that failed,
+    what was known before is in a key of its own.
+    """
+    return int((status.get("checkpoint") if status["status"] == "failed" else status["step"]) or 0)
 
 
 def checkpoint_at(path: str | Path) -> Path:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from loopmem_pretrain import __version__, control
-from loopmem_pretrain.checkpoint.store import LOCK, RUN_ID
+from loopmem_pretrain.checkpoint.store import LOCK, RUN_ID, checkpointed_step
 from loopmem_pretrain.config.load import dump_config, load_config
 from loopmem_pretrain.config.restart import changes
 from loopmem_pretrain.config.run import RunConfig
@@ -166,9 +166,21 @@ def git_commit() -> str | None:
     return result.stdout.strip() or None
 
 
-def write_status(run_dir: Path, status: Status, reason: str, step: int | None = None, is_cause: bool = True) -> None:
-    """Record how the run stands. Rank 0 only, but for failures."""
+def write_status(
+    run_dir: Path,
+    status: Status,
+    reason: str,
+    step: int | None = None,
+    is_cause: bool = True,
+    checkpoint: int = 0,
+) -> None:
+    """Record how the run stands. Rank 0 only, but for failures.
+
+    `checkpoint`: with `failed`, the last step at which there is known to have been a checkpoint (`checkpointed_step`).
+    """
     record = {"status": status, "reason": reason, "step": step, "time": time.strftime(_TIME)}
+    if checkpoint:
+        record["checkpoint"] = checkpoint
     if not is_cause:
         record["is_cause"] = False
     write_file(run_dir / "status.json", (json.dumps(record) + "\n").encode())
@@ -195,12 +207,16 @@ def write_failure(
     if is_cause is None:
         is_cause = isinstance(error, LoopMemError) or lost_rank(error) is None
     try:
-        before = read_status(run_dir) or {}
+        status = read_status(run_dir)
+        if status is None and step is None and (run_dir / "status.json").exists():
+            return  # damaged: what it knew is asked for again by the next start (`_refuse_lost_checkpoints`)
+        before = status or {}
         told = before.get("status") == "failed" and is_of_this_start(before) and before.get("is_cause", True)
         if before.get("status") == "done" or (told and not is_cause) or _another_start_trains_in(run_dir):
             return
         reason = fault.problem if fault is not None else f"{type(error).__name__}: {error}"
-        write_status(run_dir, "failed", reason, before.get("step") if step is None else step, is_cause)
+        known = checkpointed_step(before) if "status" in before else 0
+        write_status(run_dir, "failed", reason, before.get("step") if step is None else step, is_cause, known)
     except (LoopMemError, OSError) as obstacle:
         complain(f"cannot record the failure in {run_dir / 'status.json'}: {obstacle}")
 
@@ -224,7 +240,7 @@ def _another_start_trains_in(run_dir: Path) -> bool:
 
 
 def read_status(run_dir: Path) -> dict[str, Any] | None:
-    """The last recorded status; None where there is none, or a damaged one, which the next replaces."""
+    """The last recorded status; None where there is none, or a damaged one."""
     try:
         status = json.loads((run_dir / "status.json").read_bytes())
     except (FileNotFoundError, ValueError):

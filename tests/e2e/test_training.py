@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from loopmem_pretrain.checkpoint.state import _refuse_lost_checkpoints
+from loopmem_pretrain.config.load import dump_config
 from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.errors import CheckpointError
 from tests.configs import tiny_run
-from tests.distributed import run_ranks
+from tests.distributed import run_command, run_ranks
 
 ON_RANK = "tests.e2e.test_training:train_on_rank"
 
@@ -256,11 +257,55 @@ def test_a_run_whose_checkpoints_have_gone_does_not_begin_anew(copy_of_finished,
     run(longer(copy_of_finished, sentences), stop_at_step=1)
 
 
+@pytest.mark.parametrize(
+    ("status", "step", "logged", "lost"),
+    [
+        ("running", 20, 0, 20),  # a start that was killed had resumed at step 20
+        ("running", 0, 16, 16),  # the first start, after its third checkpoint was due
+        ("failed", 16, 16, 16),
+        ("failed", 8, 8, 0),
+        ("running", 0, 15, 0),  # its saves may have failed
+    ],
+)
+def test_a_killed_run_whose_checkpoints_have_gone_does_not_begin_anew(tmp_path, status, step, logged, lost):
+    (tmp_path / "status.json").write_text(json.dumps({"status": status, "reason": "-", "step": step}))
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {n}}}\n' for n in range(1, logged + 1)) + '{"st')
+    if lost:
+        with pytest.raises(CheckpointError, match=f"has trained {lost} steps"):
+            _refuse_lost_checkpoints(tmp_path, 5)
+    else:
+        _refuse_lost_checkpoints(tmp_path, 5)
+
+
+def test_a_second_start_without_checkpoints_is_refused_too(copy_of_finished, sentences):
+    """The first one's failure does not take the place of what status.json knew."""
+    path = copy_of_finished / "status.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "interrupted"}))
+    shutil.rmtree(copy_of_finished / "checkpoints")
+    config_path = copy_of_finished / "again.yaml"
+    config_path.write_text(dump_config(longer(copy_of_finished, sentences)))
+    for _ in range(2):
+        refused = run_command("train", "--config", config_path)
+        assert refused.returncode == 4 and "has trained 10 steps" in refused.stderr
+
+
+def test_checkpoints_on_a_disk_that_is_not_there(copy_of_finished, sentences):
+    (copy_of_finished / "status.json").unlink()
+    (copy_of_finished / "checkpoints").rename(copy_of_finished.parent / "disk")
+    (copy_of_finished / "checkpoints").symlink_to(copy_of_finished.parent / "away")
+    before = exact(copy_of_finished)
+    _, error = run(longer(copy_of_finished, sentences))
+    assert error.exit_code == 4 and "away, which is not there" in error.problem
+    assert exact(copy_of_finished) == before
+    (copy_of_finished.parent / "disk").rename(copy_of_finished.parent / "away")
+    assert run(longer(copy_of_finished, sentences)) == ("done", None)
+
+
 @pytest.mark.parametrize("content", ["", "null", '{"status": "done"}', '{"status": "done", "step": "x"}', '{"sta'])
 def test_without_a_checkpoint_a_damaged_status_says_nothing(tmp_path, content):
     (tmp_path / "status.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"status.json is damaged, and there is no checkpoint"):
-        _refuse_lost_checkpoints(tmp_path)
+        _refuse_lost_checkpoints(tmp_path, 5)
 
 
 def test_a_half_written_checkpoint_is_ignored(copy_of_finished, sentences):

@@ -87,8 +87,10 @@ def test_what_an_earlier_start_said_is_replaced(tmp_path):
 def test_a_damaged_status_does_not_hide_the_failure(tmp_path, content):
     run_dir = folder(tmp_path)
     (run_dir / "status.json").write_text(content)
-    write_failure(run_dir, FULL)
-    assert read_status(run_dir)["reason"] == "no space left"
+    said = []
+    write_failure(run_dir, FULL, complain=said.append)  # of a start that was refused: the damage stays to be seen
+    write_failure(run_dir, FULL, step=3)
+    assert read_status(run_dir)["reason"] == "no space left" and not said
 
 
 def test_a_finished_run_stays_finished(tmp_path):
