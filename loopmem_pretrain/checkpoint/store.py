@@ -31,6 +31,8 @@ RUN_ID = "run_id"
 """File in the run folder with the random id that every checkpoint of the run carries."""
 LOCK = ".lock"
 """File in the run folder that a process holds locked while it writes there: a start, or a command that makes one."""
+POINTER = ".latest"
+"""In a checkpoint that is being published, what `latest` is going to be; hidden, so no part of it (`unlisted`)."""
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +146,8 @@ class CheckpointStore:
             "files": dict(sorted(files.items())),
         }
         write_file(source / MANIFEST, encode_manifest(values))
+        # Written before anything is renamed: a disk that is full must not leave a checkpoint that `latest` disowns.
+        write_file(source / POINTER, f"{target.name}\n".encode())
         sync_folder(source)
         control.refuse_if_replaced(self.folder.parent)
         replaced = None
@@ -153,7 +157,8 @@ class CheckpointStore:
         self._abandon_after(step)
         os.rename(source, target)
         sync_folder(self.folder)
-        write_file(self.folder / "latest", f"{target.name}\n".encode())
+        os.replace(target / POINTER, self.folder / "latest")
+        sync_folder(self.folder)
         if replaced is not None:
             # Last: it may take long, and a kill meanwhile must find the new one in its place.
             _delete(self._hide(replaced))

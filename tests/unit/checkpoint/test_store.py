@@ -5,10 +5,11 @@ import os
 
 import pytest
 
+from loopmem_pretrain.checkpoint import store as store_module
 from loopmem_pretrain.checkpoint.manifest import DamagedCheckpoint, read_manifest
 from loopmem_pretrain.checkpoint.store import CheckpointStore, checkpoint_at, verify
 from loopmem_pretrain.config.training import CheckpointConfig
-from loopmem_pretrain.errors import CheckpointError
+from loopmem_pretrain.errors import CheckpointError, EnvironmentFault
 from tests.unit.checkpoint.published import publish
 
 
@@ -35,6 +36,30 @@ def test_without_the_pointer_the_newest_counts(tmp_path):
     newest = publish(tmp_path, 10)
     (tmp_path / "checkpoints" / "latest").unlink()
     assert CheckpointStore(tmp_path).latest() == newest
+
+
+def test_a_disk_that_is_full_before_latest_publishes_nothing(tmp_path, monkeypatch):
+    """Else a start would go on from the one before, and set the whole new one aside."""
+    write = store_module.write_file
+
+    def full(path, content):
+        if path.name.endswith("latest"):
+            raise EnvironmentFault("no room")
+        write(path, content)
+
+    older, store = publish(tmp_path, 5), CheckpointStore(tmp_path)
+    monkeypatch.setattr(store_module, "write_file", full)
+    with pytest.raises(EnvironmentFault):
+        publish(tmp_path, 10)
+    assert store.steps() == [5] and store.latest() == older
+    monkeypatch.undo()
+    store.discard_incomplete()
+    newer = publish(tmp_path, 10)
+    assert store.latest() == newer and sorted(path.name for path in newer.iterdir()) == [
+        "inner",
+        "manifest.json",
+        "weights.pt",
+    ]
 
 
 def test_a_pointer_to_nothing_names_what_is_there(tmp_path):
