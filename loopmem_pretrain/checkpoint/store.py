@@ -236,9 +236,7 @@ class CheckpointStore:
 
     def _hide(self, checkpoint: Path) -> Path:
         """Take its name: a removal that is cut short leaves nothing that looks whole."""
-        doomed = checkpoint.with_name(f".incomplete-{checkpoint.name}-removed")
-        os.rename(checkpoint, doomed)
-        return doomed
+        return self._set_aside(checkpoint.name, f".incomplete-{checkpoint.name}-removed")
 
 
 def _delete(path: Path) -> None:

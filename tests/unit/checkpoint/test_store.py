@@ -62,6 +62,16 @@ def test_a_disk_that_is_full_before_latest_publishes_nothing(tmp_path, monkeypat
     ]
 
 
+def test_what_could_not_be_removed_before_is_in_nobodys_way(tmp_path):
+    """On NFS a file that a reader has open stays; the step may have been trained again since."""
+    left = tmp_path / "checkpoints" / ".incomplete-step_00000005-removed"
+    left.mkdir(parents=True)
+    (left / ".nfs0001").touch()
+    for step in (5, 6):
+        publish(tmp_path, step)
+    assert prune(tmp_path, keep_last=1) == [6]
+
+
 def test_a_pointer_to_nothing_names_what_is_there(tmp_path):
     publish(tmp_path, 5)
     (tmp_path / "checkpoints" / "latest").write_text("step_00000009\n")
