@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loopmem_pretrain.checkpoint.manifest import read_manifest
+from loopmem_pretrain.checkpoint.manifest import MANIFEST, read_manifest
 from loopmem_pretrain.checkpoint.safe_load import check_pickles, load, pickles, weights_only
 from loopmem_pretrain.checkpoint.store import verify
 from loopmem_pretrain.data.files import disk_faults
@@ -127,6 +127,12 @@ def merge(checkpoint: Path, folder: Path) -> Merged:
         _merge_into(folder, checkpoint, names, shapes)
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
+        if not (checkpoint / MANIFEST).exists():
+            raise CheckpointError(
+                f"{checkpoint} was removed while it was read: a training that goes on removes old ones",
+                "try again with the newest one; raise checkpoint.keep_last or set checkpoint.keep_every_steps to keep "
+                "them longer",
+            ) from error
         raise EnvironmentFault(
             f"cannot merge {checkpoint} in {folder.parent}: {error}",
             "free space there, or (export only) set TMPDIR to a folder with more",

@@ -170,3 +170,16 @@ def test_an_export_does_not_choose_by_itself(copied, tmp_path):
     break_file(copied / "checkpoints" / NEWEST / "config.yaml", "truncated")
     with pytest.raises(CheckpointError, match=r"config\.yaml"):
         convert_run(copied, tmp_path / "hf")
+
+
+def test_a_checkpoint_that_goes_away_under_an_export(copied, tmp_path, monkeypatch):
+    """As where a training that goes on removes old ones."""
+    from loopmem_pretrain.checkpoint import universal
+    from loopmem_pretrain.hf.convert import convert_run
+
+    newest = CheckpointStore(copied).latest()
+    check = universal._check_names
+    monkeypatch.setattr(universal, "_check_names", lambda *arguments: (check(*arguments), shutil.rmtree(newest)))
+    with pytest.raises(CheckpointError, match="was removed while it was read"):
+        convert_run(copied, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
