@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from loopmem_pretrain import __version__, control
-from loopmem_pretrain.checkpoint.store import LOCK, RUN_ID, checkpointed_step
+from loopmem_pretrain.checkpoint.store import LOCK, RUN_ID, CheckpointStore, checkpointed_step
 from loopmem_pretrain.config.load import dump_config, load_config
 from loopmem_pretrain.config.restart import changes
 from loopmem_pretrain.config.run import RunConfig
@@ -55,16 +55,18 @@ def prepare(config: RunConfig, run_dir: Path) -> BinaryIO:
         EnvironmentFault: the folder cannot be written, or another process trains in it.
     """
     refuse_foreign_folder(run_dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / ".write-test"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise EnvironmentFault(
-            f"cannot write to the run folder {run_dir}: {error.strerror}",
-            "give write permission, free some space, or choose another run_dir",
-        ) from None
+    checkpoints = CheckpointStore(run_dir).folder  # perhaps on another disk
+    for folder in [run_dir, checkpoints] if checkpoints.is_dir() else [run_dir]:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / ".write-test"
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise EnvironmentFault(
+                f"cannot write to {'the run folder ' if folder == run_dir else ''}{folder}: {error.strerror}",
+                "give write permission, free some space, or choose another run_dir",
+            ) from None
     lock = _lock(run_dir)
     refuse_other_configuration(config, run_dir)
     identity = run_dir / RUN_ID

@@ -1,8 +1,10 @@
 """status.json tells the cause of a failure, not what other ranks made of it."""
 
+import errno
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -152,3 +154,18 @@ def test_a_start_that_takes_over_waits_for_the_one_before_it(tmp_path, monkeypat
     control.take_over(tmp_path, "7.1")
     threading.Timer(1.2, held.close).start()
     prepare(tiny_run(tmp_path, "data"), tmp_path).close()
+
+
+def test_checkpoints_that_cannot_be_written_are_found_at_the_start(tmp_path, monkeypatch):
+    """Not when the first is due."""
+    (tmp_path / "checkpoints").mkdir()
+    write = Path.write_text
+
+    def read_only(path, content, **options):
+        if path.parent.name == "checkpoints":
+            raise OSError(errno.EROFS, "Read-only file system")
+        return write(path, content, **options)
+
+    monkeypatch.setattr(Path, "write_text", read_only)
+    with pytest.raises(EnvironmentFault, match=r"cannot write to .*checkpoints: Read-only"):
+        prepare(tiny_run(run_dir=str(tmp_path)), tmp_path)
