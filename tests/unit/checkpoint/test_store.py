@@ -10,6 +10,7 @@ from loopmem_pretrain.checkpoint.manifest import DamagedCheckpoint, read_manifes
 from loopmem_pretrain.checkpoint.store import CheckpointStore, checkpoint_at, verify
 from loopmem_pretrain.config.training import CheckpointConfig
 from loopmem_pretrain.errors import CheckpointError, EnvironmentFault
+from tests.disk import assert_in_order, disk_steps
 from tests.unit.checkpoint.published import publish
 
 
@@ -25,6 +26,24 @@ def test_publish_and_read(tmp_path):
     assert (manifest["step"], manifest["world_size"]) == (7, 2)
     assert set(manifest["files"]) == {"weights.pt", "inner/state.pt"}
     verify(path)
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "inner/state.pt"])
+def test_a_power_cut_never_finds_a_name_before_what_it_stands_for(tmp_path, monkeypatch, name):
+    """Files, then the manifest, then the folder's name, then `latest`: each is on the disk before the next begins."""
+    steps = disk_steps(monkeypatch)
+    path = publish(tmp_path, 5)
+    folder, writing = path.parent, path.parent / ".incomplete-step_00000005"
+    assert_in_order(
+        steps,
+        ("flush", writing / name),
+        ("name", writing / "manifest.json"),
+        ("flush", writing),
+        ("name", path),
+        ("flush", folder),
+        ("name", folder / "latest"),
+        ("flush", folder),
+    )
 
 
 def test_an_empty_run_has_no_checkpoint(tmp_path):

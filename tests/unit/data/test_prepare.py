@@ -23,6 +23,7 @@ from loopmem_pretrain.data.prepare import USUAL_LENGTH, prepare, validation_warn
 from loopmem_pretrain.data.tokenizer import load_tokenizer, train_sentencepiece
 from loopmem_pretrain.data.workers import is_validation
 from loopmem_pretrain.errors import DataError, EnvironmentFault
+from tests.disk import assert_in_order, disk_steps
 
 DOCUMENTS = [f"Document {i}: " + f"the state of the union is {i} and {i * i}.\n" * (i % 40 + 1) for i in range(600)]
 FRACTION = 0.1
@@ -188,6 +189,25 @@ def test_killed_again_and_again(corpus: Path, tmp_path: Path, undisturbed: dict[
         assert kills < 40
     assert kills >= 3
     assert content(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("suffix", ["bin", "idx"])
+def test_a_power_cut_never_finds_a_line_of_shards_that_are_not_there(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    """A shard's bytes, its name, the line of the journal, the manifest: each is on the disk before the next begins."""
+    steps = disk_steps(monkeypatch)
+    prepare(recipe(corpus, tmp_path))
+    assert_in_order(
+        steps,
+        ("flush", tmp_path / f".tmp-train-00000.{suffix}"),
+        ("name", tmp_path / f"train-00000.{suffix}"),
+        ("flush", tmp_path),
+        ("flush", tmp_path / ".journal.jsonl"),
+        ("flush", tmp_path / f".tmp-train-00001.{suffix}"),
+        ("name", tmp_path / "manifest.json"),
+        ("flush", tmp_path),
+    )
 
 
 SCRIPT = """
