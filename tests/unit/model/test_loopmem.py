@@ -169,6 +169,17 @@ def test_rotation_depends_on_relative_position_only():
     torch.testing.assert_close(scores[0, 0], q @ k)
 
 
+def test_angles_are_rounded_to_bfloat16_once():
+    """Positions and frequencies in bf16, of 8 bits, would give positions that are hundreds apart the same angles."""
+    positions = torch.tensor([0, 1, 255, 257, 1023, 4095])
+    exact = rotary_angles(positions, 64, 500000.0, torch.zeros(1, dtype=torch.float64))
+    rotary = rotary_angles(positions, 64, 500000.0, torch.zeros(1, dtype=torch.bfloat16))
+    for ours, expected in zip(rotary, exact, strict=True):
+        assert ours.dtype == torch.bfloat16
+        # float32 knows a frequency to 2^-24, so the angle of position 4095 to 3e-4; then bf16 rounds by 2^-9 at most.
+        torch.testing.assert_close(ours.double(), expected, rtol=2**-8, atol=1e-3)
+
+
 def test_plain_layers_scale_by_depth():
     model = build(max_loops=0, residual_scale="inverse_depth", local_slots=0, global_slots=0, ponder_weight=0.0)
     assert [layer.scale for layer in model.model.layers] == [1.0, 0.5]
