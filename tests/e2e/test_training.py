@@ -11,6 +11,7 @@ from loopmem_pretrain.checkpoint.state import _refuse_lost_checkpoints
 from loopmem_pretrain.config.load import dump_config
 from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.errors import CheckpointError
+from loopmem_pretrain.model.flops import training_flops_per_token
 from tests.configs import tiny_run
 from tests.distributed import run_command, run_ranks
 
@@ -94,6 +95,11 @@ def test_a_run_and_its_folder(tmp_path, sentences):
     last = logged[-1]
     for key in ("tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "validation_loss"):
         assert math.isfinite(last[key]), key
+    # Two ranks of logging.peak_tflops 0.05 each; a step has 8 samples of 16 tokens.
+    flops = training_flops_per_token(config.model, 16, config.training.micro_batch_size)
+    for line in logged:
+        assert line["tokens_per_second"] * line["seconds_per_step"] == pytest.approx(8 * 16)
+        assert line["mfu"] == pytest.approx(line["tokens_per_second"] * flops / (2 * 0.05e12))
     assert last["tokens"] == 20 * 8 * 16
     for key, shape in (("expected_loops", (2,)), ("local_gate", (2,)), ("global_gate", (2,))):
         assert len(last[key]) == shape[0]
