@@ -43,6 +43,26 @@ def test_no_spike(curve):
     assert spikes(QUIET[curve]) == []
 
 
+@pytest.mark.parametrize(
+    ("window", "deviation"),
+    [
+        pytest.param([1.9, 2.0, 2.1] * 22, 1.4826 * 0.1, id="median absolute deviation"),
+        pytest.param([2.0] * 64, 0.005 * 2.0, id="flat: a share of the median"),
+    ],
+)
+def test_high_is_what_lies_so_many_deviations_above_the_median(window, deviation):
+    config = FaultConfig(spike_window_steps=64, spike_patience_steps=1, spike_score=6.0)
+    assert spikes([*window, 2.0 + 5.99 * deviation], config) == []
+    (spike,) = spikes([*window, 2.0 + 6.01 * deviation], config)
+    assert spike.usual == pytest.approx(2.0) and spike.score == pytest.approx(6.01)
+
+
+@pytest.mark.parametrize(("losses", "found"), [(31, 0), (32, 1)])
+def test_half_a_window_is_needed_and_enough(losses, found):
+    config = FaultConfig(spike_window_steps=64, spike_patience_steps=1)
+    assert len(spikes([2.0] * losses + [9.0], config)) == found
+
+
 def test_a_step_up_is_found_once_with_its_first_step():
     (spike,) = spikes(noisy([2.5] * 300 + [4.0] * 40 + [2.5] * 100))
     assert (spike.first_step, spike.last_step) == (301, 305)
