@@ -180,6 +180,17 @@ def test_documents_that_do_not_follow_each_other(folder: Path) -> None:
         TokenStream(folder, "train")
 
 
+def test_a_document_of_less_than_no_tokens(folder: Path) -> None:
+    """5 and -1 tokens are 4, and the second begins where the first ends; its reader would go backwards."""
+    path = folder / "train-00000.idx"
+    content = bytearray(path.read_bytes())
+    content[34:42] = (5).to_bytes(4, "little") + (-1).to_bytes(4, "little", signed=True)
+    content[34 + 8 + 8 : 34 + 8 + 16] = (10).to_bytes(8, "little")
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="documents without gaps"):
+        TokenStream(folder, "train")
+
+
 def test_empty_validation_split(write_folder: WriteFolder) -> None:
     with pytest.raises(DataError, match="the validation split is empty") as caught:
         TokenStream(write_folder("data", train=SHARDS), "validation")
