@@ -97,6 +97,8 @@ def test_the_order_is_this_one_for_ever() -> None:
     """Changing these numbers changes the data order of every run: change ORDER with them."""
     assert [permuted(i, 10, 42, 0) for i in range(20)] == PERMUTED_10
     assert [permuted(i, 1_000_003, 7, 1) for i in (0, 1, 1_000_003)] == PERMUTED_BIG
+    # A square, where rounding the root up or down makes other rows and columns.
+    assert [permuted(i, 16, 42, 0) for i in range(16)] == [4, 14, 15, 0, 8, 13, 7, 9, 1, 5, 2, 11, 10, 3, 12, 6]
 
 
 @pytest.mark.parametrize("size", [1000, 40_009])
