@@ -29,6 +29,7 @@ WriteFolder = Callable[..., Path]
 T = 4
 PERMUTED_10 = [1, 3, 8, 0, 6, 5, 2, 4, 9, 7, 5, 2, 8, 3, 0, 9, 6, 4, 7, 1]
 PERMUTED_BIG = [260432, 436960, 49881]
+ORDER_OF_TWO = [(0, 1), (1, 5), (0, 3), (0, 8), (1, 3), (0, 0), (0, 6), (1, 6), (0, 5), (0, 2), (1, 1), (0, 4)]
 
 
 def _shards(tokens: int, first: int = 0) -> list[list[list[int]]]:
@@ -198,6 +199,20 @@ def test_seeds_give_different_orders_and_one_seed_the_same(two: tuple[Path, Path
 
     assert order(1) == order(1)
     assert order(1) != order(2)
+
+
+def test_the_order_of_a_run_is_this_one_for_ever(two: tuple[Path, Path]) -> None:
+    """Blend, seed, number of the data set and draw: also where `permuted` itself is as it was."""
+    blend = open_training(_config(*two, weights=(2, 1)), seed=42, model_vocab_size=1000)
+    assert [blend.locate(i) for i in range(12)] == ORDER_OF_TWO
+
+
+def test_data_sets_of_one_size_have_orders_of_their_own(write_folder: WriteFolder) -> None:
+    """Translations of each other, or the parts of one corpus, would be read in step."""
+    folders = [write_folder(name, train=_shards(41)) for name in "ab"]
+    blend = open_training(_config(*folders), seed=1, model_vocab_size=1000)
+    drawn = [blend.locate(i) for i in range(20)]
+    assert [s for d, s in drawn if d == 0] != [s for d, s in drawn if d == 1]
 
 
 def test_a_negative_index_is_refused(two: tuple[Path, Path]) -> None:
