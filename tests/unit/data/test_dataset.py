@@ -22,7 +22,7 @@ from loopmem_pretrain.data.dataset import (
     split_warning,
 )
 from loopmem_pretrain.data.indexed import TokenStream
-from loopmem_pretrain.data.order import CYCLE, BlendCycle, permuted
+from loopmem_pretrain.data.order import CYCLE, ORDER, BlendCycle, permuted
 from loopmem_pretrain.errors import DataError
 
 WriteFolder = Callable[..., Path]
@@ -249,6 +249,8 @@ def test_another_weight_seed_or_folder_is_a_difference(two: tuple[Path, Path]) -
     assert any("manifest_sha256" in line for line in changed(_config(two[1], two[0])))
     assert changed(_config(two[0])) == ["number of data sets: 2 -> 1"]
     assert "data seq_length: 4 -> 2" in changed(_config(*two, seq_length=2))
+    # Of another version of the package, which drew other samples from the same data and seed.
+    assert description_differences(base | {"order": "older"}, base) == [f"data order: older -> {ORDER}"]
 
 
 def test_weights_by_tokens(write_folder: WriteFolder) -> None:
