@@ -307,6 +307,14 @@ def test_a_spike_is_rewound(tmp_path, sentences, layout, precision):
     assert (back["kind"], back["from_step"], back["step"], back["samples"]) == ("rewind", 30, 20, [160, 240])
 
 
+def test_a_spike_is_rewound_to_weights_that_gave_a_usual_loss(tmp_path, sentences):
+    """The checkpoint of step 23 is from before the first high loss, 24, and it is the one that gives it."""
+    config = spiking(tmp_path / "run", sentences, checkpoint={"interval_steps": 1, "keep_last": 20})
+    assert run(config, 1, before=ONCE, stop_at_step=28) == ("interrupted", None)
+    spike, back = faults(tmp_path / "run")
+    assert (spike["first_step"], back["from_step"], back["step"]) == (24, 27, 22)
+
+
 def test_what_was_left_out_stays_so_on_other_ranks(tmp_path, sentences):
     assert run(spiking(tmp_path / "run", sentences), before=ONCE, stop_at_step=30) == ("interrupted", None)
     shutil.copytree(tmp_path / "run", tmp_path / "other")
