@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from loopmem_pretrain.config.model import ModelConfig
+from loopmem_pretrain.model import init
 from loopmem_pretrain.model.backend import TorchBackend
 from loopmem_pretrain.model.init import initialize
 from loopmem_pretrain.model.loopmem import LoopMemLM
@@ -77,6 +78,23 @@ def test_weights_do_not_depend_on_depth_or_order():
     same = [name for name in two if not name.endswith(("o_proj.weight", "down_proj.weight"))]
     assert all(torch.equal(two[name], three[name]) for name in same)
     assert not torch.equal(two["model.layers.0.self_attn.q_proj.weight"], two["model.layers.1.self_attn.q_proj.weight"])
+
+
+@pytest.mark.parametrize(("dimension", "size", "ranks"), [(0, 7, 4), (1, 3, 2)])
+def test_parts_of_a_large_weight_make_up_the_whole(dimension, size, ranks, monkeypatch):
+    """It is drawn in blocks of rows, here of 8: parts begin and end within blocks, the last of them in padding."""
+    monkeypatch.setattr(init, "BLOCK_ROWS", 8)
+    config, name, rows, columns = ModelConfig(**MODEL), "model.embed_tokens.weight", 27, 6
+    whole = torch.empty(rows, columns)
+    initialize([(name, whole)], config, 0)
+    assert not torch.equal(whole[:8], whole[8:16])
+    parts = [torch.full((size, columns) if dimension == 0 else (rows, size), math.nan) for _ in range(ranks)]
+    for rank, part in enumerate(parts):
+        where = (dimension, rank * size, whole.shape[dimension])
+        initialize([(name, part)], config, 0, lambda name, parameter, where=where: where)
+    joined = torch.cat(parts, dim=dimension)
+    assert torch.equal(joined[:rows, :columns], whole)
+    assert not joined[rows:].any()
 
 
 def test_seed_matters_and_repeats():
