@@ -79,5 +79,26 @@ def test_data_parallel_reductions(zero_stage):
         assert expected == pytest.approx(size, rel=0.02)
 
 
+def three_stages(**model):
+    return Layout.of(tiny_run(parallel={"pipeline_model_parallel_size": 3}, model={"num_hidden_layers": 3, **model}), 3)
+
+
+def test_stages_send_to_their_neighbours():
+    """Activations [2, 16, 32] of float32 forward, gradients back: of each micro-batch, to one neighbour or two."""
+    layout = three_stages()
+    message, m = 2 * 16 * 32 * 4, layout.micro_batches
+    sent = [traffic(layout, stage)["pipeline"] for stage in range(3)]
+    assert sent == [(m * message, m), (2 * m * message, 2 * m), (m * message, m)]
+
+
+def test_weights_that_stages_share_are_summed_once_a_step():
+    """The memory over all three: four norms of 32, keys and values [4, 32]; a tied embedding over the two ends."""
+    memory, embedding = 4 * (4 * 32 + 2 * 4 * 32), 4 * 96 * 32
+    assert [traffic(three_stages(), stage)["tied weights"] for stage in range(3)] == [(memory * 2 * 2 / 3, 6)] * 3
+    ends, middle = (memory * 2 * 2 / 3 + embedding, 7), (memory * 2 * 2 / 3, 6)
+    layout = three_stages(tie_word_embeddings=True)
+    assert [traffic(layout, stage)["tied weights"] for stage in range(3)] == [ends, middle, ends]
+
+
 def test_a_rank_alone_sends_nothing():
     assert all(kind == (0, 0) for kind in traffic(Layout.of(tiny_run(), 1), 0).values())
