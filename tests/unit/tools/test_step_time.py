@@ -49,6 +49,13 @@ def test_transfers():
     assert transfer_time(Traffic(0, 1), 1, False, H100) == pytest.approx(5e-6)
 
 
+def test_the_optimizer_moves_seven_float32_a_parameter():
+    """AdamW reads gradient, weight and two moments, writes all but the gradient; each rank those of its share."""
+    layout = Layout.of(tiny_run(), 2)
+    expected = 7 * 4 * layout.parameters(0) / 2 / (H100.memory_gb_per_s * 1e9)
+    assert step_time(layout, H100).optimizer == pytest.approx(expected)
+
+
 def test_flops_of_one_rank_are_those_of_the_model():
     config = tiny_run()
     tokens = config.training.micro_batch_size * config.data.seq_length
