@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from loopmem_pretrain.errors import CheckpointError, DataError
 from loopmem_pretrain.eval.documents import Domain
 from loopmem_pretrain.eval.perplexity import Scorer, measure, ratio, score
-from loopmem_pretrain.eval.scoring import Setting, gates_closed, stride_of, window_scores, windows
+from loopmem_pretrain.eval.scoring import Setting, gates_closed, stride_of, token_scores, window_scores, windows
 from loopmem_pretrain.model.early_exit import EarlyExit, exit_forward
 from tests.unit.hf.conftest import model_config, native_model
 
@@ -127,6 +127,17 @@ def test_uniform_predictions_by_hand():
     assert got.perplexity.value == pytest.approx(512)
     assert got.bits_per_byte.value == pytest.approx(9)
     assert got.bits_per_byte.standard_error == pytest.approx(0, abs=1e-6)
+
+
+def test_bfloat16_logits_are_scored_in_float32():
+    """In bf16 each token's nats would be rounded to two or three digits."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(50, 320, generator=generator)).bfloat16()
+    targets = torch.randint(320, (50,), generator=generator)
+    nats, misses = token_scores(logits, targets)
+    expected = F.cross_entropy(logits.double(), targets, reduction="none")
+    torch.testing.assert_close(nats.double(), expected, rtol=1e-6, atol=1e-6)
+    assert misses.tolist() == [float(best != target) for best, target in zip(logits.argmax(-1), targets, strict=True)]
 
 
 def test_bits_per_byte_by_hand():

@@ -56,6 +56,12 @@ def test_too_large_is_said(capsys):
     assert "DOES NOT FIT" in printed(capsys, "--gpu-memory", "8")
 
 
+@pytest.mark.parametrize(("share", "verdict"), [(0.89, "  fits: "), (0.91, "  DOES NOT FIT: ")])
+def test_a_tenth_of_the_memory_is_left_to_others(capsys, share, verdict):
+    needed = worst_stage(Layout.of(run(), 1))[1].total
+    assert verdict in printed(capsys, "--gpu-memory", f"{needed / share / 1e9}")
+
+
 @pytest.mark.parametrize("cluster", [None, H100], ids=["by parallelism", "by time"])
 def test_plans_fit_and_their_overrides_make_them(cluster):
     config = run("training.compile=none")
