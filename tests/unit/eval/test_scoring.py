@@ -148,6 +148,12 @@ def test_bits_per_byte_by_hand():
     assert got.perplexity == pytest.approx((4.0, 0.0))
 
 
+def test_the_error_of_a_perplexity_by_hand():
+    """Documents of 1 and 3 nats, a token each: 2 nats a token, with an error of 1; d exp(x) = exp(x) dx."""
+    got = score(Setting(1), [1.0, 3.0], [1, 1], [4, 4])
+    assert got.perplexity == pytest.approx((math.exp(2), math.exp(2)))
+
+
 def test_the_standard_error_of_a_mean():
     """Documents of one token: the ratio is a mean, its error the textbook's."""
     values = [1.0, 2.0, 4.0, 9.0]
