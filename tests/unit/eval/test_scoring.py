@@ -1,6 +1,7 @@
 """Windows, cross-entropy and ratios against slow references."""
 
 import math
+from hashlib import sha256
 
 import pytest
 import torch
@@ -169,6 +170,10 @@ def test_one_document_has_no_standard_error(model):
 def test_first_documents(model):
     two = measure(scorer(model), Domain("toy", iter(TEXTS)), [Setting(3)], max_documents=2)
     assert two == scores(model, [Setting(3)], texts=TEXTS[:2])
+
+
+def test_the_text_has_a_hash_in_which_documents_are_apart(model):
+    assert scores(model, [Setting(3)], texts=[b"ab", b"c"]).text_sha256 == sha256(b"ab\0c\0").hexdigest()
 
 
 def test_no_document(model):
