@@ -98,6 +98,16 @@ def test_rank_choice_by_hand(data):
     assert scores.shortened == 0
 
 
+def test_a_character_counts_once_whatever_its_bytes():
+    """-2.25 and -2 nats a character, -1.125 and -2 a byte; bits a byte are of the bytes, the space's included."""
+    from loopmem_pretrain.eval.task_metrics import choice_scores
+
+    scores = choice_scores({"choices": ["\u00e9\u00e8", "abc"], "gold": 1}, [(-4.5, False), (-6.0, False)])
+    assert (scores["acc"], scores["acc_norm"]) == (0.0, 1.0)
+    scores = choice_scores({"choices": ["\u00e9\u00e8", "abc"], "gold": 0}, [(-4.5, False), (-6.0, False)])
+    assert scores["bits_per_byte"] == pytest.approx(4.5 / math.log(2) / 5)
+
+
 def test_mutual_information_by_hand(data):
     """The question raises `the sun is down` by 1 nat and `snow` by none, the others by less than that or equally."""
 
