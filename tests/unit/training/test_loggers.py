@@ -1,6 +1,7 @@
 """Log files survive a crash and are flat where a service wants scalars."""
 
 import json
+import resource
 
 from loopmem_pretrain.training.loggers import JsonlLogger, flatten
 
@@ -28,6 +29,21 @@ def test_lines_are_appended(tmp_path):
         logger.log({"step": step})
         logger.close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_line_of_which_the_disk_took_a_part_is_completed(tmp_path):
+    """Beyond a limit the system writes a part first, then refuses: as when a disk fills up."""
+    path, (soft, hard) = tmp_path / "metrics.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    logger = JsonlLogger(path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5, hard))
+    try:
+        logger.log({"step": 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == b'{"ste'
+    logger.log({"step": 2})
+    logger.close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def test_flatten():

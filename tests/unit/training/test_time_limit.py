@@ -19,6 +19,12 @@ def test_due_while_an_interval_and_two_saves_still_fit(more, is_due):
     assert limit.is_due(300.0) is is_due
 
 
+def test_the_time_since_the_start_of_the_process_is_gone():
+    limit = TimeLimit(MARGIN * 100 + ENDING + seconds_since_process_start() / 2)
+    limit.longest_interval = 100.0
+    assert limit.is_due(0)
+
+
 def test_intervals_are_measured_between_agreements():
     limit = TimeLimit(10**9)
     limit.is_due(0)

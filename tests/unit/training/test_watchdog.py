@@ -132,6 +132,58 @@ with dog.phase("step"):
     assert status["status"] == "failed" and "not even its watchdog" in status["reason"]
 
 
+GUARD = """
+import sys
+from pathlib import Path
+from loopmem_pretrain.training import guard
+guard.TICK, guard.GRACE = 0.05, 1.0
+print("watching", flush=True)
+guard.watch(int(sys.argv[1]), 3, Path(sys.argv[2]))
+"""
+
+
+@pytest.fixture
+def guarded(tmp_path):
+    """(a process, the guard that allows it 2 s of silence): ended where the test leaves them."""
+    victim = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+    command = [sys.executable, "-c", GUARD, str(victim.pid), str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, **pipes) as guarding:
+        guarding.stdout.readline()
+        yield victim, guarding
+        guarding.kill()
+    victim.kill()
+    victim.wait()
+
+
+def say_alive(guarding):
+    guarding.stdin.write(b"1 in phase step\n")
+    guarding.stdin.flush()
+
+
+def test_a_guard_leaves_a_stopped_rank_alone_and_ends_it_when_it_is_silent_by_itself(guarded):
+    victim, guarding = guarded
+    victim.send_signal(signal.SIGSTOP)
+    say_alive(guarding)
+    time.sleep(4)
+    assert victim.poll() is None and guarding.poll() is None
+    victim.send_signal(signal.SIGCONT)
+    assert victim.wait(timeout=60) == -signal.SIGABRT
+
+
+def test_a_guard_that_was_stopped_itself_does_not_count_that_time(guarded):
+    victim, guarding = guarded
+    say_alive(guarding)
+    time.sleep(0.5)
+    guarding.send_signal(signal.SIGSTOP)
+    time.sleep(4)
+    guarding.send_signal(signal.SIGCONT)
+    time.sleep(0.3)
+    say_alive(guarding)
+    time.sleep(0.5)
+    assert victim.poll() is None and guarding.poll() is None
+
+
 def test_the_guard_ends_with_the_rank(rank):
     process = rank("print(dog.guard.process.pid, file=sys.stderr, flush=True)\ntime.sleep(1000)")
     pid = int(process.stderr.readline())
