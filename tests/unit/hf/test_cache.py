@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache, TextIteratorStreamer, TextStreamer, pipeline
 
+from loopmem_pretrain.hf.cache import RoomyLayer
 from loopmem_pretrain.hf.configuration_loopmem import LoopMemConfig
 from loopmem_pretrain.hf.export import write_tokenizer
 from loopmem_pretrain.hf.modeling_loopmem import LoopMemForCausalLM
@@ -126,6 +127,17 @@ def test_a_copied_cache_is_another(looped):
         other = copy.deepcopy(cache)
         model(IDS[:, :3], past_key_values=other)
         close(model(IDS[:, 5:], past_key_values=cache).logits, native(IDS).logits[:, 5:])
+
+
+def test_a_slot_whose_oldest_token_was_dropped_goes_on_with_the_others():
+    """What is left has the buffer's strides, but is not its beginning."""
+    layer, held, new = RoomyLayer(), torch.randn(1, 2, 3, 4), torch.randn(1, 2, 1, 4)
+    with torch.inference_mode():
+        layer.update(held, -held)
+        layer.keys, layer.values = layer.keys[..., 1:, :], layer.values[..., 1:, :]
+        keys, values = layer.update(new, -new)
+    expected = torch.cat((held[..., 1:, :], new), dim=-2)
+    assert torch.equal(keys, expected) and torch.equal(values, -expected)
 
 
 @pytest.mark.parametrize("part", ["q_proj", "v_proj"])

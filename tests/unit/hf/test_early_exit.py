@@ -126,6 +126,14 @@ def test_equals_a_token_at_a_time_with_caps(looped, num_loops):
     close(in_steps(model, IDS[:1], num_loops=num_loops)[0], logits)
 
 
+def test_what_meets_a_threshold_leaves():
+    """1 - R = t and |h_n - h_n-1| = (1 - t) |h_n|, in numbers that floating point has exactly."""
+    remaining = torch.tensor([[0.25, 0.2500001]])
+    assert EXIT_RULES["halting"](0.75, remaining, None, None).tolist() == [[True, False]]
+    hidden, before = torch.tensor([[[4.0], [4.0]]]), torch.tensor([[[3.0], [2.999]]])
+    assert EXIT_RULES["confidence"](0.75, None, hidden, before).tolist() == [[True, False]]
+
+
 @pytest.mark.parametrize("rule", EXIT_RULES)
 def test_a_threshold_of_1_runs_all_loops(looped, rule):
     _, model = looped
