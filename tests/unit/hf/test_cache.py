@@ -11,6 +11,7 @@ from loopmem_pretrain.hf.cache import RoomyLayer
 from loopmem_pretrain.hf.configuration_loopmem import LoopMemConfig
 from loopmem_pretrain.hf.export import write_tokenizer
 from loopmem_pretrain.hf.modeling_loopmem import LoopMemForCausalLM
+from loopmem_pretrain.model.decoding import make_decoding
 from tests.unit.hf.conftest import SIZES, TEXTS, VARIANTS, model_config, native_model
 from tests.unit.hf.test_modeling import IDS, pair
 
@@ -192,6 +193,13 @@ def test_padded_batch_equals_each_alone(variant, side):
     assert torch.isfinite(logits).all()
     for row, prompt in enumerate(PROMPTS):
         close(logits[row, batch["attention_mask"][row] == 1], native(torch.tensor([prompt])).logits[0])
+
+
+def test_every_token_sees_one():
+    """Padding, too: some of torch's kernels make NaN of a softmax over nothing, and 0 * NaN of it is NaN elsewhere."""
+    real = torch.tensor([[False, False, True, True], [False] * 4, [True, True, False, False]])
+    assert make_decoding(4, 0, real.device, real).mask.any(dim=-1).all()
+    assert make_decoding(2, 2, real.device, real).mask.any(dim=-1).all()
 
 
 def test_padded_batch_in_steps(looped):

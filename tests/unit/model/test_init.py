@@ -66,6 +66,9 @@ def test_router_is_linear_default():
     assert weight.abs().max() <= bound
     assert weight.abs().max() > 0.9 * bound
     assert values["model.layers.0.halting.bias"].abs() <= bound
+    many = torch.empty(1000, 129)  # so many that the largest is next to the bound, for D + 1 inputs and not for D
+    initialize([("model.layers.0.halting.weight", many)], ModelConfig(**MODEL), 0)
+    assert 0.999 * bound < many.abs().max() <= bound
 
 
 def test_xavier_bound():
