@@ -19,6 +19,7 @@ Record = dict[str, Any]
 """A line, by the keys above."""
 METRICS_NAME = "metrics.jsonl"
 FAULTS_NAME = "faults.jsonl"
+STARTS_NAME = "starts.jsonl"
 
 
 class Metrics(NamedTuple):

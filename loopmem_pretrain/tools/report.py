@@ -1,9 +1,9 @@
 """One self-contained HTML page about a run: what was trained on what, how it went, what to look at.
 
 Reads the run folder's metrics.jsonl and, where they exist, status.json (`status`, `reason`, other values), config.yaml
-(the resolved configuration), faults.jsonl (what training reported), sample.txt (text by the model), environment.json
-(versions), and the manifests of the training data. What does not exist is named at the end of the page (not sample.txt,
-which the demo writes, nor faults.jsonl); what exists and is damaged is an error.
+(the resolved configuration), faults.jsonl (what training reported), starts.jsonl, sample.txt (text by the model),
+environment.json (versions), and the manifests of the training data. What does not exist is named at the end of the page
+(not sample.txt, which the demo writes, nor faults.jsonl and starts.jsonl); what exists and is damaged is an error.
 """
 
 import json
@@ -29,6 +29,7 @@ from loopmem_pretrain.model.flops import forward_flops_per_token, parameter_coun
 from loopmem_pretrain.tools.figures import FAINT, INK, layer_series, series, training_loss
 from loopmem_pretrain.tools.plot import PLOTS, Plot, render
 from loopmem_pretrain.tools.report_style import PAGE
+from loopmem_pretrain.tools.starts import HEADINGS, Start, read_starts, start_rows, summary
 from loopmem_pretrain.words import counted
 
 SAMPLE_CHARACTERS = 8000
@@ -54,6 +55,7 @@ class Run(NamedTuple):
     config: RunConfig | None
     manifests: dict[str, Manifest | None]
     faults: list[Record]
+    starts: list[Start]
     sample: str | None
     environment: dict[str, Any] | None
 
@@ -92,6 +94,7 @@ def _read(folder: Path) -> Run:
         config,
         manifests,
         read_lines(folder / FAULTS_NAME),
+        read_starts(folder),
         sample.read_text(encoding="utf-8", errors="replace") if sample.exists() else None,
         _read_json(folder / "environment.json"),
     )
@@ -170,6 +173,7 @@ def _numbers(run: Run) -> str:
         rows.append(("Throughput, median", f"{median(rates):,.0f} tokens/s"))
     if shares := _values(records, "mfu"):
         rows.append(("Model FLOPs utilisation, median", f"{median(shares):.1%}"))
+    rows += summary(run.starts)
     if last.get("skipped_steps"):
         rows.append(("Optimizer steps skipped (gradient not finite)", f"{last['skipped_steps']:,}"))
     for key, label in (
@@ -272,7 +276,13 @@ def _data(run: Run) -> str:
 
 
 def _environment(run: Run) -> str:
-    return _section("Environment", _table(_flat(run.environment))) if run.environment else ""
+    if run.environment is None:
+        return ""
+    latest = _table(_flat(run.environment))
+    if not run.starts:
+        return _section("Environment", latest)
+    starts = _table(start_rows(run.starts), head=HEADINGS)
+    return _section("Environment", f"<h3>Starts</h3>{starts}<h3>The latest</h3>{latest}")
 
 
 def _notes(run: Run) -> str:

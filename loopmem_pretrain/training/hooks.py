@@ -4,6 +4,7 @@ The order in `make_hooks` is the order after each step: validate, score tasks, l
 replicas, save. So what the alarms or the comparison refuse is never saved.
 """
 
+import json
 import logging
 import math
 import time
@@ -11,13 +12,14 @@ from typing import TYPE_CHECKING, Protocol
 
 from loopmem_pretrain.alarms import alarms
 from loopmem_pretrain.data.sampler import validation_batches, validation_samples
-from loopmem_pretrain.metrics_file import Record
+from loopmem_pretrain.metrics_file import STARTS_NAME, Record
 from loopmem_pretrain.model.flops import training_flops_per_token
 from loopmem_pretrain.parallel.agreement import from_rank_zero
 from loopmem_pretrain.parallel.checks import replicas_differ
 from loopmem_pretrain.progress import ProgressBar
+from loopmem_pretrain.training import run_folder
 from loopmem_pretrain.training.hardware import peak_flops
-from loopmem_pretrain.training.loggers import Logger, make_loggers
+from loopmem_pretrain.training.loggers import JsonlLogger, Logger, make_loggers
 from loopmem_pretrain.training.optim import beta1, learning_rate, ponder_weight
 
 if TYPE_CHECKING:
@@ -48,7 +50,32 @@ def make_hooks(trainer: "Trainer") -> list[Hook]:
         from loopmem_pretrain.training.task_hook import TaskHook
 
         tasks.append(TaskHook(trainer))
-    return [ValidateHook(trainer), *tasks, LogHook(trainer), ReplicaHook(), CheckpointHook()]
+    return [StartsHook(trainer), ValidateHook(trainer), *tasks, LogHook(trainer), ReplicaHook(), CheckpointHook()]
+
+
+class StartsHook:
+    """Two lines of starts.jsonl: with what a start trains from where, and when, where and how it ended.
+
+    The first stands alone where a start is killed, or is ended by the watchdog.
+    """
+
+    def __init__(self, trainer: "Trainer") -> None:
+        self.file: JsonlLogger | None = None
+        from_rank_zero(lambda: self._begin(trainer))
+
+    def _begin(self, trainer: "Trainer") -> None:
+        environment = json.loads((trainer.run_dir / run_folder.ENVIRONMENT).read_text(encoding="utf-8"))
+        self.file = JsonlLogger(trainer.run_dir / STARTS_NAME)
+        self.file.log({"event": "begin", "step": trainer.position.step, **environment})
+
+    def after_step(self, trainer: "Trainer") -> None: ...
+
+    def close(self, trainer: "Trainer") -> None:
+        if self.file is not None:
+            status = run_folder.read_status(trainer.run_dir) or {}
+            told = {"time": time.strftime(run_folder.TIME), "status": status.get("status")}
+            self.file.log({"event": "end", "step": trainer.position.step, **told})
+            self.file.close()
 
 
 class ValidateHook:

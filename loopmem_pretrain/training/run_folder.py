@@ -3,6 +3,7 @@
 RUN/config.yaml        the resolved configuration; another one is refused
 RUN/run_id             random, made with the folder; every checkpoint carries it
 RUN/environment.json   versions, git commit, command of the latest start
+RUN/starts.jsonl       the same of every start that began to train, and how it ended
 RUN/status.json        the verdict: running | done | interrupted | failed, with reason
 RUN/metrics.jsonl, RUN/checkpoints/, RUN/tensorboard/, RUN/wandb/
 """
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -38,10 +40,12 @@ Status = Literal["running", "done", "interrupted", "failed"]
 
 TAKING_OVER = 60.0
 """Seconds in which a start that was cut off sees that another has taken the folder over: it looks every 5."""
+ENVIRONMENT = "environment.json"
 COMMIT = "git_commit"
 """Beside a copy of the package that has left its source tree, as those of jobs: the commit that it is of."""
-_TIME = "%Y-%m-%dT%H:%M:%S%z"
-_STARTED = time.strftime(_TIME)
+TIME = "%Y-%m-%dT%H:%M:%S%z"
+"""Of what is written in a run folder."""
+_STARTED = datetime.now().astimezone().replace(microsecond=0)
 VERSIONS_OF = ("torch", "deepspeed", "megatron-core", "transformers", "numpy", "sentencepiece")
 
 
@@ -73,7 +77,7 @@ def prepare(config: RunConfig, run_dir: Path) -> BinaryIO:
     if not identity.exists():
         write_file(identity, f"{secrets.token_hex(8)}\n".encode())
     write_file(run_dir / "config.yaml", dump_config(config).encode())
-    write_file(run_dir / "environment.json", (json.dumps(environment(), indent=1) + "\n").encode())
+    write_file(run_dir / ENVIRONMENT, (json.dumps(environment(), indent=1) + "\n").encode())
     return lock
 
 
@@ -148,7 +152,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
-        "started": time.strftime(_TIME),
+        "started": time.strftime(TIME),
         "versions": versions,
     }
 
@@ -180,7 +184,7 @@ def write_status(
 
     `checkpoint`: with `failed`, the last step at which there is known to have been a checkpoint (`checkpointed_step`).
     """
-    record = {"status": status, "reason": reason, "step": step, "time": time.strftime(_TIME)}
+    record = {"status": status, "reason": reason, "step": step, "time": time.strftime(TIME)}
     if checkpoint:
         record["checkpoint"] = checkpoint
     if not is_cause:
@@ -225,7 +229,10 @@ def write_failure(
 
 def is_of_this_start(status: Mapping[str, Any]) -> bool:
     """Whether what status.json says was written since this process began."""
-    return str(status.get("time", "")) >= _STARTED
+    try:
+        return datetime.fromisoformat(status["time"]) >= _STARTED
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 _held: set[Path] = set()

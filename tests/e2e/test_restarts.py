@@ -12,6 +12,7 @@ import pytest
 
 from loopmem_pretrain.config.load import dump_config
 from loopmem_pretrain.errors import DataError
+from loopmem_pretrain.tools.starts import read_starts
 from tests.configs import tiny_run
 from tests.e2e.test_training import EXACT, lines, run
 
@@ -81,6 +82,9 @@ def test_a_killed_rank_is_started_again(tmp_path, sentences, undisturbed, launch
         assert "restart 1 of 1 in 5 s" in errors
     assert json.loads((run_dir / "status.json").read_text())["status"] == "done"
     assert json.loads((run_dir / "environment.json").read_text())["world_size"] == 2
+    first, second = read_starts(run_dir)
+    assert first.begin["step"] == 0 and second.begin["step"] >= 10
+    assert second.end is not None and second.end["status"] == "done" and (second.hours or 0) > 0
     assert measurements(run_dir) == measurements(undisturbed)
 
 

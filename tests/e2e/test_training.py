@@ -11,6 +11,7 @@ from loopmem_pretrain.checkpoint.state import _refuse_lost_checkpoints
 from loopmem_pretrain.config.load import dump_config
 from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.errors import CheckpointError
+from loopmem_pretrain.metrics_file import read_lines
 from loopmem_pretrain.model.flops import training_flops_per_token
 from tests.configs import tiny_run
 from tests.distributed import run_command, run_ranks
@@ -117,6 +118,9 @@ def test_a_run_and_its_folder(tmp_path, sentences):
     ]
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert environment["versions"]["deepspeed"] and environment["world_size"] == 2
+    begin, end = read_lines(tmp_path / "starts.jsonl")
+    assert begin == {"event": "begin", "step": 0, **environment}
+    assert end.pop("time") >= status["time"] and end == {"event": "end", "step": 20, "status": "done"}
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -373,7 +377,10 @@ def test_no_space_left_in_a_save(tmp_path, sentences):
     assert run(config) == ("done", None)
 
 
-FULL = "log = trainer.hooks[1].loggers[0]; log.file.close(); log.file = open('/dev/full', 'ab', buffering=0); "
+FULL = (
+    "log = next(hook for hook in trainer.hooks if hasattr(hook, 'loggers')).loggers[0]; "
+    "log.file.close(); log.file = open('/dev/full', 'ab', buffering=0); "
+)
 
 
 def test_a_disk_that_is_full_for_a_while_under_the_log(tmp_path, sentences):

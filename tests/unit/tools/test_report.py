@@ -24,6 +24,8 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.text, self.ids, self.references = "", [], []
         self.rows: dict[str, str] = {}
+        self.tables: list[str] = []
+        """Rows of more than two cells."""
         self.cells: list[str] = []
         self.source = path.read_text()
         self.feed(self.source)
@@ -51,6 +53,8 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
         if tag == "tr" and len(self.cells) == 2:
             self.rows[self.cells[0]] = self.cells[1]
+        elif tag == "tr":
+            self.tables.append(" ".join(self.cells))
 
     def handle_data(self, data: str) -> None:
         if "style" not in self.open:
@@ -290,3 +294,25 @@ def test_settings_stand_as_in_yaml_and_the_command_as_it_is_typed(short_run: Pat
     assert rows["git_commit"] == rows["evaluation.data_dir"] == "null"
     assert (rows["checkpoint.asynchronous"], rows["logging.tensorboard"]) == ("true", "false")
     assert rows["data.datasets"] == f"[{{path: {short_run.parent}/tokens, weight: 1.0}}]"
+
+
+def test_starts_are_told_with_their_time_and_code(short_run: Path, tmp_path: Path) -> None:
+    """Two that ended, of 1.5 h on 8 ranks and 0.5 h on 4, and between them one that was killed."""
+    common = {"loopmem_pretrain": "0.1.0", "git_commit": "1f" * 20, "world_size": 8, "versions": {"torch": "2.13.0"}}
+    lines = [
+        {"event": "begin", "step": 0, "started": "2026-03-01T10:00:00+0100", **common},
+        {"event": "end", "step": 400, "time": "2026-03-01T11:30:00+0100", "status": "interrupted"},
+        {"event": "begin", "step": 400, "started": "2026-03-01T12:00:00+0100", **common},
+        {"event": "begin", "step": 500, "started": "2026-03-02T02:00:00+0100", **common, "world_size": 4},
+        {"event": "end", "step": 600, "time": "2026-03-02T02:30:00+0100", "status": "done"},
+    ]
+    (short_run / "starts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"event": "beg')
+    (short_run / "environment.json").write_text(json.dumps(common))
+    page = Page(write_report(short_run, tmp_path / "report.html"))
+    assert page.rows["Starts"] == "3, 1 of them without an end on record: training, killed or hung"
+    assert page.rows["Time of the starts that ended"] == "2.00 h, 14.00 h of all ranks"
+    assert [" ".join(row.split()) for row in page.tables if row.startswith("2026")] == [
+        "2026-03-01 10:00 0 400 1.50 8 1f1f1f1f1f interrupted",
+        "2026-03-01 12:00 400 - - 8 1f1f1f1f1f no end on record",
+        "2026-03-02 02:00 500 600 0.50 4 1f1f1f1f1f done",
+    ]
