@@ -13,6 +13,7 @@ from loopmem_pretrain.data.manifest import MANIFEST_NAME, Manifest, Source
 from loopmem_pretrain.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from loopmem_pretrain.errors import DataError
 
+_SHOWN = 10  # differences in a message
 _FREE = ("num_processes", "max_broken_lines", "output_dir", "tokenizer")  # change no byte, or are compared by hash
 
 
@@ -53,24 +54,28 @@ def begin_or_continue(
 ) -> list[SourceFile]:
     """Write the journal's first line, or see that it still describes recipe, tokenizer and sources.
 
+    Without a finished shard there is nothing of another recipe in the folder, but the tokenizer: a recipe that was
+    corrected begins anew.
+
     Returns:
         The files as they are now; one whose content is what it was may have another time than in the journal.
 
     Raises:
         DataError: with every difference, old -> new.
     """
-    recipe, old, folder = config.model_dump(mode="json"), journal.header, journal.path.parent
-    paths = [path for group in files for path in group]
+    recipe, folder = config.model_dump(mode="json"), journal.path.parent
+    paths, old = [path for group in files for path in group], journal.header
+    known = {}
     if old is not None:
-        different = _differences(old.recipe, recipe)
-        different += _tokenizer_difference(old.tokenizer_sha256, old.eos_id, tokenizer)
-        before = {file.path: file.bytes for group in old.files for file in group}
-        _refuse(different + _file_differences(before, paths), folder, "begun")
-    known = {(file.path, file.mtime_ns): file.sha256 for group in old.files for file in group} if old else {}
-    hashed = _hash_files([path for path in paths if _key(path) not in known], pool, progress)
-    known |= hashed
+        different = _tokenizer_difference(old.tokenizer_sha256, old.eos_id, tokenizer)
+        if journal.entries:
+            before = {file.path: file.bytes for group in old.files for file in group}
+            different = _differences(old.recipe, recipe) + different + _file_differences(before, paths)
+        _refuse(different, folder, "begun")
+        known = {(file.path, file.mtime_ns): file.sha256 for group in old.files for file in group}
+    known |= _hash_files([path for path in paths if _key(path) not in known], pool, progress)
     now = tuple(tuple(_describe(path, known) for path in group) for group in files)
-    if old is None:
+    if old is None or not journal.entries:
         journal.begin(Header(recipe=recipe, tokenizer_sha256=tokenizer.sha256, eos_id=tokenizer.eos_id, files=now))
         return [file for group in now for file in group]
     hashes = {file.path: file.sha256 for group in old.files for file in group}
@@ -139,8 +144,9 @@ def source_records(config: PrepareConfig, header: Header) -> list[Source]:
 
 def _refuse(different: list[str], folder: Path, verb: str) -> None:
     if different:
+        shown = different[:_SHOWN] + [f"and {len(different) - _SHOWN:,} more"] * (len(different) > _SHOWN)
         raise DataError(
-            f"{folder} was {verb} from something else (old -> new)\n  " + "\n  ".join(different),
+            f"{folder} was {verb} from something else (old -> new)\n  " + "\n  ".join(shown),
             "choose another output_dir, restore what differs, or delete the folder to prepare it anew",
         )
 
