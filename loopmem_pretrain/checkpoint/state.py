@@ -35,6 +35,7 @@ from loopmem_pretrain.data.files import write_file
 from loopmem_pretrain.errors import CheckpointError
 from loopmem_pretrain.metrics_file import METRICS_NAME, read_lines
 from loopmem_pretrain.parallel.agreement import from_rank_zero, together
+from loopmem_pretrain.words import counted
 
 log = logging.getLogger(__name__)
 
@@ -253,8 +254,8 @@ def _restore_the_rest(run: Run, checkpoint: Path, manifest: dict[str, Any]) -> l
     if run.position.step:  # a run that has not begun goes on with the generators of this start
         dist.all_gather_object(missing, together(lambda: restore_generators(checkpoint, run.rank)))
     lines = [
-        f"states of the random generators {', '.join(names)} of rank {rank}: the checkpoint has "
-        f"{manifest['world_size']} ranks (training draws no random numbers)"
+        f"states of the random generators {', '.join(names)} of rank {rank}: the checkpoint has those of "
+        f"{counted(manifest['world_size'], 'rank')} (training draws no random numbers)"
         for rank, names in enumerate(missing)
         if names
     ]

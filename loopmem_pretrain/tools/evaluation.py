@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loopmem_pretrain.tools.tables import table
+from loopmem_pretrain.words import counted
 
 Row = Mapping[str, Any]
 
@@ -23,7 +24,7 @@ def describe(evaluation: Mapping[str, Any]) -> str:
             "+- is one standard error, by document"
         )
     for domain in evaluation["domains"]:
-        sizes = f"{domain['documents']:,} documents, {domain['tokens']:,} tokens, {domain['bytes']:,} bytes"
+        sizes = ", ".join(counted(domain[f"{noun}s"], noun) for noun in ("document", "token", "byte"))
         rows = domain_rows(domain)
         kept = len(HEADINGS) + (len(COST_HEADINGS) if _is_early(domain) else 0)
         lines += ["", f"{domain['name']}: {sizes}", *table([row[:kept] for row in rows])]

@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"errors", "config"},
     "data": {"errors", "config", "lock", "words"},
     "parallel": {"errors", "config", "model", "words"},
-    "checkpoint": {"errors", "config", "model", "data", "parallel", "lock", "control", "metrics_file"},
+    "checkpoint": {"errors", "config", "model", "data", "parallel", "lock", "control", "metrics_file", "words"},
     "training": BASIC | {"eval"},
     "hf": BASIC,
     "inference": BASIC | {"hf"},
