@@ -101,7 +101,7 @@ class CheckpointStore:
                 f"{self.folder} leads to {self.folder.readlink()}, which is not there",
                 "mount that disk or restore that folder; make it, empty, only for a run that has no checkpoints",
             )
-        pointer = self.folder / "latest"
+        pointer = self._pointer_file()
         try:
             with pointer.open("rb") as stream:
                 text = stream.read(100).decode("ascii", "backslashreplace").strip()
@@ -116,6 +116,10 @@ class CheckpointStore:
                 return None, f"{pointer} names {text}, a kill in the midst of a save left it as {replaced}: rename it"
             return None, f"{pointer} names {text if text.isprintable() else ascii(text)}, which is not there"
         return step, ""
+
+    def _pointer_file(self) -> Path:
+        """`latest`; or, where it was written later, that of a checkpoint whose publication a kill has cut short."""
+        return max([self.folder / "latest", *self.folder.glob(f"step_*/{POINTER}")], key=_written_at)
 
     def _lost(self, doubt: str) -> CheckpointError:
         present = ", ".join(self.name(step) for step in self.steps()) or "none"
@@ -237,6 +241,13 @@ class CheckpointStore:
     def _hide(self, checkpoint: Path) -> Path:
         """Take its name: a removal that is cut short leaves nothing that looks whole."""
         return self._set_aside(checkpoint.name, f".incomplete-{checkpoint.name}-removed")
+
+
+def _written_at(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:  # not there; what else there is to say, opening it says
+        return 0
 
 
 def _delete(path: Path) -> None:

@@ -297,6 +297,29 @@ def test_a_kill_between_the_two_renamings_loses_neither(tmp_path, monkeypatch):
     verify(store.latest())
 
 
+def test_a_kill_before_latest_moves_loses_no_checkpoint(tmp_path, monkeypatch):
+    """The new one is whole, and is what the next start resumes; `latest` written by hand since then counts instead."""
+    older, store = publish(tmp_path, 5), CheckpointStore(tmp_path)
+    replace = os.replace
+
+    def killed(source, target):
+        if os.path.basename(target) == "latest":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        publish(tmp_path, 10)
+    monkeypatch.undo()
+    newer = store.folder / "step_00000010"
+    assert (store.folder / "latest").read_text() == "step_00000005\n"
+    assert store.latest() == newer and store.candidates().paths == [newer, older]
+    verify(newer)
+    (store.folder / "latest").write_text("step_00000005\n")
+    assert store.latest() == older
+    assert publish(tmp_path, 15) == store.latest()
+
+
 def test_incomplete_checkpoints_are_never_seen(tmp_path):
     store = CheckpointStore(tmp_path)
     (store.folder / store.incomplete_name(8)).mkdir(parents=True)
