@@ -2,16 +2,21 @@
 
 import logging
 import os
+from pathlib import Path
 
 import pytest
 
 from loopmem_pretrain.checkpoint import store as store_module
 from loopmem_pretrain.checkpoint.manifest import DamagedCheckpoint, read_manifest
 from loopmem_pretrain.checkpoint.store import CheckpointStore, checkpoint_at, verify
+from loopmem_pretrain.config.load import load_config
+from loopmem_pretrain.config.run import RunConfig
 from loopmem_pretrain.config.training import CheckpointConfig
 from loopmem_pretrain.errors import CheckpointError, EnvironmentFault
 from tests.disk import assert_in_order, disk_steps
 from tests.unit.checkpoint.published import publish
+
+ROOT = Path(__file__).parents[3]
 
 
 def prune(run_dir, **fields):
@@ -178,6 +183,15 @@ def test_prune_keeps_every_nth_and_the_best(tmp_path):
     assert reasons == {10: [], 20: [], 30: ["every 30"], 40: ["best"], 50: ["last"], 60: ["last", "every 30"]}
     assert prune(tmp_path, keep_last=2, keep_every_steps=30, keep_best=1) == [30, 40, 50, 60]
     assert prune(tmp_path, keep_last=1, keep_best=2) == [30, 40, 60]
+
+
+def test_a_run_of_the_papers_recipe_still_has_the_step_of_the_papers_tables_at_its_end(tmp_path):
+    config = load_config(RunConfig, ROOT / "configs" / "paper" / "l3.yaml")
+    steps = config.training.train_steps
+    for step in [*range(34_000, steps, config.checkpoint.interval_steps), steps]:
+        publish(tmp_path, step)
+        CheckpointStore(tmp_path).prune(config.checkpoint)
+    assert CheckpointStore(tmp_path).steps() == [35_000, 37_000, 38_000, steps]
 
 
 @pytest.mark.parametrize("damaged", ["manifest.json", "weights.pt"])
