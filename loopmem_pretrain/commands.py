@@ -246,7 +246,8 @@ def add_eval(command: AddCommand) -> None:
     help_ = "let tokens leave layers early, 0 < T <= 1, for each T (default: as config.json says, else all loops run)"
     add("--exit-threshold", nargs="+", type=float, default=[], metavar="T", help=help_)
     add_exit_rule_and_device(parser)
-    add("--max-documents", type=int, metavar="N", help="the first N of each domain (default: all)")
+    help_ = "N of each domain: spread over a prepared split, the first of a file (default: all)"
+    add("--max-documents", type=int, metavar="N", help=help_)
     add("--batch-size", type=int, default=8, metavar="B", help="windows in a forward pass (default: 8)")
     add("--out", metavar="FILE.json", help="also write every number, unrounded")
     help_ = "also put the tables into the model card of the exported folder, in place of earlier ones"

@@ -25,6 +25,8 @@ class Domain(NamedTuple):
     """The path it is read from."""
     texts: Iterator[bytes]
     """Its documents, UTF-8; they can be read once. Reading raises DataError for a damaged file."""
+    of: int | None = None
+    """How many there are, those not among `texts` included; None where only reading tells."""
 
 
 def text_domains(paths: Sequence[str], text_field: str = "text") -> list[Domain]:
@@ -49,13 +51,26 @@ def text_domains(paths: Sequence[str], text_field: str = "text") -> list[Domain]
     return [Domain(path, _read_file(Path(path), text_field)) for path in paths]
 
 
-def prepared_domains(folders: Sequence[str]) -> list[Domain]:
-    """One domain a folder of prepared data: its validation split.
+def prepared_domains(folders: Sequence[str], max_documents: int | None = None) -> list[Domain]:
+    """One domain a folder of prepared data: its validation split, or `max_documents` of it.
+
+    These stand at equal distances: a split has its sources one after the other, so the first ones are of the first.
 
     Raises:
         DataError: a folder is missing or damaged, or holds no validation split.
     """
-    return [Domain(folder, _read_prepared(TokenStream(folder, "validation"))) for folder in folders]
+    domains = []
+    for folder in folders:
+        stream = TokenStream(folder, "validation")
+        of = stream.manifest.splits["validation"].documents
+        domains.append(Domain(folder, _read_prepared(stream, _spread(of, max_documents)), of))
+    return domains
+
+
+def _spread(of: int, most: int | None) -> set[int]:
+    """Which of so many documents are taken: each from the middle of an equal share."""
+    count = of if most is None else min(most, of)
+    return {(2 * number + 1) * of // (2 * count) for number in range(count)}
 
 
 class _NoneBroken(Tally):
@@ -71,20 +86,21 @@ def _read_file(path: Path, text_field: str) -> Iterator[bytes]:
         yield document.text
 
 
-def _read_prepared(stream: TokenStream) -> Iterator[bytes]:
+def _read_prepared(stream: TokenStream, chosen: set[int]) -> Iterator[bytes]:
     tokenizer = load_tokenizer(stream.folder / stream.manifest.tokenizer.file)
-    decoded = 0
-    for tokens in stream.documents():
+    decoded, split = 0, stream.manifest.splits["validation"]
+    for number, tokens in enumerate(stream.documents()):
+        if number not in chosen:
+            continue
         # The mark at its end decodes to nothing.
         text = tokenizer.decode(tokens.tolist()).encode("utf-8")
         decoded += len(text)
         if text:  # folders of earlier versions have documents of which the tokenizer kept nothing
             yield text
-    prepared = stream.manifest.splits["validation"].text_bytes
-    if decoded != prepared:
+    if len(chosen) == split.documents and decoded != split.text_bytes:
         log.warning(
             "%s: the validation split was made from %s bytes of text and decodes to %s: its tokenizer loses some of it",
             stream.folder,
-            f"{prepared:,}",
+            f"{split.text_bytes:,}",
             f"{decoded:,}",
         )

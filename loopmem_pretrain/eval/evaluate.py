@@ -56,7 +56,7 @@ def evaluate(
         num_loops: forced numbers of loops, or `all`; empty runs the model as it was trained.
         exit_threshold: early exit at each of these; empty as the model's config says, and all loops where it says none.
         exit_rule: when tokens leave, `halting` or `confidence`.
-        max_documents: of each domain; None scores all.
+        max_documents: of each domain: of prepared data spread over the split, of a file the first; None scores all.
         batch_size: windows in one forward pass; the numbers do not depend on it.
         device: `cpu`, `cuda` or `cuda:N`.
         command: recorded as it is.
@@ -81,7 +81,7 @@ def evaluate(
     prepare_imports("cpu")
     place = place_of(path)
     requests = open_tasks(tasks, data_dir, limit, seed or 0) if tasks else []
-    domains = _domains(place, text, text_field or "text", data) if text or data or not tasks else []
+    domains = _domains(place, text, text_field or "text", data, max_documents) if text or data or not tasks else []
     opened = open_for_scoring(place, batch_size, device)
     settings = settings_of(opened.model, num_loops, exit_threshold, exit_rule)
     codec = opened.codec
@@ -115,18 +115,21 @@ def write_evaluation(path: str | Path, evaluation: dict[str, Any]) -> None:
     write_file(Path(path), (json.dumps(evaluation, indent=1, allow_nan=False) + "\n").encode())
 
 
-def _domains(place: Path, text: Sequence[str], text_field: str, data: Sequence[str]) -> list[Domain]:
+def _domains(
+    place: Path, text: Sequence[str], text_field: str, data: Sequence[str], max_documents: int | None
+) -> list[Domain]:
     if text:
         return text_domains(text, text_field)
     if data:
-        return prepared_domains(data)
+        return prepared_domains(data, max_documents)
     if is_exported(place):
         raise ConfigError(
             f"{place}: an exported folder has no validation split", "add --text FILE, --data PREPARED or --tasks NAMES"
         )
     from loopmem_pretrain.hf.convert import open_checkpoint
 
-    return prepared_domains([dataset.path for dataset in open_checkpoint(place).config.data.datasets])
+    own = open_checkpoint(place).config.data.datasets
+    return prepared_domains([dataset.path for dataset in own], max_documents)
 
 
 def _with_bar(scorer: Scorer, domain: Domain, settings: list[Setting], max_documents: int | None) -> DomainScores:

@@ -63,6 +63,8 @@ class DomainScores(NamedTuple):
 
     name: str
     documents: int
+    of: int | None
+    """Documents that the domain has; None where they are the first ones of a file not read to its end."""
     tokens: int
     bytes: int
     changed: int
@@ -79,7 +81,7 @@ def measure(
     max_documents: int | None = None,
     on_windows: Callable[[int, int], object] = lambda windows, documents: None,
 ) -> DomainScores:
-    """Score a domain's documents, or the first `max_documents`.
+    """Score a domain's documents, or the first `max_documents` of its texts.
 
     `on_windows` is told how many windows were scored so far, and of how many documents they are.
 
@@ -129,7 +131,10 @@ def measure(
         one if one.setting.exit_threshold is None else one._replace(mean_loops=loops[one.setting] / sum(tokens))
         for one in scores
     ]
-    return DomainScores(domain.name, len(tokens), sum(tokens), sum(sizes), changed, digest.hexdigest(), scores)
+    of = domain.of
+    if of is None and len(tokens) != max_documents:
+        of = len(tokens)
+    return DomainScores(domain.name, len(tokens), of, sum(tokens), sum(sizes), changed, digest.hexdigest(), scores)
 
 
 def score(setting: Setting, nats: Sequence[float], tokens: Sequence[int], sizes: Sequence[int]) -> Score:

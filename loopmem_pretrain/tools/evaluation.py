@@ -24,14 +24,22 @@ def describe(evaluation: Mapping[str, Any]) -> str:
             "+- is one standard error, by document"
         )
     for domain in evaluation["domains"]:
-        sizes = ", ".join(counted(domain[f"{noun}s"], noun) for noun in ("document", "token", "byte"))
+        sizes = ", ".join(counted(domain[f"{noun}s"], noun) for noun in ("token", "byte"))
         rows = domain_rows(domain)
         kept = len(HEADINGS) + (len(COST_HEADINGS) if _is_early(domain) else 0)
-        lines += ["", f"{domain['name']}: {sizes}", *table([row[:kept] for row in rows])]
+        lines += ["", f"{domain['name']}: {documents_of(domain)}, {sizes}", *table([row[:kept] for row in rows])]
     lines += text_warnings(evaluation)
     if evaluation["tasks"]:
         lines += _tasks(evaluation)
     return "\n".join(lines)
+
+
+def documents_of(domain: Row) -> str:
+    """How many were scored, and of how many, or that they are the first of a file."""
+    scored, of = domain["documents"], domain["of"]
+    if of is None:
+        return f"the first {counted(scored, 'document')}"
+    return counted(of, "document") if scored == of else f"{scored:,} of {counted(of, 'document')}"
 
 
 def domain_rows(domain: Row) -> list[list[str]]:

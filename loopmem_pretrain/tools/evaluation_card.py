@@ -10,7 +10,15 @@ from typing import Any
 from loopmem_pretrain.data.files import write_file
 from loopmem_pretrain.errors import ConfigError, EnvironmentFault
 from loopmem_pretrain.hf.card import EVALUATION_BEGINS, EVALUATION_ENDS, markdown_table
-from loopmem_pretrain.tools.evaluation import domain_rows, measures_of, suite_rows, task_rows, text_warnings, warnings
+from loopmem_pretrain.tools.evaluation import (
+    documents_of,
+    domain_rows,
+    measures_of,
+    suite_rows,
+    task_rows,
+    text_warnings,
+    warnings,
+)
 
 CARD = "README.md"
 
@@ -70,7 +78,12 @@ def _domains(evaluation: Mapping[str, Any]) -> list[str]:
         for row in scored
     ]
     sizes = [
-        [domain["name"], *(f"{domain[key]:,}" for key in ("documents", "tokens", "bytes")), domain["text_sha256"]]
+        [
+            domain["name"],
+            documents_of(domain),
+            *(f"{domain[key]:,}" for key in ("tokens", "bytes")),
+            domain["text_sha256"],
+        ]
         for domain in domains
     ]
     told = text_warnings(evaluation)
@@ -80,7 +93,7 @@ def _domains(evaluation: Mapping[str, Any]) -> list[str]:
         "",
         *markdown_table(["text", *tables[0][0], "sha256"], rows),
         "",
-        *markdown_table(["text", "documents", "tokens", "bytes", "sha256"], sizes),
+        *markdown_table(["text", "scored", "tokens", "bytes", "sha256"], sizes),
         *(["", "```", *told[1:], "```"] if told else []),
         "",
     ]

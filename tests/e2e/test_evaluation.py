@@ -98,8 +98,9 @@ def test_all_loops(trained, evaluate, capsys):
 def test_export_and_text_give_the_runs_numbers(trained, exported, evaluate, sentences, tmp_path):
     from loopmem_pretrain.eval.documents import prepared_domains
 
-    (domain,) = prepared_domains([str(sentences)])
-    texts = [json.dumps({"text": next(domain.texts).decode()}) for _ in range(5)]
+    (domain,) = prepared_domains([str(sentences)], 5)
+    texts = [json.dumps({"text": text.decode()}) for text in domain.texts]
+    assert len(texts) == 5 < domain.of
     (tmp_path / "held_out.jsonl").write_text("\n".join(texts) + "\n")
     ways = [
         evaluate(trained, "--max-documents", 5),
@@ -112,6 +113,7 @@ def test_export_and_text_give_the_runs_numbers(trained, exported, evaluate, sent
             key: first[key] for key in ("documents", "tokens", "bytes", "text_sha256")
         }
         assert other["scores"][0]["nats"] == pytest.approx(first["scores"][0]["nats"], rel=1e-6)
+    assert [way["domains"][0]["of"] for way in ways] == [domain.of, domain.of, 5]
     assert ways[1]["model"] == ways[2]["model"] and ways[1]["model"]["step"] is None
 
 

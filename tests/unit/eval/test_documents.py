@@ -41,6 +41,14 @@ def test_prepared_text_is_the_text(tmp_path, sentences, caplog, append_eos):
     assert not caplog.records
 
 
+@pytest.mark.parametrize(("most", "kept"), [(1, [1]), (2, [0, 2]), (3, [0, 1, 2]), (9, [0, 1, 2])])
+def test_some_documents_come_from_all_over_the_split(tmp_path, sentences, caplog, most, kept):
+    """Not the first ones, which are of the first source; nothing is said of a loss where not all are read."""
+    (domain,) = prepared_domains([prepared(tmp_path, sentences / "tokenizer", TEXTS)], most)
+    assert [text.decode() for text in domain.texts] == [TEXTS[number] for number in kept]
+    assert domain.of == 3 and not caplog.records
+
+
 def test_bytes_that_the_tokenizer_loses(tmp_path, sentences, caplog):
     """U+2581, three bytes, is sentencepiece's own space and comes back as one."""
     (domain,) = prepared_domains([prepared(tmp_path, sentences / "tokenizer", ["a\u2581b"])])

@@ -169,7 +169,11 @@ def test_one_document_has_no_standard_error(model):
 
 def test_first_documents(model):
     two = measure(scorer(model), Domain("toy", iter(TEXTS)), [Setting(3)], max_documents=2)
-    assert two == scores(model, [Setting(3)], texts=TEXTS[:2])
+    assert two == scores(model, [Setting(3)], texts=TEXTS[:2])._replace(of=None)
+    more = measure(scorer(model), Domain("toy", iter(TEXTS)), [Setting(3)], max_documents=len(TEXTS) + 1)
+    assert more.of == more.documents == len(TEXTS)
+    some = measure(scorer(model), Domain("toy", iter(TEXTS), 99), [Setting(3)], max_documents=2)
+    assert (some.documents, some.of) == (2, 99)
 
 
 def test_the_text_has_a_hash_in_which_documents_are_apart(model):

@@ -46,6 +46,7 @@ def evaluation(tmp_path):
             {
                 "name": "a|b.txt",
                 "documents": 2,
+                "of": 9,
                 "tokens": 1000,
                 "bytes": 3000,
                 "changed": 1,
@@ -91,6 +92,7 @@ def test_every_setting_with_its_error_cost_command_and_hashes(evaluation):
         assert f"| {setting} | 0.5000 | 0.25 |" in text
     assert "```\nloopmem eval hf --card\n```" in text and "e" * 64 in text
     assert f"| {'a' * 64} |" in text and f"| {'b' * 64} |" in text
+    assert "| a\\|b.txt | 2 of 9 documents | 1,000 | 3,000 |" in text
     assert "a|b.txt: 1 of 2\n" in text and "bits/byte is too low there" in text
     assert "piqa: 1 of 8" in text and "not the full sets: --limit 4, drawn with seed 0" in text
 
@@ -98,7 +100,10 @@ def test_every_setting_with_its_error_cost_command_and_hashes(evaluation):
 def test_the_terminal_has_the_same_rows(evaluation):
     printed = [" ".join(line.split()) for line in describe(evaluation).splitlines()]
     assert "2, halting 0.5 9.0000 0.25 1.5000 0.25 1.250 1.250" in printed
-    assert "a|b.txt: 1 of 2" in printed
+    assert "a|b.txt: 1 of 2" in printed and "a|b.txt: 2 of 9 documents, 1,000 tokens, 3,000 bytes" in printed
+    (domain,) = evaluation["domains"]
+    told = describe({**evaluation, "domains": [{**domain, "of": None}, {**domain, "of": 2}]})
+    assert "a|b.txt: the first 2 documents, 1,000" in told and "a|b.txt: 2 documents, 1,000" in told
     assert "2, halting 0.5 0.5000 0.25 acc 1.250 1.250" in printed
 
 
