@@ -23,7 +23,8 @@ class DatasetConfig(Section):
     """Folder with manifest.json and the .bin/.idx shards, absolute or relative to the working directory."""
     weight: Annotated[float | Literal["tokens"], PlainValidator(_weight)] = 1.0
     """Share of samples drawn from this folder, above 0, relative to the other weights, rounded to a multiple of 1/65536
-    of all samples; `tokens`, for all folders or none: in proportion to its tokens, as if the folders were one."""
+    of all samples; `tokens`, for all folders or none: in proportion to its tokens, as if the folders were one. Left
+    out, all folders are read equally often, a small one many times: the start tells how many."""
 
 
 class DataConfig(Section):

@@ -49,7 +49,8 @@ class SourceConfig(Section):
     filters: tuple[FilterConfig, ...] = ()
     """A document is kept when all of these hold."""
     max_documents: int | None = Field(default=None, gt=0)
-    """Stop reading this source after this many kept documents; unset reads it all."""
+    """Stop reading this source after this many kept documents, the first in reading order, not a sample of it: of files
+    that are sorted (by date, crawl, subject) they are of one kind; unset reads it all."""
     origin: str = Field(min_length=1)
     """Where the text comes from, for the manifest."""
     license: str = Field(min_length=1)

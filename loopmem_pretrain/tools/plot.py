@@ -90,7 +90,8 @@ PLOTS = (
         "expected_loops",
         "Loops",
         "Expected loops of each layer over training",
-        "Lines should part from each other: all stuck at 1 means halting collapsed, all at the top that nothing halts.",
+        "Lines should part from each other: all stuck at 1 means halting collapsed, all at the top that nothing halts. "
+        "They tell how outputs mix the loops, not what is computed: in training all loops run.",
         draw_layers("expected_loops", "expected loops E"),
     ),
     Plot(
