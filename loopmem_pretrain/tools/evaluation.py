@@ -31,7 +31,7 @@ def describe(evaluation: Mapping[str, Any]) -> str:
     lines += text_warnings(evaluation)
     if evaluation["tasks"]:
         lines += _tasks(evaluation)
-    return "\n".join(lines)
+    return "\n".join([*lines, *untrained_settings(evaluation)])
 
 
 def documents_of(domain: Row) -> str:
@@ -120,6 +120,19 @@ def _tasks(evaluation: Mapping[str, Any]) -> list[str]:
         lines += ["", "think harder (loops) or know more (memory)?  +- is one standard error, by item"]
         lines += table(suite_rows(tasks, suites))
     return lines + warnings(evaluation)
+
+
+def untrained_settings(evaluation: Mapping[str, Any]) -> list[str]:
+    """Where a row is another model than the trained one: what it does not tell, after an empty line."""
+    trained = evaluation["max_loops"]
+    scores = [score for scored in (*evaluation["domains"], *evaluation["tasks"]) for score in scored["scores"]]
+    if not any(score["gates_closed"] or score["num_loops"] not in (None, trained) for score in scores):
+        return []
+    return [
+        "",
+        f"rows of other than {counted(trained, 'loop')}, or without memory, run the model as it was not trained; one",
+        "that is trained so may do far better: what loops or memory are worth takes a run without them",
+    ]
 
 
 def text_warnings(evaluation: Mapping[str, Any]) -> list[str]:

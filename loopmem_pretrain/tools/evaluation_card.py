@@ -17,6 +17,7 @@ from loopmem_pretrain.tools.evaluation import (
     suite_rows,
     task_rows,
     text_warnings,
+    untrained_settings,
     warnings,
 )
 
@@ -66,6 +67,8 @@ def section(evaluation: Mapping[str, Any]) -> str:
         lines += _domains(evaluation)
     if evaluation["tasks"]:
         lines += _tasks(evaluation)
+    if told := untrained_settings(evaluation)[1:]:
+        lines += ["```", *told, "```", ""]
     return "\n".join(lines)
 
 

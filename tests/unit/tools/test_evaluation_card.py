@@ -39,6 +39,7 @@ def evaluation(tmp_path):
         "context": 128,
         "stride": 64,
         "device": "cpu",
+        "max_loops": 2,
         "limit": 4,
         "seed": 0,
         "lm_eval": "0.4",
@@ -105,6 +106,19 @@ def test_the_terminal_has_the_same_rows(evaluation):
     told = describe({**evaluation, "domains": [{**domain, "of": None}, {**domain, "of": 2}]})
     assert "a|b.txt: the first 2 documents, 1,000" in told and "a|b.txt: 2 documents, 1,000" in told
     assert "2, halting 0.5 0.5000 0.25 acc 1.250 1.250" in printed
+
+
+@pytest.mark.parametrize("tell", [describe, section])
+def test_rows_that_are_no_trained_model_are_said_to_be_none(evaluation, tell):
+    (domain,), note = evaluation["domains"], "run the model as it was not trained"
+    alone = {**evaluation, "tasks": [], "suites": []}
+    closed, forced = ([score(loops, closed=not loops, perplexity=9.0, bits_per_byte=1.5)] for loops in (0, 1))
+    closed[0]["num_loops"] = 2
+    as_trained = [score(2, perplexity=9.0, bits_per_byte=1.5), score(2, 0.5, 1.25, perplexity=9.0, bits_per_byte=1.5)]
+    assert note in tell(evaluation)
+    assert note in tell({**alone, "domains": [{**domain, "scores": closed}]})
+    assert note in tell({**alone, "domains": [{**domain, "scores": forced}]})
+    assert note not in tell({**alone, "domains": [{**domain, "scores": as_trained}]})
 
 
 def test_a_second_evaluation_replaces_the_first(evaluation, card):
