@@ -213,6 +213,7 @@ def _plain(result: DomainScores, config: Any, context: int) -> dict[str, Any]:
             **_plain_setting(score.setting, config.max_loops),
             **_cost(score.setting, score.mean_loops, config, context),
             "nats": score.nats,
+            "document_nats": score.document_nats,
             **_named("perplexity", score.perplexity),
             **_named("bits_per_byte", score.bits_per_byte),
         }

@@ -51,6 +51,8 @@ class Score(NamedTuple):
 
     setting: Setting
     nats: float
+    document_nats: list[float]
+    """Of each document: what two models are compared by, on the same text."""
     perplexity: Ratio
     """A token; its standard error is perplexity times that of the nats a token."""
     bits_per_byte: Ratio
@@ -67,6 +69,8 @@ class DomainScores(NamedTuple):
     """Documents that the domain has; None where they are the first ones of a file not read to its end."""
     tokens: int
     bytes: int
+    document_tokens: list[int]
+    document_bytes: list[int]
     changed: int
     """Documents that do not come back from their tokens: their bytes count, but not all of them are predicted."""
     text_sha256: str
@@ -134,7 +138,8 @@ def measure(
     of = domain.of
     if of is None and len(tokens) != max_documents:
         of = len(tokens)
-    return DomainScores(domain.name, len(tokens), of, sum(tokens), sum(sizes), changed, digest.hexdigest(), scores)
+    totals = (len(tokens), of, sum(tokens), sum(sizes))
+    return DomainScores(domain.name, *totals, tokens, sizes, changed, digest.hexdigest(), scores)
 
 
 def score(setting: Setting, nats: Sequence[float], tokens: Sequence[int], sizes: Sequence[int]) -> Score:
@@ -149,7 +154,7 @@ def score(setting: Setting, nats: Sequence[float], tokens: Sequence[int], sizes:
     except OverflowError:
         raise CheckpointError(f"the cross-entropy is {a_token.value:,.0f} nats a token", BROKEN) from None
     error = None if a_token.standard_error is None else perplexity * a_token.standard_error
-    return Score(setting, math.fsum(nats), Ratio(perplexity, error), a_byte)
+    return Score(setting, math.fsum(nats), list(nats), Ratio(perplexity, error), a_byte)
 
 
 def ratio(x: Sequence[float], y: Sequence[int]) -> Ratio:

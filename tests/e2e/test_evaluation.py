@@ -79,6 +79,12 @@ def test_whole_documents_are_near_what_training_logged(trained, evaluate, senten
     (score,) = domain["scores"]
     assert math.log(score["perplexity"]) == pytest.approx(lines(trained)[-1]["validation_loss"], rel=0.1)
     assert score["perplexity"] == pytest.approx(math.exp(score["nats"] / domain["tokens"]))
+    for total, each in (
+        (score["nats"], score["document_nats"]),
+        (domain["tokens"], domain["document_tokens"]),
+        (domain["bytes"], domain["document_bytes"]),
+    ):
+        assert len(each) == domain["documents"] and math.fsum(each) == pytest.approx(total)
     assert score["bits_per_byte"] == pytest.approx(score["nats"] / math.log(2) / domain["bytes"])
     assert 0 < score["perplexity_standard_error"] < score["perplexity"]
     assert result["model"]["step"] == 6 and result["model"]["path"].endswith("step_00000006")
