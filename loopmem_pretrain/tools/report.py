@@ -188,13 +188,17 @@ def _numbers(run: Run) -> str:
 
 
 def _bits_per_byte(run: Run, loss: float) -> list[Row]:
-    """Cross-entropy in bits over the bytes behind a token; needs one validation split whose bytes are known."""
+    """Cross-entropy in bits over the bytes behind a token; needs one validation split whose bytes are known.
+
+    About, since the samples of a validation are a part of the split: `loopmem eval` measures it.
+    """
     manifests = list(run.manifests.values())
     split = manifests[0].splits["validation"] if len(manifests) == 1 and manifests[0] else None
     if split is None or not split.text_bytes or not split.tokens:
         return []
     size = split.text_bytes / split.tokens
-    return [("Validation bits per byte", f"{loss / math.log(2) / size:.4f} (at the split's {size:.3f} bytes a token)")]
+    bits = loss / math.log(2) / size
+    return [("Validation bits per byte, about", f"{bits:.2f} (at the whole split's {size:.3f} bytes a token)")]
 
 
 def _figures(records: list[Record]) -> dict[str, str]:
