@@ -63,6 +63,25 @@ def test_rewinding_with_one_checkpoint(files):
     assert "checkpoint.keep_last" in said and "at least 2" in said
 
 
+@pytest.mark.parametrize("every", [15, 5])
+def test_a_step_to_keep_at_which_nothing_is_saved(files, every):
+    """Of every 15 and every 10 steps only those of every 30 would be kept."""
+    said = said_about(files, "checkpoint.interval_steps=10", f"checkpoint.keep_every_steps={every}")
+    assert said.endswith(
+        f"checkpoint.keep_every_steps: {every} must be 0 or a multiple of checkpoint.interval_steps 10"
+    )
+    files.load(GOOD, "checkpoint.interval_steps=10", "checkpoint.keep_every_steps=30")
+
+
+def test_keeping_the_best_of_checkpoints_without_a_loss(files):
+    steps = ["checkpoint.interval_steps=10", "validation.interval_steps=4"]
+    said = said_about(files, *steps, "checkpoint.keep_best=2")
+    assert "checkpoint.keep_best: 2 needs a validation loss at each checkpoint" in said
+    assert said.endswith("10 must be a multiple of validation.interval_steps 4")
+    files.load(GOOD, *steps)
+    files.load(GOOD, "checkpoint.interval_steps=8", "validation.interval_steps=4", "checkpoint.keep_best=2")
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cyclic"])
 def test_ponder_schedule_without_a_weight(files, schedule):
     said = said_about(files, f"training.ponder_schedule={schedule}")
