@@ -110,6 +110,16 @@ def test_parity_check_finds_a_difference(trained: Path, tmp_path: Path) -> None:
     assert check_parity(trained, tmp_path, ["lower", "UPPER case"]) == ["UPPER case"]
 
 
+def test_parity_check_finds_a_text_that_does_not_come_back(trained: Path, tmp_path: Path) -> None:
+    """Equal ids are half of it: what a model writes would lose its spaces."""
+    to_huggingface(trained, tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    del content["decoder"]["decoders"][0]
+    path.write_text(json.dumps(content))
+    assert check_parity(trained, tmp_path, ["lower", "two words"]) == ["two words"]
+
+
 def test_a_model_that_normalises_is_not_converted(tmp_path: Path) -> None:
     import sentencepiece
 
