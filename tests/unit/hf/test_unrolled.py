@@ -52,6 +52,29 @@ def test_more_loops_or_memory_are_refused_with_every_reason():
         check_unrolled(model_config("qwen"), 1)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"local_slots": 4}, {"global_slots": 4}, {"attention_bias": "qkv"}, {"qk_norm": "none"}],
+    ids=str,
+)
+def test_each_reason_is_enough(changes):
+    check_unrolled(ModelConfig(**SIZES, max_loops=1), 1)
+    with pytest.raises(ConversionError):
+        check_unrolled(ModelConfig(**SIZES, max_loops=1, **changes), 1)
+
+
+def test_what_an_export_in_bfloat16_is_compared_with():
+    """Weights of this model whose dense form is, number by number, what is written: rounded after they are scaled."""
+    config = ModelConfig(**SIZES, max_loops=1)
+    weights = {name: value.detach() for name, value in native_model(config).named_parameters()}
+    unrolled = UnrolledWeights(config, weights, weights)
+    rounded = unrolled.rounding(torch.bfloat16)
+    assert unrolled.scale("model.layers.1.mlp.down_proj.weight") not in (0.5, 1.0, 2.0)  # it must matter which is first
+    again = UnrolledWeights(config, {name: rounded(name, value) for name, value in weights.items()}, weights)
+    for name, value in unrolled.items():
+        torch.testing.assert_close(again[name], value.bfloat16().float(), rtol=1e-6, atol=0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_export(tmp_path, tokenizer_path, dtype):
