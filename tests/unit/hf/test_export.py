@@ -268,6 +268,14 @@ def test_weight_that_is_not_finite(tmp_path, tokenizer_path):
     assert "model.norm.weight: 1 of 32 values not finite" in refused_weights(tmp_path, tokenizer_path, weights)
 
 
+def test_weight_that_is_not_finite_in_the_type_that_is_written(tmp_path):
+    """The largest numbers of float32 are rounded up to infinity in bfloat16."""
+    weights = {"a": torch.tensor([1.0, torch.finfo(torch.float32).max])}
+    write_weights(tmp_path, weights, {"a": [2]}, "float32")
+    with pytest.raises(ConversionError, match="a: 1 of 2 values not finite"):
+        write_weights(tmp_path, weights, {"a": [2]}, "bfloat16")
+
+
 def test_tied_head_that_is_not_the_embedding(tmp_path, tokenizer_path):
     weights = {**parameters("tied"), "lm_head.weight": torch.zeros(512, 32)}
     assert "lm_head.weight: tied" in refused_weights(tmp_path, tokenizer_path, weights, "tied")
@@ -334,6 +342,12 @@ def test_full_disk(tmp_path):
     )
     assert EnvironmentFault.__name__ in done.stderr.splitlines()[-2], done.stderr
     assert "check the disk's space" in done.stderr or "free space" in done.stderr
+
+
+def test_a_disk_without_room_is_named_before_anything_is_written(tmp_path):
+    with pytest.raises(EnvironmentFault, match="no room to write"):
+        write_weights(tmp_path, {}, {"a": [10**16]}, "float32")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_context_shorter_than_the_compared_prompt(tmp_path, tokenizer_path):

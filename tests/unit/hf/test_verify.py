@@ -76,6 +76,23 @@ def test_other_config(exported_otherwise):
     assert "first in hidden state of layer 0, loop 1" in exported_otherwise(change)
 
 
+def test_what_is_no_number_is_no_small_difference(exported_otherwise):
+    """Neither of a value nor of the loss: no comparison with NaN is true."""
+
+    def change(weights, config):
+        return """
+_forward = LoopMemForCausalLM.forward
+def _spoiled(self, *args, **others):
+    output = _forward(self, *args, **others)
+    if output.logits.shape[1] > 1:
+        output.logits[0, 0, 0] = float("nan")
+    return output
+LoopMemForCausalLM.forward = _spoiled
+"""
+
+    assert "first in logits (sample text 0): values differ by up to nan" in exported_otherwise(change)
+
+
 def test_lost_weights(exported_otherwise):
     def change(weights, config):
         del weights["model.memory.global_keys"]
