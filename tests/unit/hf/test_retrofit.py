@@ -189,6 +189,7 @@ SCALED["original_max_position_embeddings"] = 128
 REFUSED = [
     ("llama", {"rope_parameters": SCALED}, "rope_type 'llama3'; valid: 'default'"),
     ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}, "rope_type 'linear'"),
+    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5; valid: 1"),
     ("llama", {"hidden_act": "gelu"}, "hidden_act: 'gelu'; valid: 'silu'"),
     ("llama", {"mlp_bias": True}, "mlp_bias: true"),
     ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "'quant_method': 'gptq'"),
