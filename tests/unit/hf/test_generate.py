@@ -128,6 +128,25 @@ def test_no_piece_cuts_a_character(forms):
     assert pieces == ["f", "\u00fc", "r", " ", "\U0001f98a", "!", "\ufffd"]
 
 
+def test_a_word_that_begins_a_piece_keeps_its_space():
+    """Tokenizers in the manner of Llama's take the space off the first token of a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from loopmem_pretrain.inference.generate import _GrowingText, _HuggingFaceCodec
+
+    words = {f"\u2581{word}": index for index, word in enumerate(["a", "one", "two", "three", "</s>"])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="\u2581</s>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    codec = _HuggingFaceCodec(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="\u2581</s>"))
+    ids = codec.encode("one two three")
+    assert codec.decode(ids) == "one two three"
+    text = _GrowingText(codec, None)
+    for token in ids:
+        text.put(torch.tensor([token]))
+    assert text.finish() == " one two three", "behind a prompt, of which it is the rest"
+
+
 # --------------------------------------------------------------------------------------------------------- refusals
 
 
