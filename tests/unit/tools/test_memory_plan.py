@@ -117,6 +117,28 @@ def test_stages_hold_as_many_micro_batches_as_follow_them():
     assert (first.logits, worst_stage(layout)[0]) == (0, 0 if first.total > last.total else 1)
 
 
+def test_a_stage_keeps_what_it_sends_until_its_gradient_comes():
+    layout = Layout.of(tiny_run(parallel={"pipeline_model_parallel_size": 2}), 2)
+    first, last = stage_memory(layout, 0), stage_memory(layout, 1)
+    training, model = layout.config.training, layout.config.model
+    sent = 4 * training.micro_batch_size * layout.config.data.seq_length * model.hidden_size
+    assert first.activations == 2 * (last.activations + sent), "two equal layers, one a stage; two in flight, and one"
+
+
+@pytest.mark.parametrize(
+    ("parallel", "gone"),
+    [
+        ({"zero_stage": 2, "offload_optimizer": "cpu"}, ["optimizer"]),
+        ({"zero_stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"}, ["optimizer", "weights"]),
+    ],
+)
+def test_what_is_offloaded_takes_no_memory_of_the_device(parallel, gone):
+    stage = parallel["zero_stage"]
+    here, away = (model_states(tiny_run(parallel=fields), 1000, 2) for fields in ({"zero_stage": stage}, parallel))
+    assert all(here[name] > 0 for name in gone)
+    assert away == here | dict.fromkeys(gone, 0)
+
+
 def test_sharded_banks_divide_over_tensor_ranks():
     fields = {"tensor_model_parallel_size": 2}
     whole = Layout.of(tiny_run(parallel=fields), 2)
