@@ -30,6 +30,17 @@ def test_data_and_training_curve(sentences):
     assert "loopmem eval . --data runs/x/tokens" in text and "loopmem eval . --text HELD_OUT.jsonl --num-loops" in text
 
 
+def test_what_was_seen_of_each_part_of_a_blend(sentences):
+    parts = [DataShare(f"runs/x/{name}", share, load_manifest(sentences)) for name, share in (("a", 0.25), ("b", 0.75))]
+    known = history(sentences)._replace(data=tuple(parts))
+    text = model_card(model_config("full"), "float32", 48, COMPARISON, known)
+    tokens = parts[0].manifest.splits["train"].tokens
+    for name, share, seen in (("a", "25.0%", 75_000), ("b", "75.0%", 225_000)):
+        line = next(line for line in text.splitlines() if line.startswith(f"`{name}`"))
+        assert f"`{name}`, {share} of the samples: {tokens:,} tokens in" in line
+        assert line.endswith(f"of which the run saw {seen:,} ({seen / tokens:.2f} epochs).")
+
+
 def test_imported_weights_are_named_without_their_place(sentences):
     config, known = model_config("full"), history(sentences)
     origin = {"folder": "/data/secret/Qwen3-0.6B", "model_type": "qwen3"}
