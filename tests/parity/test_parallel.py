@@ -1,8 +1,9 @@
 """Every mix of tensor, pipeline, data and sequence parallelism against one plain process, in float32.
 
-Five optimizer steps: losses, gradient norms, the gradients of the first step, parameters and statistics. `make test`
-runs a subset of the matrix in which every pair of choices occurs; `make test-all` the full product, 3,696 runs, which
-take some two hours on two cores; with LOOPMEM_SHARD=2/7 the second seventh of it, so that machines can share it.
+Five optimizer steps: losses, gradient norms, the gradients of the first step, parameters, statistics, the loss of
+validation. `make test` runs a subset of the matrix in which every pair of choices occurs; `make test-all` the full
+product, 3,696 runs, which take some two hours on two cores; with LOOPMEM_SHARD=2/7 the second seventh of it, so that
+machines can share it.
 """
 
 import itertools
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from loopmem_pretrain.model.backend import TorchBackend
+from loopmem_pretrain.model.loopmem import LoopMemLM
 from loopmem_pretrain.parallel.placement import part_of, placement
 from tests.configs import tiny_run
 from tests.distributed import run_ranks
@@ -91,6 +94,11 @@ def check(config, world_size):
     # Which slots a read chooses is a jump: where two are equally good to within rounding, two runs may choose
     # differently. Among some ten thousand choices that happens now and then, after the first step.
     later, later_norms, drift = (1e-5, 1e-5, 1e-2) if config.model.retrieval == "dense" else (1e-3, 1e-2, 1.0)
+    model = LoopMemLM(config.model, TorchBackend())
+    model.load_state_dict(parameters)
+    with torch.no_grad():
+        held_out = [model(*micro_batch).cross_entropy.item() for micro_batch in batches(plain, 99)]
+    scales = [value for name, value in parameters.items() if name.endswith("step_scales")]
     seen = set()
     for result in run_ranks("tests.parity.test_parallel:train_on_rank", world_size, config):
         # One other slot for one token moves a gradient norm by some 1e-3, ten times more than a loss.
@@ -101,6 +109,9 @@ def check(config, world_size):
             torch.testing.assert_close(
                 torch.tensor(result["stats"]["expected_loops"]), expected_loops, rtol=later, atol=1e-6
             )
+            # Of all layers, whichever stage holds them.
+            close(torch.tensor(result["scales"]), torch.stack(scales), None, drift * config.optimizer.lr, "step scales")
+        assert result["validation"] == pytest.approx(sum(held_out) / len(held_out), rel=later)
         for name, value in result["parameters"].items():
             seen.add(name)
             part = part_of(name, value.shape, config.parallel, result["tensor_rank"], config.model.vocab_size)
