@@ -51,7 +51,7 @@ def make_job(tmp_path, monkeypatch):
 
 
 def ranks_end(job, *codes):
-    """As each rank says itself, the first one last."""
+    """As each rank says itself; the one of the last code was the first to end."""
     for rank, code in enumerate(codes):
         (job.folder / f"rank-{rank:05d}.exit").write_text(json.dumps({"code": code, "time": 100.0 - rank}))
 
@@ -102,9 +102,13 @@ def test_an_error_that_would_come_again_is_final_whoever_ended_first(make_job, k
     assert (ending.verdict, ending.code) == ("failed", kind.exit_code)
 
 
-def test_the_exit_code_is_of_the_rank_that_ended_first(make_job):
+@pytest.mark.parametrize("first", range(3))
+def test_the_exit_code_is_of_the_rank_that_ended_first(make_job, first):
+    """Whichever file a folder lists first."""
     job = make_job()
-    ranks_end(job, LOST, 1)
+    for rank in range(3):
+        end = {"code": 1, "time": 100.0} if rank == first else {"code": LOST, "time": 100.5}
+        (job.folder / f"rank-{rank:05d}.exit").write_text(json.dumps(end))
     assert job._judge(1, False, {}).code == 1
 
 
