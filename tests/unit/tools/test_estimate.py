@@ -80,6 +80,7 @@ def test_the_simplest_plan_that_fits():
     roomy = plans(run(), 8, 80e9)[0].layout.config
     assert (roomy.parallel.tensor_model_parallel_size, roomy.parallel.pipeline_model_parallel_size) == (1, 1)
     assert (roomy.parallel.zero_stage, roomy.training.activation_checkpointing) == (1, "none")
+    assert roomy.training.compile == run().training.compile == "loop", "a plan leaves alone what it allows"
     tight = plans(run(), 8, 2e9)[0].layout.config
     assert tight.training.activation_checkpointing == "loop" or tight.training.micro_batch_size < 32
 
