@@ -153,7 +153,7 @@ def closing(saver):
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
     close(saver)
 saving._Save._write = lambda save: (time.sleep(2 if rank_0 else 2.5), write(save))
-saving.GRACE, saving.Saver.close = 1, closing
+saving.GRACE, saving.Saver.close = 5, closing
 """
 
 
