@@ -29,7 +29,7 @@ from loopmem_pretrain.model.flops import forward_flops_per_token, parameter_coun
 from loopmem_pretrain.tools.figures import FAINT, INK, layer_series, series, training_loss
 from loopmem_pretrain.tools.plot import PLOTS, Plot, render
 from loopmem_pretrain.tools.report_style import PAGE
-from loopmem_pretrain.tools.starts import HEADINGS, Start, read_starts, start_rows, summary
+from loopmem_pretrain.tools.starts import HEADINGS, Start, read_starts, row, summary
 from loopmem_pretrain.words import counted
 
 SAMPLE_CHARACTERS = 8000
@@ -285,7 +285,7 @@ def _environment(run: Run) -> str:
     latest = _table(_flat(run.environment))
     if not run.starts:
         return _section("Environment", latest)
-    starts = _table(start_rows(run.starts), head=HEADINGS)
+    starts = _table(map(row, run.starts), head=HEADINGS)
     return _section("Environment", f"<h3>Starts</h3>{starts}<h3>The latest</h3>{latest}")
 
 

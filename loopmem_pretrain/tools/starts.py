@@ -39,21 +39,18 @@ def read_starts(run_dir: Path) -> list[Start]:
 HEADINGS = ("Began", "From step", "To step", "Hours", "Ranks", "Code", "Ended")
 
 
-def start_rows(starts: Sequence[Start]) -> list[tuple[str, ...]]:
-    """A row for each, under HEADINGS."""
-    return [
-        (
-            str(begin["started"])[:16].replace("T", " "),
-            f"{begin['step']:,}",
-            f"{end['step']:,}" if end else "-",
-            f"{hours:,.2f}" if (hours := start.hours) is not None else "-",
-            str(begin["world_size"]),
-            str(begin["git_commit"] or begin["loopmem_pretrain"])[:10],
-            str(end["status"]) if end else "no end on record",
-        )
-        for start in starts
-        for begin, end in [start]
-    ]
+def row(start: Start) -> tuple[str, ...]:
+    """Cells under HEADINGS."""
+    begin, end, hours = start.begin, start.end, start.hours
+    return (
+        str(begin["started"])[:16].replace("T", " "),
+        f"{begin['step']:,}",
+        f"{end['step']:,}" if end else "-",
+        f"{hours:,.2f}" if hours is not None else "-",
+        str(begin["world_size"]),
+        str(begin["git_commit"] or begin["loopmem_pretrain"])[:10],
+        str(end["status"]) if end else "no end on record",
+    )
 
 
 def summary(starts: Sequence[Start]) -> list[tuple[str, str]]:

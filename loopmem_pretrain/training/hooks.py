@@ -50,7 +50,8 @@ def make_hooks(trainer: "Trainer") -> list[Hook]:
         from loopmem_pretrain.training.task_hook import TaskHook
 
         tasks.append(TaskHook(trainer))
-    return [StartsHook(trainer), ValidateHook(trainer), *tasks, LogHook(trainer), ReplicaHook(), CheckpointHook()]
+    others: list[Hook] = [ValidateHook(trainer), *tasks, LogHook(trainer), ReplicaHook(), CheckpointHook()]
+    return [StartsHook(trainer), *others]  # made last: what the others refuse is no start; closed last: it has the end
 
 
 class StartsHook:

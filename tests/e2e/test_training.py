@@ -351,6 +351,14 @@ def test_a_damaged_shard(tmp_path, sentences, damage):
     assert "train-00000.bin" in error.problem
 
 
+def test_a_start_that_its_loggers_refuse_is_none(tmp_path, sentences):
+    """Else starts.jsonl would have it as killed."""
+    (tmp_path / "tensorboard").write_text("a file where the folder has to be")
+    _, error = run(config_for(tmp_path, sentences, logging={"interval_steps": 5, "tensorboard": True}), ranks=1)
+    assert error is not None
+    assert read_lines(tmp_path / "starts.jsonl") == []
+
+
 def test_a_gpu_that_is_not_there(tmp_path, sentences):
     _, error = run(config_for(tmp_path, sentences, training={"device": "cuda"}), ranks=1)
     assert error.exit_code == 6
